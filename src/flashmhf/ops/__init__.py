@@ -1,0 +1,1 @@
+"""The operator: one function, its backends, and nothing above them. Imports torch only."""

@@ -1,0 +1,208 @@
+"""FlashMHF in plain PyTorch on any device, with memory bounded by one block of tokens.
+
+The work is cut into tiles of (parameter heads, tokens, parameter rows). A tile's activations live in a workspace that is
+allocated once and reused; the backward pass recomputes them. The G = H / H_kv heads of a group share their parameters, so
+they count as G times as many tokens of one parameter head, and the sums over a group happen inside the matrix products.
+Sums over tiles are float32 for 16-bit inputs; the gate is rounded to the inputs' dtype, as the activations are.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CPU_TILE_ELEMENTS = 2**20  # measured: docs/log.md, "Tile of the blockwise backend"
+ACCELERATOR_TILE_ELEMENTS = 2**24
+MIN_TILE_ROWS = 512  # narrower products leave a CPU's matrix unit idle
+
+
+def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    plan = Plan.of(q, k)
+    workspace = _Workspace(q, buffers=2)
+    for heads in plan.heads():
+        for tokens in plan.tokens():
+            q_block = plan.rows_of(q, heads, tokens)
+            gate_block = None if gate is None else plan.rows_of(gate, heads, tokens).to(q.dtype)
+            out_block = _zero_sums(q, q_block.shape)
+            for subnetworks, width in plan.parameter_rows():
+                k_rows, u_rows, v_rows = (weight[heads, subnetworks, width].flatten(1, 2) for weight in (k, u, v))
+                m, n = workspace.tiles(q_block, k_rows)
+                torch.bmm(q_block, k_rows.mT, out=m)
+                torch.bmm(q_block, u_rows.mT, out=n)
+                p = torch.ops.aten.silu_(m).mul_(n)
+                _apply_gate(p, gate_block, subnetworks)
+                _add_product(out_block, p, v_rows)
+            plan.store(out, heads, tokens, out_block)
+    return out
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for q, k, u, v and gate, None where `needs` says so."""
+    inputs = (q, k, u, v, gate)
+    grads = tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if x is not None and need else None
+        for x, need in zip(inputs, needs, strict=True)
+    )
+    dq, *dweights, dgate = grads
+    plan = Plan.of(q, k)
+    workspace = _Workspace(q, buffers=4)
+    for heads in plan.heads():
+        weight_sums = [None if grad is None else _zero_sums(q, grad[heads].shape) for grad in dweights]
+        for tokens in plan.tokens():
+            q_block, dout_block = plan.rows_of(q, heads, tokens), plan.rows_of(dout, heads, tokens)
+            gate_block = None if gate is None else plan.rows_of(gate, heads, tokens).to(q.dtype)
+            dq_sum = None if dq is None else _zero_sums(q, q_block.shape)
+            dgate_sum = None if dgate is None or gate_block is None else _zero_sums(q, gate_block.shape)
+            for subnetworks, width in plan.parameter_rows():
+                _backward_tile(
+                    workspace,
+                    (q_block, dout_block, gate_block),
+                    tuple(weight[heads, subnetworks, width].flatten(1, 2) for weight in (k, u, v)),
+                    (dq_sum, dgate_sum),
+                    tuple(None if s is None else s[:, subnetworks, width].flatten(1, 2) for s in weight_sums),
+                    subnetworks,
+                )
+            plan.store(dq, heads, tokens, dq_sum)
+            plan.store(dgate, heads, tokens, dgate_sum)
+        for grad, weight_sum in zip(dweights, weight_sums, strict=True):
+            if grad is not None:
+                grad[heads] = weight_sum
+    return grads
+
+
+def _backward_tile(
+    workspace: "_Workspace",
+    blocks: tuple[Tensor, Tensor, Tensor | None],
+    rows: tuple[Tensor, ...],
+    block_sums: tuple[Tensor | None, Tensor | None],
+    row_sums: tuple[Tensor | None, ...],
+    subnetworks: slice,
+) -> None:
+    """Adds one tile's share to the sums. Four buffers: m, n, a and p, which holds P, then dA N."""
+    q, dout, gate = blocks
+    k, u, v = rows
+    dq_sum, dgate_sum = block_sums
+    dk_sum, du_sum, dv_sum = row_sums
+    m, n, a, p = workspace.tiles(q, k)
+    torch.bmm(q, k.mT, out=m)
+    torch.bmm(q, u.mT, out=n)
+    torch.ops.aten.silu.out(m, out=a)
+    if dv_sum is not None:
+        torch.mul(a, n, out=p)
+        _apply_gate(p, gate, subnetworks)
+        _add_product(dv_sum, p.mT, dout)
+    if dq_sum is None and dgate_sum is None and dk_sum is None and du_sum is None:
+        return
+    torch.bmm(dout, v.mT, out=p)  # dA
+    a.mul_(p)  # dA SiLU(M) = dN without the gate
+    p.mul_(n)  # dA N
+    if dgate_sum is not None:
+        dgate_sum[..., subnetworks] += n.mul_(a).unflatten(-1, (subnetworks.stop - subnetworks.start, -1)).sum(-1)
+    _apply_gate(a, gate, subnetworks)
+    _apply_gate(p, gate, subnetworks)
+    torch.ops.aten.silu_backward.grad_input(p, m, grad_input=m)
+    dm, dn = m, a
+    if dq_sum is not None:
+        _add_product(dq_sum, dm, k)
+        _add_product(dq_sum, dn, u)
+    if dk_sum is not None:
+        _add_product(dk_sum, dm.mT, q)
+    if du_sum is not None:
+        _add_product(du_sum, dn.mT, q)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one problem is cut into tiles; the sizes depend on shapes and device only."""
+
+    T: int
+    H_kv: int
+    E: int
+    F: int
+    G: int
+    block_heads: int
+    block_tokens: int
+    block_subnetworks: int
+    block_width: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> "Plan":
+        T, (H_kv, E, F, _) = math.prod(q.shape[:-2]), k.shape
+        G = q.shape[-2] // H_kv
+        budget = CPU_TILE_ELEMENTS if q.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
+        rows_wanted = max(MIN_TILE_ROWS, budget // max(T * G, 1))
+        width = F if F <= rows_wanted else math.ceil(F / math.ceil(F / rows_wanted))
+        subnetworks = max(min(E, rows_wanted // F), 1)
+        rows = subnetworks * width
+        tokens = max(min(T, budget // (rows * G)), 1)
+        heads = max(min(H_kv, budget // (rows * G * tokens)), 1)
+        return cls(T, H_kv, E, F, G, heads, tokens, subnetworks, width)
+
+    def heads(self) -> Iterator[slice]:
+        return _slices(self.H_kv, self.block_heads)
+
+    def tokens(self) -> Iterator[slice]:
+        return _slices(self.T, self.block_tokens)
+
+    def parameter_rows(self) -> Iterator[tuple[slice, slice]]:
+        for subnetworks in _slices(self.E, self.block_subnetworks):
+            for width in _slices(self.F, self.block_width):
+                yield subnetworks, width
+
+    def rows_of(self, x: Tensor, heads: slice, tokens: slice) -> Tensor:
+        """Copies a block of (..., H, X) to (heads, tokens x G, X)."""
+        x_TKGX = x.reshape(self.T, self.H_kv, self.G, x.shape[-1])
+        return x_TKGX[tokens, heads].transpose(0, 1).flatten(1, 2).contiguous()
+
+    def store(self, x: Tensor | None, heads: slice, tokens: slice, block: Tensor | None) -> None:
+        """Writes a block (heads, tokens x G, X) into the contiguous x (..., H, X)."""
+        if x is not None and block is not None:
+            x_TKGX = x.view(self.T, self.H_kv, self.G, x.shape[-1])
+            x_TKGX[tokens, heads] = block.unflatten(1, (-1, self.G)).transpose(0, 1)
+
+
+class _Workspace:
+    """Buffers for the tiles of one call: fresh memory for every tile would be page-faulted in again and again."""
+
+    def __init__(self, like: Tensor, buffers: int) -> None:
+        self._like = like
+        self._buffers = buffers
+        self._memory: Tensor | None = None
+
+    def tiles(self, x_block: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """One uninitialised (heads, tokens x G, rows) tile a buffer; the first call must ask for the largest."""
+        shape = (*x_block.shape[:-1], rows.shape[1])
+        size = math.prod(shape)
+        if self._memory is None:
+            self._memory = torch.empty((self._buffers, size), dtype=self._like.dtype, device=self._like.device)
+        return tuple(buffer[:size].view(shape) for buffer in self._memory)
+
+
+def _apply_gate(tile: Tensor, gate_block: Tensor | None, subnetworks: slice) -> None:
+    if gate_block is not None:
+        gate = gate_block[..., subnetworks]
+        tile.unflatten(-1, (gate.shape[-1], -1)).mul_(gate.unsqueeze(-1))
+
+
+def _zero_sums(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+    return torch.zeros(shape, dtype=dtype, device=like.device)
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a @ b, added in the dtype of the sums."""
+    if sums.dtype == a.dtype:
+        sums.baddbmm_(a, b)
+    else:
+        sums.add_(torch.bmm(a, b))
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))

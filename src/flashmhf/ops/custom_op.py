@@ -1,0 +1,109 @@
+"""FlashMHF as a PyTorch operator: schema, shapes for tracing, derivatives, FLOP count.
+
+The operators are opaque to torch.compile and run whichever backend `backends.select` gives. Second derivatives go through
+the reference formula, so they work on every backend at the reference's cost in memory.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flashmhf.ops import backends, reference
+from flashmhf.ops.problem import Problem
+
+_LIBRARY = torch.library.Library("flashmhf", "DEF")
+_LIBRARY.define(
+    "flash_mhf(Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "flash_mhf_backward(Tensor dout, Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate, bool[] needs, str backend)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_LIBRARY, "flash_mhf", "CompositeExplicitAutograd")
+def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+    return backends.select(Problem.of(q, k, u, v, gate), backend).forward(q, k, u, v, gate).contiguous()
+
+
+@torch.library.impl(_LIBRARY, "flash_mhf_backward", "CompositeExplicitAutograd")
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: list[bool], backend: str
+) -> list[Tensor]:
+    """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
+    run = backends.select(Problem.of(q, k, u, v, gate), backend)
+    grads = run.backward(dout, q, k, u, v, gate, tuple(needs))
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+@torch.library.register_fake("flashmhf::flash_mhf", lib=_LIBRARY)
+def _forward_fake(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+    Problem.of(q, k, u, v, gate)
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("flashmhf::flash_mhf_backward", lib=_LIBRARY)
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: list[bool], backend: str
+) -> list[Tensor]:
+    inputs = (q, k, u, v, gate)
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+
+
+def _save_forward(ctx, inputs, output) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_forward(ctx, dout: Tensor):
+    needs = list(ctx.needs_input_grad[:5])
+    grads = iter(torch.ops.flashmhf.flash_mhf_backward(dout, *ctx.saved_tensors, needs, ctx.backend))
+    return (*(next(grads) if need else None for need in needs), None)
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.needs, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx, grad_grads: list[Tensor | None]):
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that one tensor given for two arguments still has a gradient for each.
+        inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
+        grads = [grad for grad in reference.backward(*inputs, tuple(ctx.needs)) if grad is not None]
+        used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
+        if not used:
+            return (*(None for _ in inputs), None, None)
+        first, vectors = zip(*used, strict=True)
+        seconds = iter(torch.autograd.grad(first, wanted, vectors, create_graph=create_graph, allow_unused=True))
+    needs = ctx.needs_input_grad[:6]
+    return (*(next(seconds) if need else None for need in needs), None, None)
+
+
+torch.library.register_autograd(
+    "flashmhf::flash_mhf", _differentiate_forward, setup_context=_save_forward, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "flashmhf::flash_mhf_backward", _differentiate_backward, setup_context=_save_backward, lib=_LIBRARY
+)
+
+
+@register_flop_formula(torch.ops.flashmhf.flash_mhf)
+def _forward_flops(q_shape, k_shape, *args, **kwargs) -> int:
+    """Three products of T x D x (E F) a head, as PyTorch's FlopCounterMode counts them."""
+    return 3 * _product_flops(q_shape, k_shape)
+
+
+@register_flop_formula(torch.ops.flashmhf.flash_mhf_backward)
+def _backward_flops(dout_shape, q_shape, k_shape, *args, **kwargs) -> int:
+    """Eight products, whichever backend: what recomputation and a second kernel add is overhead, not work."""
+    return 8 * _product_flops(q_shape, k_shape)
+
+
+def _product_flops(q_shape, k_shape) -> int:
+    _, E, F, _ = k_shape
+    return 2 * q_shape.numel() * E * F

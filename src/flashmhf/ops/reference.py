@@ -1,0 +1,63 @@
+"""The specification: the formula of FlashMHF as it stands in the paper, naive, in any dtype.
+
+    S_h = sum_e R_h[:, e] * ((SiLU(Q_h K_he^T) * (Q_h U_he^T)) V_he)
+
+It writes every activation to memory (T x H x E x F elements, several times over) and is the oracle of the tests: in
+float64 the truth, in a lower precision the eager PyTorch whose error the other backends are measured against.
+Source: arXiv 2512.06989, section 3.
+"""
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+
+def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
+    k_HEFD, u_HEFD, v_HEFD = (_per_head(weight, q.shape[-2]) for weight in (k, u, v))
+    m = torch.einsum("...hd,hefd->...hef", q, k_HEFD)
+    n = torch.einsum("...hd,hefd->...hef", q, u_HEFD)
+    p = nnf.silu(m) * n
+    if gate is not None:
+        p = (p * gate[..., None]).to(q.dtype)
+    return torch.einsum("...hef,hefd->...hd", p, v_HEFD)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for q, k, u, v and gate, None where `needs` says so. Differentiable again, for second derivatives."""
+    H, H_kv = q.shape[-2], k.shape[0]
+    k_HEFD, u_HEFD, v_HEFD = (_per_head(weight, H) for weight in (k, u, v))
+    m = torch.einsum("...hd,hefd->...hef", q, k_HEFD)
+    n = torch.einsum("...hd,hefd->...hef", q, u_HEFD)
+    da = torch.einsum("...hd,hefd->...hef", dout, v_HEFD)
+    sigmoid = torch.sigmoid(m)
+    silu = m * sigmoid
+    p = silu * n
+    dgate = None
+    if gate is not None:
+        dgate = (da * p).sum(-1).to(gate.dtype) if needs[4] else None
+        p = (p * gate[..., None]).to(q.dtype)
+        da = (da * gate[..., None]).to(q.dtype)
+    dm = da * n * (sigmoid + silu * (1 - sigmoid))
+    dn = da * silu
+    dq = dk = du = dv = None
+    if needs[0]:
+        dq = torch.einsum("...hef,hefd->...hd", dm, k_HEFD) + torch.einsum("...hef,hefd->...hd", dn, u_HEFD)
+    if needs[1]:
+        dk = _sum_groups(torch.einsum("...hef,...hd->hefd", dm, q), H_kv)
+    if needs[2]:
+        du = _sum_groups(torch.einsum("...hef,...hd->hefd", dn, q), H_kv)
+    if needs[3]:
+        dv = _sum_groups(torch.einsum("...hef,...hd->hefd", p, dout), H_kv)
+    return dq, dk, du, dv, dgate
+
+
+def _per_head(weight: Tensor, H: int) -> Tensor:
+    groups = H // weight.shape[0]
+    return weight if groups == 1 else weight.repeat_interleave(groups, dim=0)
+
+
+def _sum_groups(grad_HEFD: Tensor, H_kv: int) -> Tensor:
+    return grad_HEFD.unflatten(0, (H_kv, -1)).sum(1)
