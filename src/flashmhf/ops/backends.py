@@ -52,7 +52,7 @@ def _runs_everywhere(problem: Problem | None) -> None:
 
 
 BACKENDS = (
-    Backend("triton", "flashmhf.ops.triton", _triton_why_not),
+    Backend("triton", "flashmhf.ops.triton.backend", _triton_why_not),
     Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
     Backend("reference", "flashmhf.ops.reference", _runs_everywhere),
 )

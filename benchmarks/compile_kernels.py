@@ -1,0 +1,127 @@
+"""Compiles Triton kernels for GPUs that are not here and reads registers, spills and instructions off the result.
+
+    python benchmarks/compile_kernels.py                     every row of the tile table, as Markdown
+    python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
+from flashmhf.ops.triton.forward import plan_forward
+from flashmhf.ops.triton.launch import Launch
+from flashmhf.ops.triton.tiles import Tile
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90a": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = ("forward", "backward_tokens", "backward_weights")
+POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch. `spilled` counts bytes of stack or local memory a thread (AMD: registers)."""
+
+    registers: int
+    spilled: int
+    shared_bytes: int
+    matrix_instructions: int
+
+
+def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Tile) -> Launch:
+    """The launch of one kernel on tensors without data."""
+    q, out = (torch.empty(T, H, D, dtype=dtype, device="meta") for _ in range(2))
+    k, u, v = (torch.empty(H_kv, E, F, D, dtype=dtype, device="meta") for _ in range(3))
+    gate, dgate = (torch.empty(T, H, E, dtype=torch.float32, device="meta") for _ in range(2))
+    if kernel == "forward":
+        return plan_forward(q, k, u, v, gate, out, tile)
+    if kernel == "backward_tokens":
+        return plan_backward_tokens(out, q, k, u, v, gate, q, dgate, tile)
+    return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
+    """Compiles as the launcher would specialise: ones become constants, multiples of 16 are known to be such."""
+    signature, constants, attributes = {}, {}, {}
+    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
+    for index, (name, parameter) in enumerate(parameters.items()):
+        value = launch.arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTER_TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = "i64" if abs(value) >= 2**31 else "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "hip":
+        return _read_amd(compiled)
+    return _read_nvidia(compiled)
+
+
+def _read_nvidia(compiled) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    ptx = compiled.asm["ptx"]
+    matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))
+    return Compiled(registers, stack + local, compiled.metadata.shared, matrix)
+
+
+def _read_amd(compiled) -> Compiled:
+    assembly = compiled.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+    spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+    return Compiled(registers, spilled, compiled.metadata.shared, len(re.findall(r"v_mfma", assembly)))
+
+
+def _search_one(case):
+    target, kernel, D, dtype, tile = case
+    try:
+        return case, compile_launch(plan(kernel, 4096, 8, 8, 7, 384, D, dtype, tile), TARGETS[target])
+    except Exception as error:
+        return case, repr(error)[:80]
+
+
+def search(target: str, dims: list[int], dtypes: list[torch.dtype]) -> None:
+    cases = [
+        (target, kernel, D, dtype, Tile(block_t, block_f, warps, stages))
+        for kernel, D, dtype, block_t, block_f, warps, stages in itertools.product(
+            KERNELS, dims, dtypes, (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2)
+        )
+    ]
+    with ProcessPoolExecutor(2) as pool:
+        for (_, kernel, D, dtype, tile), result in pool.map(_search_one, cases, chunksize=4):
+            print(kernel, D, dtype, *tile, result, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--search", choices=TARGETS)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    args = parser.parse_args()
+    search(args.search, args.dims, [getattr(torch, name) for name in args.dtypes])

@@ -1,0 +1,246 @@
+"""The backward kernels: one for dQ and the gate's gradient, one for dK, dU and dV; both recompute M and N.
+
+With A = SiLU(M) * N and dA = dO V^T:  dR_e = rowsum(dA * A), dN = R dA SiLU(M), dM = R dA N SiLU'(M),
+dQ = dM K + dN U, dK = dM^T Q, dU = dN^T Q, dV = (R A)^T dO. No atomics: the same inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashmhf.ops.triton.common import load_tile, token_offsets
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
+from flashmhf.ops.triton.tiles import Tile, tile_for
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def backward_tokens_kernel(
+    q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
+    dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
+    k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
+    gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
+    dq_ptr, stride_dqb, stride_dql, stride_dqh, stride_dqx,
+    dgate_ptr, stride_dgateb, stride_dgatel, stride_dgateh, stride_dgatex,
+    T, L, E, F, GROUP,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_Q: tl.constexpr, NEEDS_GATE: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_T tokens of one head and walks over the parameter rows, as the forward does."""
+    EVEN_D: tl.constexpr = D == BLOCK_D
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    head = (tl.program_id(0) // tiles_t).to(tl.int64)
+    offs_t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_f = tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_t = offs_t < T
+    mask_d = offs_d < D
+
+    rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
+    rows_dout = token_offsets(offs_t, L, stride_doutb, stride_doutl, FLAT) + head * stride_douth
+    rows_gate = token_offsets(offs_t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
+    rows_dgate = token_offsets(offs_t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
+    q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
+    dout = load_tile(dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D)
+    offs_w = offs_f[:, None] * stride_wf + offs_d[None, :] * stride_wd
+    kv_head = (head // GROUP) * stride_wh
+    dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    dr = tl.zeros((BLOCK_T,), tl.float32)
+
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    for tile in tl.range(0, E * tiles_f):
+        e = tile // tiles_f
+        f = (tile % tiles_f) * BLOCK_F
+        first_row = kv_head + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
+        mask_f = f + offs_f < F
+        k = load_tile(k_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+        u = load_tile(u_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+        v = load_tile(v_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+        m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        n = tl.dot(q, tl.trans(u), input_precision=PRECISION)
+        da = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        sigmoid = tl.sigmoid(m)
+        silu = m * sigmoid
+        if NEEDS_GATE:
+            dr += tl.sum(da * silu * n, axis=1)
+            last = f + BLOCK_F >= F
+            tl.store(
+                dgate_ptr + rows_dgate + e * stride_dgatex, dr.to(dgate_ptr.dtype.element_ty), mask=mask_t & last
+            )
+            dr = tl.where(last, 0.0, dr)
+        if NEEDS_Q:
+            if HAS_GATE:
+                r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
+                da *= r[:, None]
+            dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
+            dn = da * silu
+            dq = tl.dot(dm.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = tl.dot(dn.to(u.dtype), u, dq, input_precision=PRECISION)
+
+    if NEEDS_Q:
+        rows_dq = token_offsets(offs_t, L, stride_dqb, stride_dql, FLAT) + head * stride_dqh
+        tl.store(
+            dq_ptr + rows_dq[:, None] + offs_d[None, :] * stride_dqx,
+            dq.to(dq_ptr.dtype.element_ty),
+            mask=mask_t[:, None] & mask_d[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def backward_weights_kernel(
+    q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
+    dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
+    k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
+    gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
+    dk_ptr, du_ptr, dv_ptr,
+    T, L, E, F, GROUP,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_K: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_V: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_F rows of one sub-network and walks over all tokens of the heads that share them.
+
+    Tiles are transposed (rows are parameters), so that no dot reads the transpose of another dot's result.
+    """
+    EVEN_D: tl.constexpr = D == BLOCK_D
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    kv_head = (tl.program_id(0) // (E * tiles_f)).to(tl.int64)
+    e = (tl.program_id(0) // tiles_f) % E
+    offs_f = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_f = offs_f < F
+    mask_d = offs_d < D
+
+    rows_w = kv_head * stride_wh + e.to(tl.int64) * stride_we + offs_f.to(tl.int64) * stride_wf
+    offs_w = rows_w[:, None] + offs_d[None, :] * stride_wd
+    k = load_tile(k_ptr + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+    u = load_tile(u_ptr + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+    v = load_tile(v_ptr + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+    dk = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+    du = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    for tile in tl.range(0, GROUP * tiles_t):
+        head = kv_head * GROUP + tile // tiles_t
+        t = (tile % tiles_t) * BLOCK_T + offs_t
+        mask_t = t < T
+        rows_q = token_offsets(t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
+        q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
+        rows_dout = token_offsets(t, L, stride_doutb, stride_doutl, FLAT) + head * stride_douth
+        dout = load_tile(
+            dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D
+        )
+        m = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        n = tl.dot(u, tl.trans(q), input_precision=PRECISION)
+        sigmoid = tl.sigmoid(m)
+        silu = m * sigmoid
+        if HAS_GATE:
+            rows_gate = token_offsets(t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
+            r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
+        if NEEDS_V:
+            p = silu * n
+            if HAS_GATE:
+                p *= r[None, :]
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if NEEDS_K or NEEDS_U:
+            da = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            if HAS_GATE:
+                da *= r[None, :]
+            if NEEDS_K:
+                dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
+                dk = tl.dot(dm.to(q.dtype), q, dk, input_precision=PRECISION)
+            if NEEDS_U:
+                dn = da * silu
+                du = tl.dot(dn.to(q.dtype), q, du, input_precision=PRECISION)
+
+    # The gradients are contiguous (H_kv, E, F, D).
+    offs_dw = ((kv_head * E + e) * F + offs_f)[:, None] * D + offs_d[None, :]
+    mask_w = mask_f[:, None] & mask_d[None, :]
+    if NEEDS_K:
+        tl.store(dk_ptr + offs_dw, dk.to(dk_ptr.dtype.element_ty), mask=mask_w)
+    if NEEDS_U:
+        tl.store(du_ptr + offs_dw, du.to(du_ptr.dtype.element_ty), mask=mask_w)
+    if NEEDS_V:
+        tl.store(dv_ptr + offs_dw, dv.to(dv_ptr.dtype.element_ty), mask=mask_w)
+
+
+def plan_backward_tokens(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    dq: Tensor | None,
+    dgate: Tensor | None,
+    tile: Tile | None = None,
+) -> Launch:
+    """The launch that writes dq and dgate, of which one may be None."""
+    H, D = q.shape[-2:]
+    tokens = Tokens.of(q, dout, gate, dq, dgate)
+    q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
+    if tile is None:
+        tile = tile_for("backward_tokens", q.device, q.dtype, D, tokens.T)
+    arguments = {
+        **token_arguments("q", q_view),
+        **token_arguments("dout", dout_view),
+        **weight_arguments(k, u, v),
+        **token_arguments("gate", gate_view),
+        **token_arguments("dq", dq_view),
+        **token_arguments("dgate", dgate_view),
+        **size_arguments(tokens, q, k, gate, tile),
+        "NEEDS_Q": dq is not None, "NEEDS_GATE": dgate is not None,
+    }  # fmt: skip
+    grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
+    return Launch(backward_tokens_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+
+
+def plan_backward_weights(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    dk: Tensor | None,
+    du: Tensor | None,
+    dv: Tensor | None,
+    tile: Tile | None = None,
+) -> Launch:
+    """The launch that writes dk, du and dv, each contiguous or None."""
+    H_kv, E, F, D = k.shape
+    tokens = Tokens.of(q, dout, gate)
+    q_view, dout_view, gate_view = tokens.tensors
+    if tile is None:
+        tile = tile_for("backward_weights", q.device, q.dtype, D, tokens.T)
+    arguments = {
+        **token_arguments("q", q_view),
+        **token_arguments("dout", dout_view),
+        **weight_arguments(k, u, v),
+        **token_arguments("gate", gate_view),
+        "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
+        **size_arguments(tokens, q, k, gate, tile),
+        "NEEDS_K": dk is not None, "NEEDS_U": du is not None, "NEEDS_V": dv is not None,
+    }  # fmt: skip
+    grid = (H_kv * E * triton.cdiv(F, tile.block_f),)
+    return Launch(backward_weights_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for q, k, u, v and gate, None where `needs` says so."""
+    dq, dk, du, dv, dgate = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if x is not None and need else None
+        for x, need in zip((q, k, u, v, gate), needs, strict=True)
+    )
+    if q.numel() == 0:
+        return dq, *(None if x is None else x.zero_() for x in (dk, du, dv)), dgate
+    if dq is not None or dgate is not None:
+        plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate).run()
+    if dk is not None or du is not None or dv is not None:
+        plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv).run()
+    return dq, dk, du, dv, dgate

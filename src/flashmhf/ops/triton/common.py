@@ -1,0 +1,24 @@
+"""Device functions that the forward and backward kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_offsets(offs_t, L, stride_b, stride_l, FLAT: tl.constexpr):
+    """64-bit element offsets of tokens whose index runs over (B, L)."""
+    if FLAT:
+        return offs_t.to(tl.int64) * stride_l
+    return (offs_t // L).to(tl.int64) * stride_b + (offs_t % L).to(tl.int64) * stride_l
+
+
+@triton.jit
+def load_tile(ptrs, mask_rows, mask_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr):
+    """A (rows, BLOCK_D) tile with zeros outside the masks; no mask where the sizes need none."""
+    if EVEN_ROWS and EVEN_D:
+        return tl.load(ptrs)
+    elif EVEN_ROWS:
+        return tl.load(ptrs, mask=mask_d[None, :], other=0.0)
+    elif EVEN_D:
+        return tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
+    return tl.load(ptrs, mask=mask_rows[:, None] & mask_d[None, :], other=0.0)

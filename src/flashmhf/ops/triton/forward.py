@@ -1,0 +1,93 @@
+"""The forward kernel: one program owns BLOCK_T tokens of one head and walks over the E x F parameter rows.
+
+The output stays in registers; M = Q K^T and N = Q U^T live for one tile of BLOCK_F rows. Programs are numbered head by
+head, so that one head's K, U and V stay in the L2 cache while all tokens pass by.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashmhf.ops.triton.common import load_tile, token_offsets
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
+from flashmhf.ops.triton.tiles import Tile, tile_for
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def forward_kernel(
+    q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
+    k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
+    gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
+    out_ptr, stride_outb, stride_outl, stride_outh, stride_outx,
+    T, L, E, F, GROUP,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    EVEN_D: tl.constexpr = D == BLOCK_D
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    head = (tl.program_id(0) // tiles_t).to(tl.int64)
+    offs_t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_f = tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_t = offs_t < T
+    mask_d = offs_d < D
+
+    rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
+    q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
+    rows_gate = token_offsets(offs_t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
+    offs_w = offs_f[:, None] * stride_wf + offs_d[None, :] * stride_wd
+    kv_head = (head // GROUP) * stride_wh
+    out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    for tile in tl.range(0, E * tiles_f):
+        e = tile // tiles_f
+        f = (tile % tiles_f) * BLOCK_F
+        first_row = kv_head + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
+        mask_f = f + offs_f < F
+        k = load_tile(k_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+        u = load_tile(u_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+        m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        n = tl.dot(q, tl.trans(u), input_precision=PRECISION)
+        p = m * tl.sigmoid(m) * n
+        if HAS_GATE:
+            r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
+            p *= r[:, None]
+        v = load_tile(v_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
+        out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
+
+    rows_out = token_offsets(offs_t, L, stride_outb, stride_outl, FLAT) + head * stride_outh
+    tl.store(
+        out_ptr + rows_out[:, None] + offs_d[None, :] * stride_outx,
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_t[:, None] & mask_d[None, :],
+    )
+
+
+def plan_forward(
+    q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, tile: Tile | None = None
+) -> Launch:
+    """The launch that writes `flash_mhf(q, k, u, v, gate)` into out, which has q's shape."""
+    H, D = q.shape[-2:]
+    tokens = Tokens.of(q, gate, out)
+    q_view, gate_view, out_view = tokens.tensors
+    if tile is None:
+        tile = tile_for("forward", q.device, q.dtype, D, tokens.T)
+    arguments = {
+        **token_arguments("q", q_view),
+        **weight_arguments(k, u, v),
+        **token_arguments("gate", gate_view),
+        **token_arguments("out", out_view),
+        **size_arguments(tokens, q, k, gate, tile),
+    }
+    grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
+    return Launch(forward_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+
+
+def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() > 0:
+        plan_forward(q, k, u, v, gate, out).run()
+    return out

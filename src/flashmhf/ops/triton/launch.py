@@ -1,0 +1,105 @@
+"""What the kernels' launchers share: token strides, arguments, and a launch that can also be compiled without a GPU."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashmhf.ops.triton.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, complete: `run()` it, or compile it for another device (benchmarks/compile_kernels.py)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The leading dimensions of several tensors as one or two token dimensions that they share.
+
+    Tokens are independent, so two strides are enough for every layout met in practice, and nothing is copied.
+    """
+
+    T: int
+    L: int
+    flat: bool
+    tensors: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> "Tokens":
+        """Each tensor is (..., H, X) or None; the views are (B, L, H, X). Three or more strides are copied to one."""
+        present = [x for x in tensors if x is not None]
+        sizes = _merged_sizes(present)
+        if len(sizes) > 2:
+            sizes = [math.prod(sizes)]
+        B, L = ([1, 1] + sizes)[-2:]
+        views = tuple(None if x is None else x.reshape(B, L, *x.shape[-2:]) for x in tensors)
+        return cls(B * L, L, B == 1, views)
+
+
+def _merged_sizes(tensors: list[Tensor]) -> list[int]:
+    """The fewest leading sizes that every tensor can be viewed with."""
+    merged: list[int] = []
+    strides: list[tuple[int, ...]] = []
+    for dim, size in enumerate(tensors[0].shape[:-2]):
+        if size == 1:
+            continue
+        dim_strides = tuple(x.stride(dim) for x in tensors)
+        if merged and all(outer == inner * size for outer, inner in zip(strides[-1], dim_strides, strict=True)):
+            merged[-1] *= size
+            strides[-1] = dim_strides
+        else:
+            merged.append(size)
+            strides.append(dim_strides)
+    return merged
+
+
+def token_arguments(name: str, x: Tensor | None) -> dict[str, Any]:
+    """The pointer and the strides of a (B, L, H, X) view."""
+    strides = (0, 0, 0, 0) if x is None else x.stride()
+    letters = f"{name}b {name}l {name}h {name}x".split()
+    return {f"{name}_ptr": x, **{f"stride_{letter}": stride for letter, stride in zip(letters, strides, strict=True)}}
+
+
+def weight_arguments(k: Tensor, u: Tensor, v: Tensor) -> dict[str, Any]:
+    """Pointers and the one set of strides of K, U and V. Parameters share it; anything else is copied to it."""
+    if not k.stride() == u.stride() == v.stride():
+        k, u, v = k.contiguous(), u.contiguous(), v.contiguous()
+    strides = zip(("stride_wh", "stride_we", "stride_wf", "stride_wd"), k.stride(), strict=True)
+    return {"k_ptr": k, "u_ptr": u, "v_ptr": v, **dict(strides)}
+
+
+def size_arguments(tokens: Tokens, q: Tensor, k: Tensor, gate: Tensor | None, tile: Tile) -> dict[str, Any]:
+    """Sizes, tile and the flags that change the generated code."""
+    H, D = q.shape[-2:]
+    H_kv, E, F, _ = k.shape
+    return {
+        "T": tokens.T, "L": tokens.L, "E": E, "F": F, "GROUP": H // H_kv,
+        "D": D, "BLOCK_D": block_d(D), "BLOCK_T": tile.block_t, "BLOCK_F": tile.block_f,
+        "FLAT": tokens.flat, "EVEN_F": F % tile.block_f == 0, "HAS_GATE": gate is not None,
+        "PRECISION": dot_precision(q.dtype),
+    }  # fmt: skip
+
+
+def block_d(D: int) -> int:
+    """The head dim as the kernels see it: a power of two, and at least the 16 that a matrix instruction wants."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: exactly, unless torch's own matmul setting allows TF32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
