@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashmhf.ops.slices import slices
+
 CPU_TILE_ELEMENTS = 2**20  # measured: docs/log.md, "Tile of the blockwise backend"
 ACCELERATOR_TILE_ELEMENTS = 2**24
 MIN_TILE_ROWS = 512  # narrower products leave a CPU's matrix unit idle
@@ -145,14 +147,14 @@ class Plan:
         return cls(T, H_kv, E, F, G, heads, tokens, subnetworks, width)
 
     def heads(self) -> Iterator[slice]:
-        return _slices(self.H_kv, self.block_heads)
+        return slices(self.H_kv, self.block_heads)
 
     def tokens(self) -> Iterator[slice]:
-        return _slices(self.T, self.block_tokens)
+        return slices(self.T, self.block_tokens)
 
     def parameter_rows(self) -> Iterator[tuple[slice, slice]]:
-        for subnetworks in _slices(self.E, self.block_subnetworks):
-            for width in _slices(self.F, self.block_width):
+        for subnetworks in slices(self.E, self.block_subnetworks):
+            for width in slices(self.F, self.block_width):
                 yield subnetworks, width
 
     def rows_of(self, x: Tensor, heads: slice, tokens: slice) -> Tensor:
@@ -201,8 +203,3 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
         sums.baddbmm_(a, b)
     else:
         sums.add_(torch.bmm(a, b))
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))

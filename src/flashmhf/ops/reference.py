@@ -54,6 +54,20 @@ def backward(
     return dq, dk, du, dv, dgate
 
 
+def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of each head of q (..., H, D) with that head's weight (H, D)."""
+    return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def head_gate(q: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """q (..., H, D), weight (H, D, E) -> gate (..., H, E) that sums to one over E; kind is "sigmoid" or "softmax"."""
+    logits = torch.einsum("...hd,hde->...he", q, weight)
+    if kind == "softmax":
+        return logits.softmax(-1)
+    scores = logits.sigmoid()
+    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
 def _per_head(weight: Tensor, H: int) -> Tensor:
     groups = H // weight.shape[0]
     return weight if groups == 1 else weight.repeat_interleave(groups, dim=0)

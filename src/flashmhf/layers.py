@@ -1,0 +1,334 @@
+"""FlashMHF as an `nn.Module`, and the feed-forward layers that it is compared with, on plain arguments.
+
+All of them map (..., hidden_size) to (..., hidden_size). MH-FFN and Dense-MoE are corners of FlashMHF and share its code.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from flashmhf.ops.backends import check_name
+from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.prologue import GATES, head_gate, head_norm
+
+INITS = ("reference", "scaled")
+REFERENCE_STD = 0.02
+REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
+SCALED_SCORE_RMS = 0.64  # of M and N at initialisation, for inputs of unit RMS
+SCALED_SWIGLU_SCORE_RMS = 0.32
+SCALED_PKV_STD = 0.1
+SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm of each head with a weight of its own, (num_heads, head_dim); computed in float32."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim, device=device, dtype=dtype))
+
+    def forward(self, q: Tensor, scale: float = 1.0) -> Tensor:
+        """q (..., num_heads, head_dim) -> the same; `scale` multiplies the result at no cost."""
+        return head_norm(q, self.weight if scale == 1.0 else self.weight * scale, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class FlashMHF(nn.Module):
+    """Multi-head FFN over gated parallel sub-networks, a drop-in for a Transformer's feed-forward layer.
+
+    Args:
+        hidden_size: width of input and output, a multiple of num_heads; the head dim is their quotient.
+        num_heads: heads H.
+        num_subnetworks: sub-networks E of each head; every one serves every token.
+        subnetwork_size: width F of a sub-network; about 8/3 of the head dim, rounded up to a multiple of 64.
+        num_kv_heads: heads that have parameters K, U, V of their own; num_heads is a multiple. Default: num_heads.
+        gate: "sigmoid" (of the logits, divided by its sum), "softmax", or None for a plain sum over sub-networks.
+        q_norm: RMSNorm each head of the projected input.
+        norm_eps: its epsilon.
+        projections: False leaves out in_proj and out_proj.
+        bias: biases in in_proj and out_proj.
+        init: "reference" is the paper's. "scaled" takes the fan-in into account; it also sets the two scales below.
+        score_scale: multiplies M = q K^T and N = q U^T alike. Default: 1, or num_heads with init="scaled".
+        output_scale: multiplies the gated sum over sub-networks. Default: 1, or num_subnetworks for a gated
+            layer with init="scaled".
+        backend: of the operator, see `flash_mhf`.
+
+    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv, E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what was given.
+
+    Source: arXiv 2512.06989, section 3.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_subnetworks: int,
+        subnetwork_size: int,
+        *,
+        num_kv_heads: int | None = None,
+        gate: str | None = "sigmoid",
+        q_norm: bool = False,
+        norm_eps: float = 1e-6,
+        projections: bool = True,
+        bias: bool = False,
+        init: str = "reference",
+        score_scale: float | None = None,
+        output_scale: float | None = None,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_positive(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_subnetworks=num_subnetworks,
+            subnetwork_size=subnetwork_size,
+            num_kv_heads=num_kv_heads,
+        )
+        _check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
+        _check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
+        _check_choice("gate", gate, (*GATES, None))
+        _check_choice("init", init, INITS)
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = hidden_size // num_heads
+        self.num_subnetworks = num_subnetworks
+        self.subnetwork_size = subnetwork_size
+        self.gate = gate
+        self.init = init
+        self.backend = check_name(backend)
+        scales = default_scales(init, num_heads, num_subnetworks, gate)
+        self.score_scale = scales[0] if score_scale is None else score_scale
+        self.output_scale = scales[1] if output_scale is None else output_scale
+
+        factory = {"device": device, "dtype": dtype}
+        linear = {"bias": bias, **factory}
+        self.in_proj = nn.Linear(hidden_size, hidden_size, **linear) if projections else None
+        self.out_proj = nn.Linear(hidden_size, hidden_size, **linear) if projections else None
+        shape = (num_kv_heads, num_subnetworks, subnetwork_size, self.head_dim)
+        self.k, self.u, self.v = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(3))
+        gate_shape = (num_heads, self.head_dim, num_subnetworks)
+        self.gate_weight = None if gate is None else nn.Parameter(torch.empty(gate_shape, **factory))
+        self.q_norm = HeadRMSNorm(num_heads, self.head_dim, norm_eps, **factory) if q_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises every parameter anew, as `init` says."""
+        if self.q_norm is not None:
+            nn.init.ones_(self.q_norm.weight)
+        if self.gate_weight is not None:
+            nn.init.trunc_normal_(self.gate_weight, std=REFERENCE_STD)
+        _init_projections(self.in_proj, self.out_proj)
+        score_std = output_std = REFERENCE_STD
+        if self.init == "scaled":
+            q_rms = 1.0 if self.q_norm is not None or self.in_proj is None else REFERENCE_GAIN
+            score_std = SCALED_SCORE_RMS / (self.score_scale * q_rms * math.sqrt(self.head_dim))
+            output_std = SCALED_OUTPUT_GAIN / math.sqrt(self.num_subnetworks * self.subnetwork_size)
+        nn.init.normal_(self.k, std=score_std)
+        nn.init.normal_(self.u, std=score_std)
+        nn.init.normal_(self.v, std=output_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> (..., hidden_size)."""
+        q = x if self.in_proj is None else self.in_proj(x)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        if self.q_norm is not None:
+            q = self.q_norm(q, self.score_scale)
+        elif self.score_scale != 1.0:
+            q = q * self.score_scale
+        out = flash_mhf(q, self.k, self.u, self.v, self._gate(q), backend=self.backend)
+        if self.gate is None and self.output_scale != 1.0:
+            out = out * self.output_scale
+        out = out.flatten(-2)
+        return out if self.out_proj is None else self.out_proj(out)
+
+    def _gate(self, q: Tensor) -> Tensor | None:
+        """The gate of the scaled q: its weight takes the scale back, so that the logits are those of q unscaled."""
+        if self.gate is None:
+            return None
+        weight = self.gate_weight if self.score_scale == 1.0 else self.gate_weight / self.score_scale
+        gate = head_gate(q, weight, self.gate)
+        return gate if self.output_scale == 1.0 else gate * self.output_scale
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, num_subnetworks={self.num_subnetworks}",
+            f"subnetwork_size={self.subnetwork_size}, gate={self.gate!r}",
+        ]
+        if self.num_kv_heads != self.num_heads:
+            parts.append(f"num_kv_heads={self.num_kv_heads}")
+        if (self.score_scale, self.output_scale) != (1.0, 1.0):
+            parts.append(f"score_scale={self.score_scale:g}, output_scale={self.output_scale:g}")
+        return ", ".join([*parts, f"init={self.init!r}, backend={self.backend!r}"])
+
+
+class MHFFN(FlashMHF):
+    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows a head and no gate."""
+
+    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, **options) -> None:
+        super().__init__(hidden_size, num_heads, 1, intermediate_size, gate=None, **options)
+
+
+class DenseMoE(FlashMHF):
+    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections."""
+
+    def __init__(self, hidden_size: int, num_subnetworks: int, subnetwork_size: int, **options) -> None:
+        super().__init__(hidden_size, 1, num_subnetworks, subnetwork_size, projections=False, **options)
+
+
+class PKV(nn.Module):
+    """Attention over learned keys and values: each head of the projected input attends to `num_slots` parameter rows.
+
+    Args:
+        hidden_size, num_heads, bias, init, device, dtype: as in FlashMHF.
+        num_slots: parameter rows a head.
+
+    Parameters: in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
+
+    Source: the baseline "PKV" of arXiv 2512.06989.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_slots: int,
+        *,
+        bias: bool = False,
+        init: str = "reference",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        _check_positive(hidden_size=hidden_size, num_heads=num_heads, num_slots=num_slots)
+        _check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
+        _check_choice("init", init, INITS)
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.num_slots = num_slots
+        self.init = init
+        factory = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(hidden_size, hidden_size, bias=bias, **factory)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias, **factory)
+        shape = (num_heads, num_slots, self.head_dim)
+        self.k, self.v = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises every parameter anew, as `init` says."""
+        _init_projections(self.in_proj, self.out_proj)
+        std = REFERENCE_STD if self.init == "reference" else SCALED_PKV_STD
+        nn.init.normal_(self.k, std=std)
+        nn.init.normal_(self.v, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> (..., hidden_size)."""
+        T = x.shape[:-1].numel()
+        q_1HTD = self.in_proj(x).view(1, T, self.num_heads, self.head_dim).transpose(1, 2)
+        k_1HSD, v_1HSD = (weight.to(q_1HTD.dtype).unsqueeze(0) for weight in (self.k, self.v))
+        out_1HTD = nnf.scaled_dot_product_attention(q_1HTD, k_1HSD, v_1HSD)
+        return self.out_proj(out_1HTD.transpose(1, 2).reshape(x.shape))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_slots={self.num_slots}, init={self.init!r}"
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward layer of Llama, with its parameter names.
+
+    Args:
+        hidden_size: width of input and output.
+        intermediate_size: d_ff.
+        bias: biases in all three projections.
+        init: "reference": normal with std 0.02 (as transformers' Llama); "scaled" by fan-in, larger on the way out.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool = False,
+        init: str = "reference",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        _check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        _check_choice("init", init, INITS)
+        self.init = init
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises every parameter anew, as `init` says."""
+        score_std = output_std = REFERENCE_STD
+        if self.init == "scaled":
+            score_std = SCALED_SWIGLU_SCORE_RMS / math.sqrt(self.gate_proj.in_features)
+            output_std = SCALED_OUTPUT_GAIN / math.sqrt(self.down_proj.in_features)
+        for projection, std in (
+            (self.gate_proj, score_std),
+            (self.up_proj, score_std),
+            (self.down_proj, output_std),
+        ):
+            nn.init.normal_(projection.weight, std=std)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> (..., hidden_size)."""
+        return self.down_proj(nnf.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def extra_repr(self) -> str:
+        return f"init={self.init!r}"
+
+
+def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | None) -> tuple[float, float]:
+    """(score_scale, output_scale) of a FlashMHF layer that was given none.
+
+    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score num_heads times
+    less than in a SwiGLU; and the gate divides the output, and with it each step's effect, by num_subnetworks. The
+    scales of "scaled" undo both.
+    """
+    if init == "reference":
+        return 1.0, 1.0
+    return float(num_heads), 1.0 if gate is None else float(num_subnetworks)
+
+
+def _init_projections(*projections: nn.Linear | None) -> None:
+    for projection in projections:
+        if projection is not None:
+            nn.init.xavier_uniform_(projection.weight, gain=REFERENCE_GAIN)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def _check_multiple(name: str, size: int, divisor_name: str, divisor: int) -> None:
+    if size % divisor != 0:
+        raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {size}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")

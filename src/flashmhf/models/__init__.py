@@ -1,0 +1,41 @@
+"""The Hugging Face model family; importing it registers FlashMHF with AutoConfig and the AutoModel classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.modeling import (
+    FlashMHFForCausalLM,
+    FlashMHFForQuestionAnswering,
+    FlashMHFForSequenceClassification,
+    FlashMHFForTokenClassification,
+    FlashMHFModel,
+    FlashMHFPreTrainedModel,
+)
+
+__all__ = [
+    "FlashMHFConfig",
+    "FlashMHFForCausalLM",
+    "FlashMHFForQuestionAnswering",
+    "FlashMHFForSequenceClassification",
+    "FlashMHFForTokenClassification",
+    "FlashMHFModel",
+    "FlashMHFPreTrainedModel",
+    "preset_names",
+]
+
+AutoConfig.register(FlashMHFConfig.model_type, FlashMHFConfig)
+for _auto, _model in (
+    (AutoModel, FlashMHFModel),
+    (AutoModelForCausalLM, FlashMHFForCausalLM),
+    (AutoModelForSequenceClassification, FlashMHFForSequenceClassification),
+    (AutoModelForTokenClassification, FlashMHFForTokenClassification),
+    (AutoModelForQuestionAnswering, FlashMHFForQuestionAnswering),
+):
+    _auto.register(FlashMHFConfig, _model)

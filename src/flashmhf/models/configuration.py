@@ -1,0 +1,110 @@
+"""Configuration of the FlashMHF model family: a Llama trunk whose feed-forward layer is chosen by `ffn_type`."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig
+
+from flashmhf.layers import INITS, default_scales
+from flashmhf.ops.backends import check_name
+from flashmhf.ops.prologue import GATES
+
+FFN_TYPES = ("flashmhf", "mhffn", "pkv", "dense_moe", "swiglu")
+PRESETS = files("flashmhf.models") / "presets"
+
+
+class FlashMHFConfig(LlamaConfig):
+    """Everything of `transformers.LlamaConfig`, and the feed-forward layer.
+
+    Args:
+        ffn_type: "flashmhf", "mhffn" (one sub-network, no gate), "dense_moe" (one head, no projections), "pkv"
+            (attention over intermediate_size learned slots a head) or "swiglu".
+        intermediate_size: d_ff: rows of K, U and V a head, E x F; slots of PKV; width of SwiGLU.
+        num_subnetworks: E; intermediate_size is a multiple of it. For "flashmhf" and "dense_moe".
+        num_ffn_heads: H of "flashmhf", "mhffn" and "pkv"; hidden_size is a multiple of it.
+        num_ffn_kv_heads: heads with K, U, V of their own. Default: num_ffn_heads.
+        gate: "sigmoid", "softmax" or None. For "flashmhf" and "dense_moe".
+        q_norm: RMSNorm on each head of the projected input. For "flashmhf" and "mhffn".
+        ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
+        ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
+        mlp_bias: biases in the layer's projections.
+        score_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so that a
+            checkpoint means the same with every later version.
+        init: "reference" or "scaled".
+        backend: of the operator, see `flashmhf.flash_mhf`.
+        reference_options: options of the reference code that change its initialisation or choice of kernel and not
+            the function; kept so that conversion back returns them (docs: checkpoints.py).
+
+    Raises:
+        ValueError: a value does not fit; names it, what was expected and what was given.
+    """
+
+    model_type = "flashmhf"
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        f"layers.*.self_attn.{name}": plan
+        for name, plan in (("q_proj", "colwise"), ("k_proj", "colwise"), ("v_proj", "colwise"), ("o_proj", "rowwise"))
+    }
+
+    ffn_type: str = "flashmhf"
+    num_subnetworks: int = 1
+    num_ffn_heads: int | None = None
+    num_ffn_kv_heads: int | None = None
+    gate: str | None = "sigmoid"
+    q_norm: bool = False
+    ffn_projections: bool = True
+    ffn_norm: bool = True
+    score_scale: float | None = None
+    output_scale: float | None = None
+    init: str = "reference"
+    backend: str = "auto"
+    reference_options: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_ffn_heads is None:
+            self.num_ffn_heads = self.num_attention_heads
+        if self.num_ffn_kv_heads is None:
+            self.num_ffn_kv_heads = self.num_ffn_heads
+        self._check_ffn()
+        gate = self.gate if self.ffn_type in ("flashmhf", "dense_moe") else None
+        heads = 1 if self.ffn_type == "dense_moe" else self.num_ffn_heads
+        scales = default_scales(self.init, heads, self.num_subnetworks, gate)
+        self.score_scale = scales[0] if self.score_scale is None else float(self.score_scale)
+        self.output_scale = scales[1] if self.output_scale is None else float(self.output_scale)
+        super().__post_init__(**kwargs)
+
+    @property
+    def subnetwork_size(self) -> int:
+        """F, the width of one sub-network."""
+        return self.intermediate_size // self.num_subnetworks
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "FlashMHFConfig":
+        """The configuration called `name` in `preset_names()`, with some values replaced."""
+        if name not in preset_names():
+            raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
+        return cls(**{**json.loads((PRESETS / f"{name}.json").read_text()), **overrides})
+
+    def _check_ffn(self) -> None:
+        for name, value, choices in (
+            ("ffn_type", self.ffn_type, FFN_TYPES),
+            ("gate", self.gate, (*GATES, None)),
+            ("init", self.init, INITS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        check_name(self.backend)
+        for name, divisor_name in (
+            ("intermediate_size", "num_subnetworks"),
+            ("hidden_size", "num_ffn_heads"),
+            ("num_ffn_heads", "num_ffn_kv_heads"),
+        ):
+            value, divisor = getattr(self, name), getattr(self, divisor_name)
+            if divisor < 1 or value % divisor != 0:
+                raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {value}")
+
+
+def preset_names() -> list[str]:
+    """Names that `FlashMHFConfig.from_preset` takes."""
+    return sorted(Path(preset.name).stem for preset in PRESETS.iterdir() if preset.name.endswith(".json"))
