@@ -34,8 +34,8 @@ class FlashMHFConfig(LlamaConfig):
             checkpoint means the same with every later version.
         init: "reference" or "scaled".
         backend: of the operator, see `flashmhf.flash_mhf`.
-        reference_options: options of the reference code that change its initialisation or choice of kernel and not
-            the function; kept so that conversion back returns them (docs: checkpoints.py).
+        reference_config: config.json of the reference code's checkpoint that this model was converted from; kept so
+            that conversion back returns it.
 
     Raises:
         ValueError: a value does not fit; names it, what was expected and what was given.
@@ -59,7 +59,7 @@ class FlashMHFConfig(LlamaConfig):
     output_scale: float | None = None
     init: str = "reference"
     backend: str = "auto"
-    reference_options: dict[str, Any] | None = None
+    reference_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_ffn_heads is None:

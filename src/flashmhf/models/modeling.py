@@ -78,6 +78,11 @@ class FlashMHFPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["FlashMHFDecoderLayer"]
     _can_record_outputs = {"hidden_states": FlashMHFDecoderLayer, "attentions": LlamaAttention}
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # The shortcut for code from outside transformers would pass over a layer with no parameters outside its Linear
+        # modules. Ours initialise through torch.nn.init, which transformers guards, so they need no shortcut.
+        super()._initialize_weights(module, is_custom_code=False)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (FlashMHF, PKV, SwiGLU)):
             module.reset_parameters()  # comes after the layer's own Linear modules, and leaves loaded tensors alone

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops import custom_op  # noqa: F401  (registers the operator)
+from flashmhf.ops.autocast import autocast_dtype
 
 
 def flash_mhf(
@@ -29,8 +30,7 @@ def flash_mhf(
 
     Source: arXiv 2512.06989, section 3; `ops/reference.py` is the formula.
     """
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
         q, k, u, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, u, v))
     return torch.ops.flashmhf.flash_mhf(q, k, u, v, gate, backend)

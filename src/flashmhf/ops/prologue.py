@@ -7,6 +7,7 @@ Under torch.compile one block covers all tokens, and the compiler fuses.
 import torch
 from torch import Tensor
 
+from flashmhf.ops.autocast import without_autocast
 from flashmhf.ops.slices import slices
 
 BLOCK_ELEMENTS = 2**20  # float32 elements of Q at a time
@@ -17,7 +18,7 @@ GATES = ("sigmoid", "softmax")
 
 def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of each head of q (..., H, D) with that head's weight (H, D); returns q's dtype."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return _HeadNorm.apply(q, weight, eps)
 
 
@@ -34,7 +35,7 @@ def head_gate(q: Tensor, weight: Tensor, kind: str) -> Tensor:
     """
     if kind not in GATES:
         raise ValueError(f"kind: expected one of {', '.join(GATES)}, got {kind!r}")
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return _HeadGate.apply(q, weight, kind)
 
 

@@ -1,0 +1,71 @@
+"""What a model costs, counted on tensors without data: parameters, FLOPs, and what training keeps of each token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+TOKENS = 128  # enough that what does not depend on tokens vanishes in the division
+
+
+def account(config: PreTrainedConfig, context_length: int | None = None) -> dict[str, Any]:
+    """Parameters, FLOPs a token, and the bytes that one FFN layer keeps of each token for its backward pass.
+
+    Args:
+        config: of a causal language model shaped like Llama.
+        context_length: for the attention's FLOPs. Default: the longest.
+    """
+    context_length = config.max_position_embeddings if context_length is None else context_length
+    with FakeTensorMode():
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        tokens = torch.zeros(1, context_length, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(tokens, use_cache=False)
+        ffn = model.model.layers[0].mlp
+        ffn_bytes = saved_bytes_per_token(ffn, config.hidden_size)
+    parameters = count_parameters(config)
+    embeddings = model.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
+    forward_flops = counter.get_total_flops() / context_length
+    return {
+        "parameters": parameters,
+        "parameters_without_embeddings": parameters - embeddings,
+        "context_length": context_length,
+        "forward_flops_per_token": forward_flops,
+        "training_flops_per_token": 3 * forward_flops,
+        "parameters_per_ffn": sum(parameter.numel() for parameter in ffn.parameters()),
+        "ffn_saved_bytes_per_token": ffn_bytes,
+    }
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the causal language model, tied embeddings counted once."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def saved_bytes_per_token(layer: nn.Module, hidden_size: int) -> float:
+    """Bytes a token that `layer` keeps between forward and backward, its input included, parameters not.
+
+    Counted in the dtype of the layer's parameters.
+    """
+    parameter = next(layer.parameters())
+    x = torch.empty(TOKENS, hidden_size, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+    parameters = {p.untyped_storage()._cdata for p in layer.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = layer(x)  # kept alive until everything is counted, so that no storage is counted under another's address
+    del out
+    return sum(saved.values()) / TOKENS

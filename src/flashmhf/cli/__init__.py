@@ -1,0 +1,51 @@
+"""The command `flashmhf`. Each command is a file here; what it needs is imported when it runs."""
+
+import logging
+import sys
+
+import typer
+from typer.exceptions import TyperException
+
+from flashmhf.cli import bench, compare, convert, evaluate, generate, info, tokenizer, train
+from flashmhf.errors import InputError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="flashmhf",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain, evaluate, compare, generate, convert and benchmark models with FlashMHF feed-forward layers.",
+)
+app.command("info")(info.info)
+app.command("train", context_settings=train.CONTEXT)(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("compare", context_settings=train.CONTEXT)(compare.compare)
+app.command("convert")(convert.convert)
+app.command("tokenizer")(tokenizer.tokenizer)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 130 (interrupted), with one line on what was wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("flashmhf").setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except TyperException as error:
+        _fail(error.format_message(), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except OSError as error:
+        _fail(str(error), 1)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"flashmhf: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

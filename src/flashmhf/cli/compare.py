@@ -1,0 +1,84 @@
+"""flashmhf compare: feed-forward layers against each other at matched parameters."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmhf.cli.output import Data, Json, TextColumn, Tokenizer, emit, results_only
+
+
+def compare(
+    context: typer.Context,
+    output_dir: Annotated[str, typer.Option(help="New, empty, or holding the same comparison, which then goes on.")],
+    variants: Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")] = "swiglu,flashmhf",
+    model: Annotated[
+        str, typer.Option(metavar="PRESET|FILE|DIR", help="Gives the trunk and the parameters to match.")
+    ] = "flashmhf-tiny",
+    data: Data = "stdlib",
+    tokenizer: Tokenizer = "bytes",
+    seeds: Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")] = "0",
+    context_length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
+    learning_rate: Annotated[str, typer.Option(help="One for all, or VARIANT=RATE,...")] = "",
+    text_column: TextColumn = "text",
+    validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**17,
+    json: Json = False,
+) -> None:
+    """Train variants on the same data and write a table, curves and a report. Takes the flags of `flashmhf train` too."""
+    with results_only():
+        from flashmhf.comparison import Comparison, RunFailed
+        from flashmhf.comparison import compare as run_comparison
+        from flashmhf.report import markdown_table
+        from flashmhf.training import parse_arguments
+
+        flags = list(context.args)
+        parse_arguments(flags, output_dir)  # a wrong flag is said before anything is written
+        names = _split(variants)
+        settings = Comparison(
+            variants=names,
+            model=model,
+            data=data,
+            tokenizer=tokenizer,
+            seeds=tuple(_number(int, "seeds", seed) for seed in _split(seeds)),
+            context_length=context_length,
+            learning_rates=_learning_rates(learning_rate, names),
+            training_flags=tuple(flags),
+            text_column=text_column,
+            validation_tokens=validation_tokens,
+        )
+        try:
+            results = run_comparison(settings, Path(output_dir), lambda line: typer.echo(line, err=True))
+        except RunFailed as error:
+            typer.echo(f"flashmhf: {error}", err=True)
+            raise typer.Exit(1) from error
+    report = Path(output_dir) / "report.html"
+    samples = results["samples"]
+    text = [markdown_table(results), ""]
+    text += [f"unigram entropy: {results['unigram_entropy_nats']:.3f} nats a token", ""]
+    for variant, continuation in samples["continuations"].items():
+        text += [f"--- {variant}, continuing a held-out document", samples["prompt"] + continuation, ""]
+    emit({**results, "report": str(report)}, "\n".join([*text, f"report: {report}"]), json)
+
+
+def _split(values: str) -> tuple[str, ...]:
+    return tuple(value.strip() for value in values.split(",") if value.strip())
+
+
+def _learning_rates(text: str, variants: tuple[str, ...]) -> dict[str, float]:
+    if not text:
+        return {}
+    if "=" not in text:
+        rate = _number(float, "learning-rate", text)
+        return dict.fromkeys(variants, rate)
+    pairs = (pair.partition("=") for pair in _split(text))
+    return {name: _number(float, "learning-rate", rate) for name, _, rate in pairs}
+
+
+def _number(kind, option: str, text: str):
+    from flashmhf.errors import InputError
+
+    try:
+        return kind(text)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(f"{option}: expected {what}, got {text!r}") from error

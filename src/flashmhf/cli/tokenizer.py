@@ -1,0 +1,33 @@
+"""flashmhf tokenizer: train a byte-level BPE on a source of text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmhf.cli.output import Json, TextColumn, emit, results_only
+
+
+def tokenizer(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As --data of the other commands.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it: a new or empty folder.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, the special ones included.")] = 8192,
+    text_column: TextColumn = "text",
+    json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on the training documents of SOURCE."""
+    with results_only():
+        from flashmhf.data import load_corpus
+        from flashmhf.errors import InputError
+        from flashmhf.tokenization import train_bpe
+
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"DIR: expected a new or empty folder, got {folder}")
+        corpus = load_corpus(source, text_column=text_column)
+        trained = train_bpe((text for batch in corpus.train.iter(16) for text in batch["text"]), vocab_size)
+        trained.save_pretrained(path)
+        sample = corpus.validation[0]["text"][:100_000]
+        bytes_per_token = len(sample.encode()) / max(len(trained(sample)["input_ids"]), 1)
+    result = {"folder": folder, "vocab_size": len(trained), "validation_bytes_per_token": bytes_per_token}
+    emit(result, f"{folder}: {len(trained):,} tokens, {bytes_per_token:.2f} bytes a token on validation text", json)

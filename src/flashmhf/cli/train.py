@@ -1,0 +1,51 @@
+"""flashmhf train: pretraining on transformers' Trainer."""
+
+import signal
+from typing import Annotated
+
+import typer
+
+from flashmhf.cli.output import Data, Json, TextColumn, Tokenizer, emit, results_only
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(metavar="PRESET|FILE|DIR", help="A folder goes on from its weights.")],
+    output_dir: Annotated[str, typer.Option(help="New or empty, unless --resume.")],
+    data: Data = "stdlib",
+    tokenizer: Tokenizer = "bytes",
+    context_length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
+    text_column: TextColumn = "text",
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read data as needed; wants --max-steps.")] = False,
+    validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**19,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps or --learning-rate."""
+    with results_only():
+        from flashmhf.training import Run, parse_arguments
+        from flashmhf.training import train as run_training
+
+        arguments = parse_arguments(context.args, output_dir)
+        run = Run(model, data, tokenizer, context_length, text_column, streaming, validation_tokens)
+        result = run_training(run, arguments, resume=resume)
+    number = result["interrupted_by"]
+    if number is not None:
+        typer.echo(
+            f"flashmhf: {signal.Signals(number).name} after step {result['steps']}; the checkpoint is in "
+            f"{output_dir}, go on with --resume",
+            err=True,
+        )
+    elif arguments.process_index == 0:
+        emit(result, _text(result), json)
+    raise typer.Exit(0 if number is None else 128 + number)
+
+
+def _text(result: dict) -> str:
+    return (
+        f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['elapsed_s']:,.0f} s; "
+        f"validation loss {result['validation_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte\n"
+        f"model: {result['output_dir']}"
+    )

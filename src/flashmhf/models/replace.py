@@ -1,0 +1,78 @@
+"""Swapping the feed-forward layers of an existing model, for fine-tuning studies."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from flashmhf.layers import FlashMHF
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DEFAULT_HEAD_DIM = 128
+SWIGLU_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def replace_ffn(
+    model: Model,
+    *,
+    num_heads: int | None = None,
+    num_subnetworks: int | None = None,
+    subnetwork_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    **options: Any,
+) -> Model:
+    """Replaces SwiGLU layers of a Llama-shaped Hugging Face model (Llama, Mistral, Qwen) by new FlashMHF layers, in place.
+
+    The new layers have fresh weights, on the device and in the dtype of the old ones. The model's configuration does not
+    know of them: to load such a model again, build it, call this with the same arguments, then load the state dict.
+
+    Args:
+        model: any module whose decoder layers have an `mlp` made of gate_proj, up_proj and down_proj.
+        num_heads: Default: heads of 128, or one where the width is no multiple of 128.
+        num_subnetworks: Default: what brings the parameters closest to the old layer's.
+        subnetwork_size: Default: 8/3 of the head dim, rounded up to a multiple of 64.
+        layers: which layers, counted from 0 in the model's order. Default: all.
+        options: further arguments of `FlashMHF`, such as gate, q_norm or init.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: there is no such layer in the model, or an argument does not fit.
+    """
+    owners = [module for module in model.modules() if _is_swiglu(getattr(module, "mlp", None))]
+    if not owners:
+        raise ValueError(f"model: expected layers with an mlp of {', '.join(SWIGLU_PARTS)}, got {type(model).__name__}")
+    chosen = range(len(owners)) if layers is None else list(layers)
+    for index in chosen:
+        if not 0 <= index < len(owners):
+            raise ValueError(f"layers: expected 0 to {len(owners) - 1}, got {index}")
+    new = {index: _like(owners[index].mlp, num_heads, num_subnetworks, subnetwork_size, options) for index in chosen}
+    for index, ffn in new.items():
+        ffn.train(owners[index].mlp.training)
+        owners[index].mlp = ffn
+    return model
+
+
+def _is_swiglu(module: Any) -> bool:
+    return isinstance(module, nn.Module) and all(isinstance(getattr(module, n, None), nn.Linear) for n in SWIGLU_PARTS)
+
+
+def _like(
+    old: nn.Module, num_heads: int | None, num_subnetworks: int | None, subnetwork_size: int | None, options: dict[str, Any]
+) -> FlashMHF:
+    weight = old.gate_proj.weight
+    hidden_size = weight.shape[1]
+    if num_heads is None:
+        num_heads = hidden_size // DEFAULT_HEAD_DIM if hidden_size % DEFAULT_HEAD_DIM == 0 else 1
+    if subnetwork_size is None:
+        subnetwork_size = math.ceil(8 / 3 * (hidden_size // num_heads) / 64) * 64
+    if num_subnetworks is None:
+        rows = sum(parameter.numel() for parameter in old.parameters()) / (3 * hidden_size)
+        rows -= 2 / 3 * hidden_size if options.get("projections", True) else 0  # in_proj and out_proj
+        num_subnetworks = max(1, round(rows / subnetwork_size))
+    return FlashMHF(
+        hidden_size, num_heads, num_subnetworks, subnetwork_size, device=weight.device, dtype=weight.dtype, **options
+    )

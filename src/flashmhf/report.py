@@ -1,0 +1,205 @@
+"""A comparison as one self-contained HTML page: table, curves, speed and memory, samples."""
+
+import html
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+COLOURS = {  # Okabe and Ito's, told apart with any colour vision
+    "flashmhf": "#0072B2",
+    "swiglu": "#D55E00",
+    "mhffn": "#009E73",
+    "pkv": "#CC79A7",
+    "dense_moe": "#E69F00",
+}
+UNIGRAM_COLOUR = "#666666"
+SMOOTHING = 0.1  # of the training curve's running mean
+FIGURE_INCHES = (6.4, 3.8)
+COLUMNS = (
+    "FFN",
+    "parameters",
+    "d_ff",
+    "validation loss (nats a token)",
+    "bits a byte",
+    "tokens a second",
+    "peak memory (MiB)",
+)
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>FlashMHF comparison</title>
+<style>
+  :root {{ color-scheme: light; }}
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #1a1a1a;
+         background: #fff; }}
+  h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+  .scroll {{ overflow-x: auto; }}
+  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+  th, td {{ padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
+  th:first-child, td:first-child {{ text-align: left; }}
+  th {{ font-weight: 600; white-space: normal; vertical-align: bottom; }}
+  figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; height: auto; }}
+  pre {{ background: #f5f5f5; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+        font-size: 0.85rem; }}
+  .prompt {{ color: #777; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write_report(results: dict[str, Any], file: Path) -> None:
+    """Writes the page for what `comparison.compare` returns; it loads nothing from anywhere."""
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(PAGE.format(body="\n".join(_sections(results))), encoding="utf-8")
+    beside.replace(file)
+
+
+def _sections(results: dict[str, Any]) -> list[str]:
+    settings = results["settings"]
+    best = min(results["variants"], key=lambda row: row["validation_loss"]["mean"])
+    seeds = ", ".join(map(str, settings["seeds"]))
+    tokens = results["runs"][0]["tokens"]
+    return [
+        f"<h1>Feed-forward layers compared: {', '.join(map(html.escape, settings['variants']))}</h1>",
+        f"<p>Trained from new weights on <b>{html.escape(settings['data'])}</b> (tokenizer "
+        f"{html.escape(settings['tokenizer'])}), {tokens:,} tokens each in blocks of {settings['context_length']}, "
+        f"seeds {seeds}; same trunk, matched parameters, same order of the data. Lowest validation loss here: "
+        f"<b>{html.escape(best['variant'])}</b>. One line without context (unigram entropy): "
+        f"{results['unigram_entropy_nats']:.3f} nats a token.</p>",
+        _html_table(results),
+        "<h2>Loss</h2>",
+        _figure(_loss_curves(results), "Training loss (thin: each run's log, thick: its running mean)"),
+        _figure(_validation_curves(results), "Validation loss"),
+        "<h2>Speed and memory</h2>",
+        _figure(_costs(results), "Tokens a second of the training step, and the training process's peak memory"),
+        "<h2>Samples</h2>",
+        *_samples(results["samples"]),
+        "<h2>Settings</h2>",
+        f"<pre>{html.escape(_settings_text(settings))}</pre>",
+    ]
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """One row a variant, the lowest validation loss first."""
+    rows = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *_rows(results)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _html_table(results: dict[str, Any]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(results)
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            row["variant"],
+            f"{row['parameters']:,}",
+            f"{row['intermediate_size']:,}",
+            _spread(row["validation_loss"]),
+            _spread(row["bits_per_byte"]),
+            f"{row['tokens_per_second']['mean']:,.0f}",
+            f"{row['peak_memory_mib']['mean']:,.0f}",
+        )
+        for row in sorted(results["variants"], key=lambda row: row["validation_loss"]["mean"])
+    ]
+
+
+def _loss_curves(results: dict[str, Any]) -> Figure:
+    figure, axes = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
+    labelled = set()
+    for run in results["runs"]:
+        steps, losses = zip(*run["curve"], strict=True)
+        colour = COLOURS[run["variant"]]
+        label = None if run["variant"] in labelled else run["variant"]
+        labelled.add(run["variant"])
+        axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, _smoothed(losses), color=colour, linewidth=1.8, label=label)
+    axes.axhline(results["unigram_entropy_nats"], color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy")
+    _finish(axes, "step", "nats a token")
+    return figure
+
+
+def _validation_curves(results: dict[str, Any]) -> Figure:
+    figure, axes = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
+    labelled = set()
+    for run in results["runs"]:
+        steps, losses = zip(*run["validation_curve"], strict=True)
+        label = None if run["variant"] in labelled else run["variant"]
+        labelled.add(run["variant"])
+        axes.plot(steps, losses, color=COLOURS[run["variant"]], marker="o", markersize=4, linewidth=1.5, label=label)
+    _finish(axes, "step", "nats a token")
+    return figure
+
+
+def _costs(results: dict[str, Any]) -> Figure:
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(6.4, 3.2), layout="constrained")
+    names = [row["variant"] for row in results["variants"]]
+    colours = [COLOURS[name] for name in names]
+    for axes, measure, label in ((speed, "tokens_per_second", "tokens a second"), (memory, "peak_memory_mib", "MiB")):
+        bars = axes.bar(names, [row[measure]["mean"] for row in results["variants"]], color=colours, width=0.6)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=9)
+        axes.set_ylabel(label)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="x", labelsize=9)
+    return figure
+
+
+def _samples(samples: dict[str, Any]) -> list[str]:
+    prompt = html.escape(samples["prompt"])
+    return [
+        f'<h3>{html.escape(variant)}</h3><pre><span class="prompt">{prompt}</span>{html.escape(text)}</pre>'
+        for variant, text in samples["continuations"].items()
+    ]
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in settings.items())
+
+
+def _finish(axes: Any, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.legend(frameon=False)
+
+
+def _figure(figure: Figure, caption: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    return f'<figure role="img" aria-label="{html.escape(caption)}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def _smoothed(values: tuple[float, ...]) -> list[float]:
+    smoothed = [values[0]]
+    for value in values[1:]:
+        smoothed.append((1 - SMOOTHING) * smoothed[-1] + SMOOTHING * value)
+    return smoothed
+
+
+def _spread(measure: dict[str, Any]) -> str:
+    deviation = measure["standard_deviation"]
+    return f"{measure['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")

@@ -1,0 +1,335 @@
+"""Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
+
+import json
+import logging
+import math
+import resource
+import signal
+import statistics
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from flashmhf.data import Corpus, TokenBlocks, load_corpus, stream_blocks, tokenize
+from flashmhf.errors import InputError
+from flashmhf.evaluation import check_vocabulary
+from flashmhf.models.loading import check_safetensors, load_config, load_model, read_json
+from flashmhf.tokenization import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+VOCABULARY_MULTIPLE = 64
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 0.02,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "num_train_epochs": 1.0,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+    "include_num_input_tokens_seen": True,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is about; a resumed run must be about the same.
+
+    Args:
+        model: a preset, a JSON configuration (both start from new weights) or a model's folder (goes on from its).
+        data: a SOURCE, see `flashmhf.data`.
+        tokenizer: `bytes`, a folder or a Hub id.
+        context_length: tokens in a training block.
+        text_column: of .jsonl, .parquet or Hub data.
+        streaming: read the data as it is needed.
+        validation_tokens: at most so many are used for validation.
+    """
+
+    model: str
+    data: str
+    tokenizer: str
+    context_length: int
+    text_column: str = "text"
+    streaming: bool = False
+    validation_tokens: int = 2**19
+
+
+def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
+    """`transformers.TrainingArguments` from command-line flags, on this package's defaults.
+
+    Raises:
+        InputError: an unknown flag or a value that does not fit.
+    """
+    parser = _Parser(TrainingArguments, prog="flashmhf train", add_help=False, allow_abbrev=False)
+    gpu = torch.cuda.is_available()
+    parser.set_defaults(
+        **DEFAULTS,
+        bf16=gpu and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=gpu,
+        output_dir=output_dir,
+    )
+    try:
+        (arguments,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    return arguments
+
+
+def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> dict[str, Any]:
+    """Trains, validates and saves model and tokenizer into `arguments.output_dir`.
+
+    SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
+
+    Returns:
+        "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats a token), "bits_per_byte",
+        "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "interrupted_by" (a signal's number
+        or None).
+
+    Raises:
+        InputError: data, model, tokenizer, sizes or output folder do not fit.
+    """
+    started = time.perf_counter()
+    output_dir = Path(arguments.output_dir)
+    checkpoint = _prepare_output_dir(output_dir, run, resume) if arguments.process_index == 0 else None
+    if arguments.world_size > 1 and resume:
+        checkpoint = get_last_checkpoint(str(output_dir))
+    set_seed(arguments.seed)
+    tokenizer = load_tokenizer(run.tokenizer)
+    model = _new_or_loaded_model(run, tokenizer)
+    with arguments.main_process_first(desc="data"):
+        corpus = load_corpus(run.data, text_column=run.text_column, streaming=run.streaming)
+        train_blocks, validation_blocks, bytes_per_token = _blocks(run, corpus, tokenizer)
+    if arguments.process_index == 0:
+        write_json(output_dir / RUN_FILE, asdict(run))
+    stop = _StopOnSignal()
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_blocks,
+        eval_dataset=validation_blocks,
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    trainer.remove_callback(ProgressCallback)
+    if not arguments.disable_tqdm:
+        trainer.add_callback(_Progress)
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal is None:
+        trainer.save_model()
+        validation = trainer.evaluate()
+    else:
+        validation = {}
+    trainer.save_state()
+    validation_loss = validation.get("eval_loss")
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "parameters": model.num_parameters(),
+        "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
+        "validation_loss": validation_loss,
+        "bits_per_byte": None if validation_loss is None else validation_loss / math.log(2) / bytes_per_token,
+        "tokens_per_second": _median_speed(trainer),
+        "peak_memory_mib": peak_memory_mib(),
+        "elapsed_s": time.perf_counter() - started,
+        "interrupted_by": stop.signal,
+        "output_dir": str(output_dir),
+    }
+
+
+def peak_memory_mib() -> float:
+    """The most memory so far: allocated on the GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes beside and renames, so that a good file is never replaced by half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(file)
+
+
+def _prepare_output_dir(output_dir: Path, run: Run, resume: bool) -> str | None:
+    """The checkpoint to resume from, or None for a new run in a new or empty folder."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
+    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
+    if not resume:
+        if content:
+            held = ", ".join(content[:3])
+            raise InputError(f"output-dir: expected a new or empty folder, or --resume, got {output_dir} with {held}")
+        return None
+    if RUN_FILE not in content:
+        raise InputError(f"resume: expected a run's folder with {RUN_FILE}, got {output_dir} without")
+    earlier = read_json(output_dir / RUN_FILE)
+    for name, value in asdict(run).items():
+        if earlier.get(name) != value:
+            raise InputError(f"resume: expected the {name} of the earlier run, {earlier.get(name)!r}, got {value!r}")
+    checkpoint = get_last_checkpoint(str(output_dir))
+    if checkpoint is not None:
+        check_checkpoint(Path(checkpoint))
+    return checkpoint
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises InputError where a file of a Trainer checkpoint is missing or torn; nothing is unpickled."""
+    check_safetensors(folder)
+    read_json(folder / "trainer_state.json")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        file = folder / name
+        try:
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"checkpoint: expected a whole {file}, got: {error}") from error
+        if broken is not None:
+            raise InputError(f"checkpoint: expected a whole {file}, got a wrong checksum of {broken}")
+
+
+def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if Path(run.model).is_dir():
+        model = load_model(run.model, dtype=torch.float32)
+        check_vocabulary(model, tokenizer)
+        _check_same_tokenizer(run.model, tokenizer)
+    else:
+        config = load_config(run.model)
+        config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    longest = model.config.max_position_embeddings
+    if not 2 <= run.context_length <= longest:
+        raise InputError(f"context-length: expected 2 to the model's {longest}, got {run.context_length}")
+    return model
+
+
+def _check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        own = load_tokenizer(folder)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"tokenizer: expected the one in {folder} ({len(own)} tokens), got one of {len(tokenizer)} others"
+            )
+
+
+def _blocks(
+    run: Run, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.utils.data.Dataset | Any, torch.utils.data.Dataset, float]:
+    validation_tokens = tokenize(corpus.validation, tokenizer)
+    validation = TokenBlocks(validation_tokens, run.context_length)
+    bytes_per_token = sum(validation_tokens["bytes"]) / sum(len(ids) for ids in validation_tokens["input_ids"])
+    most = max(run.validation_tokens // run.context_length, 1)
+    if run.streaming:
+        train = stream_blocks(corpus.train, tokenizer, run.context_length)
+    else:
+        train = TokenBlocks(tokenize(corpus.train, tokenizer), run.context_length)
+    for role, blocks in (("training", train), ("validation", validation)):
+        if not run.streaming and len(blocks) == 0:
+            raise InputError(f"data: expected at least {run.context_length} tokens for {role}, got fewer")
+    return train, torch.utils.data.Subset(validation, range(min(most, len(validation)))), bytes_per_token
+
+
+def _median_speed(trainer: Trainer) -> float | None:
+    speeds = [row["tokens_per_second"] for row in trainer.state.log_history if "tokens_per_second" in row]
+    return statistics.median(speeds) if speeds else None
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+class _Trainer(Trainer):
+    """Logs the speed of the training steps alone, without validation and saving."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._step_seconds = 0.0
+        self._tokens_logged = 0
+
+    def training_step(self, *args: Any, **options: Any):
+        started = time.perf_counter()
+        loss = super().training_step(*args, **options)
+        self._step_seconds += time.perf_counter() - started
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        tokens = self.state.num_input_tokens_seen
+        if "loss" in logs and self._step_seconds > 0 and tokens > self._tokens_logged:
+            logs["tokens_per_second"] = (tokens - self._tokens_logged) / self._step_seconds
+            self._step_seconds, self._tokens_logged = 0.0, tokens
+        super().log(logs)
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar with one short line a log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is None or not state.is_world_process_zero or not logs:
+            return
+        names = {"loss": "loss", "eval_loss": "validation loss", "tokens_per_second": "tokens/s"}
+        parts = [f"{label} {logs[name]:,.4g}" for name, label in names.items() if name in logs]
+        if parts:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
+
+
+class _StopOnSignal(TrainerCallback):
+    """Within its context SIGINT and SIGTERM end training after the step under way, with a checkpoint. A second one kills."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopOnSignal":
+        for number in self.SIGNALS:
+            self._handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._restore()
+        logger.warning("%s: saving a checkpoint after this step", signal.Signals(number).name)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""Random problems and the error budget that every backend is held to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashmhf.ops import reference
+
+FEW = 256
+NAMES = ("out", "dq", "dk", "du", "dv", "dgate")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Leading dimensions, then the paper's letters."""
+
+    lead: tuple[int, ...]
+    H: int
+    H_kv: int
+    E: int
+    F: int
+    D: int
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, gate: bool = True, seed: int = 0) -> list[Tensor | None]:
+    """q, k, u, v, gate and the output's gradient, fresh and random; the gate is float32, or float64 with float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    weight_shape = (shape.H_kv, shape.E, shape.F, shape.D)
+    q = randn(*shape.lead, shape.H, shape.D)
+    k, u, v = (randn(*weight_shape) / shape.D**0.5 for _ in range(3))
+    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    r = torch.rand(*shape.lead, shape.H, shape.E, generator=generator).to(gate_dtype) if gate else None
+    dout = randn(*shape.lead, shape.H, shape.D)
+    return [*(x.to(dtype) for x in (q, k, u, v)), r, dout.to(dtype)]
+
+
+def exact_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    """Output and gradients of the specification in float64, from the inputs as they were rounded."""
+    *arguments, dout = (None if x is None else x.double() for x in inputs)
+    needs = tuple(x is not None for x in arguments)
+    return [reference.forward(*arguments), *reference.backward(dout, *arguments, needs)]
+
+
+def eager_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    """What eager PyTorch makes of the formula in the inputs' own precision."""
+    *arguments, dout = inputs
+    needs = tuple(x is not None for x in arguments)
+    return [reference.forward(*arguments), *reference.backward(dout, *arguments, needs)]
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the difference over that of `exact`."""
+    return float((got.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor, precision: torch.dtype) -> None:
+    """At most twice the error of eager PyTorch at the same precision, plus the rounding of the result; never NaN."""
+    assert got.shape == exact.shape, name
+    assert got.dtype == eager.dtype, name
+    assert not got.isnan().any(), f"{name}: NaN"
+    if exact.numel() == 0 or exact.norm() == 0:
+        assert got.double().norm() == 0, name
+        return
+    budget = 2 * relative_error(eager, exact) + _rounding(got, precision)
+    error = relative_error(got, exact)
+    assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
+
+
+def _rounding(got: Tensor, precision: torch.dtype) -> float:
+    if precision == torch.float64:  # the oracle rounds as much
+        return 64 * torch.finfo(torch.float64).eps
+    if got.numel() < FEW:  # eager may be exact by luck: the roundings of M, SiLU(M), P and the sum
+        return 2 * torch.finfo(precision).eps
+    return torch.finfo(got.dtype).eps / 2

@@ -1,0 +1,204 @@
+"""Every backend, forward and all gradients, against the float64 specification under the error budget."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashmhf.ops import backends
+from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.problem import Problem
+from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
+
+SHAPES = [
+    Shape((7,), 2, 2, 3, 5, 8),
+    Shape((1,), 4, 2, 1, 1, 16),
+    Shape((0,), 2, 1, 2, 3, 8),
+    Shape((), 2, 1, 2, 3, 8),
+    Shape((2, 3), 3, 1, 2, 40, 24),
+    Shape((2, 1, 5), 2, 2, 1, 70, 80),
+    Shape((35,), 2, 2, 2, 33, 96),
+    Shape((17,), 1, 1, 15, 4, 128),
+]
+LARGER = [
+    Shape((300,), 2, 2, 3, 200, 96),
+    Shape((130,), 4, 1, 2, 384, 128),
+    Shape((19,), 1, 1, 1, 1000, 256),
+    Shape((3,), 2, 2, 2, 50, 300),
+]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=[row.name for row in backends.BACKENDS])
+def backend(request, monkeypatch) -> str:
+    """Every row of the table; Triton's kernels run through its interpreter where there is no GPU."""
+    if request.param == "triton" and not torch.cuda.is_available():
+        if (reason := backends.backends()["triton"]) and "installed" in reason:
+            pytest.skip(reason)
+        interpret_triton(monkeypatch)
+    return request.param
+
+
+def interpret_triton(monkeypatch) -> None:
+    """Lets the backend `triton` take CPU tensors, for Triton's interpreter; its other conditions stay."""
+
+    def why_not(problem: Problem | None) -> str | None:
+        if problem is None:
+            return None
+        if problem.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        if problem.dtype == torch.float64 or problem.D > backends.TRITON_MAX_HEAD_DIM:
+            return "not for the kernels"
+        return None
+
+    (real,) = (row for row in backends.BACKENDS if row.name == "triton")
+    interpreted = dataclasses.replace(real, why_not=why_not)
+    table = tuple(interpreted if row.name == "triton" else row for row in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+def check(backend: str, inputs: list) -> None:
+    *arguments, dout = inputs
+    problem = Problem.of(*arguments)
+    if reason := backends.backends(problem)[backend]:
+        pytest.skip(reason)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in arguments]
+    out = flash_mhf(*leaves, backend=backend)
+    assert out.is_contiguous()
+    grads = torch.autograd.grad(out, [x for x in leaves if x is not None], dout)
+    got = [out.detach(), *grads]
+    for name, mine, eager, exact in zip(NAMES, got, eager_results(inputs), exact_results(inputs), strict=False):
+        assert_within_budget(name, mine, eager, exact, precision=dout.dtype)
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(backend, shape, dtype, gate, poisoned_memory):
+    check(backend, make_inputs(shape, dtype, gate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LARGER, ids=str)
+def test_larger_shapes(backend, shape, dtype, gate, poisoned_memory):
+    check(backend, make_inputs(shape, dtype, gate))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_blockwise(data, poisoned_memory):
+    H_kv = data.draw(st.integers(1, 3))
+    shape = Shape(
+        lead=tuple(data.draw(st.lists(st.integers(0, 6), max_size=3))),
+        H=H_kv * data.draw(st.integers(1, 3)),
+        H_kv=H_kv,
+        E=data.draw(st.integers(1, 5)),
+        F=data.draw(st.integers(1, 60)),
+        D=data.draw(st.integers(1, 40)),
+    )
+    dtype = data.draw(st.sampled_from(DTYPES))
+    check("blockwise", make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_triton(data, poisoned_memory, monkeypatch):
+    with monkeypatch.context() as patch:
+        if not torch.cuda.is_available():
+            interpret_triton(patch)
+        H_kv = data.draw(st.integers(1, 2))
+        shape = Shape(
+            lead=tuple(data.draw(st.lists(st.integers(0, 4), max_size=3))),
+            H=H_kv * data.draw(st.integers(1, 2)),
+            H_kv=H_kv,
+            E=data.draw(st.integers(1, 3)),
+            F=data.draw(st.integers(1, 70)),
+            D=data.draw(st.integers(1, 70)),
+        )
+        dtype = data.draw(st.sampled_from((torch.float32, torch.float16)))
+        check("triton", make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
+
+
+LAYOUTS = {
+    "sliced sequence": lambda x: torch.cat([x[:, :1], x, x[:, :1]], 1)[:, 1:-1],
+    "sequence first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last dimensions swapped": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every second element": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "reversed batch": lambda x: torch.cat([x, x])[torch.arange(len(x))],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_strides(backend, layout):
+    inputs = make_inputs(Shape((3, 4), 2, 2, 2, 20, 16), torch.float32)
+    q, k, u, v, gate, dout = inputs
+    check(backend, [layout(q), k, u, v, layout(gate), layout(dout)])
+    check(backend, [q, layout(k), u, layout(v), gate, dout])
+
+
+def test_three_leading_strides(backend):
+    """More strides than the kernels take: still right."""
+    q, k, u, v, gate, dout = make_inputs(Shape((2, 3, 4), 2, 2, 2, 20, 16), torch.float32)
+    padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 1, 1, 1, 1))[:, 1:-1, 1:-1]
+    assert torch.equal(padded, q)
+    check(backend, [padded, k, u, v, gate, dout])
+
+
+def test_zero_strides(backend):
+    """`.sum().backward()` hands an expanded gradient; a broadcast q or gate has zero strides too."""
+    q, k, u, v, gate, _ = make_inputs(Shape((3, 4), 2, 2, 2, 20, 16), torch.float32)
+    check(backend, [q, k, u, v, gate, torch.ones(()).expand(q.shape)])
+    check(backend, [q[:1].expand(q.shape), k, u, v, gate[:, :1].expand(gate.shape), q.clone()])
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "u v"])
+def test_only_the_gradients_that_are_needed(backend, wanted, poisoned_memory):
+    inputs = make_inputs(Shape((5,), 4, 2, 2, 20, 16), torch.float32)
+    *arguments, dout = inputs
+    named = dict(zip(("q", "k", "u", "v", "gate"), arguments, strict=True))
+    for name in wanted.split():
+        named[name].requires_grad_()
+    out = flash_mhf(**named, backend=backend)
+    out.backward(dout)
+    exact = dict(zip(NAMES, exact_results(inputs), strict=True))
+    for name, tensor in named.items():
+        if name in wanted.split():
+            torch.testing.assert_close(tensor.grad.double(), exact[f"d{name}"], rtol=1e-4, atol=1e-5)
+        else:
+            assert tensor.grad is None
+
+
+def test_gate_in_another_precision(backend):
+    inputs = make_inputs(Shape((5,), 2, 2, 3, 20, 16), torch.float32)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        inputs[4] = inputs[4].to(dtype)
+        check(backend, inputs)
+
+
+def test_what_is_not_finite_stays_in_its_row(backend):
+    q, k, u, v, gate, _ = make_inputs(Shape((9,), 2, 2, 2, 20, 16), torch.float32)
+    clean = flash_mhf(q, k, u, v, gate, backend=backend)
+    q[3, 1, 5] = float("inf")
+    q[6, 0, 2] = float("nan")
+    dirty = flash_mhf(q, k, u, v, gate, backend=backend)
+    spoiled = torch.zeros(9, 2, dtype=torch.bool)
+    spoiled[3, 1] = spoiled[6, 0] = True
+    assert not dirty[spoiled].isfinite().all()
+    torch.testing.assert_close(dirty[~spoiled], clean[~spoiled])
+
+
+def test_same_inputs_give_the_same_bits(backend):
+    *arguments, dout = make_inputs(Shape((50,), 4, 2, 2, 40, 16), torch.float32)
+    leaves = [x.requires_grad_() for x in arguments]
+
+    def run() -> tuple:
+        out = flash_mhf(*leaves, backend=backend)
+        return (out, *torch.autograd.grad(out, leaves, dout))
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
