@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that are not here and reads registers, spills and instructions off the result.
 
-    python benchmarks/compile_kernels.py                     every row of the tile table, as Markdown
-    python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
+python benchmarks/compile_kernels.py                     every row of the tile table, as Markdown
+python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
 """
 
 import argparse
@@ -35,7 +35,7 @@ POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one launch. `spilled` counts bytes of stack or local memory a thread (AMD: registers)."""
+    """What the compiler made of a launch. `spilled`: bytes of stack and local memory a thread (AMD: registers)."""
 
     registers: int
     spilled: int
@@ -85,7 +85,7 @@ def _read_nvidia(compiled) -> Compiled:
         cubin.flush()
         tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
         usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (_number(rf"{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
     ptx = compiled.asm["ptx"]
     matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))
     return Compiled(registers, stack + local, compiled.metadata.shared, matrix)
@@ -93,9 +93,15 @@ def _read_nvidia(compiled) -> Compiled:
 
 def _read_amd(compiled) -> Compiled:
     assembly = compiled.asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
-    spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+    registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return Compiled(registers, spilled, compiled.metadata.shared, len(re.findall(r"v_mfma", assembly)))
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, pattern
+    return int(match[1])
 
 
 def _search_one(case):

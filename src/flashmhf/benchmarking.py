@@ -1,7 +1,7 @@
 """Time and memory of the operator and of whole layers, against the layers that they replace.
 
-Variants are timed in turn, A B A B, on fresh random inputs, and compared by medians within one run, because the speed of
-a machine drifts. Memory is the peak of the allocator above what was there before, inputs and parameters left out.
+Variants are timed in turn, A B A B, on random inputs, and compared by medians within one run, because the speed of a
+machine drifts. Memory is the peak of the allocator above what was there before, inputs and parameters left out.
 """
 
 import platform
@@ -62,7 +62,7 @@ class NaiveMHF(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
+        layer: Any = self.layer
         q_THD = layer.in_proj(x).unflatten(-1, (layer.num_heads, layer.head_dim))
         gate_HTE = layer._gate(q_THD).transpose(0, 1).to(x.dtype)
         q_HTD = q_THD.transpose(0, 1)
@@ -77,7 +77,7 @@ def bench_layer(
 ) -> list[Measurement]:
     """Whole layers, projections and gate included."""
     torch.manual_seed(0)
-    options = {"dtype": dtype, "device": device}
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
     flash = FlashMHF(
         shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, init="scaled", **options
     )
@@ -96,11 +96,13 @@ def bench_op(
 ) -> list[Measurement]:
     """The operator alone, once for each backend in `variants`."""
     torch.manual_seed(0)
-    options = {"dtype": dtype, "device": device}
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
     D = shape.hidden_size // shape.num_heads
     q = torch.randn(tokens, shape.num_heads, D, **options).requires_grad_()
     weights = [
-        (torch.randn(shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, D, **options) / D**0.5).requires_grad_()
+        (
+            torch.randn(shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, D, **options) / D**0.5
+        ).requires_grad_()
         for _ in range(3)
     ]
     gate = torch.rand(tokens, shape.num_heads, shape.num_subnetworks, device=device).requires_grad_()
@@ -137,8 +139,8 @@ def markdown(rows: list[Measurement]) -> str:
         "|---|---:|---|---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row.variant} | {row.tokens:,} | {row.dtype} | {row.measured_pass} | {row.median_ms:,.2f} | {row.ratio:.2f} "
-        f"| {row.peak_mib:,.1f} | {row.peak_bytes_per_token:,.0f} |"
+        f"| {row.variant} | {row.tokens:,} | {row.dtype} | {row.measured_pass} | {row.median_ms:,.2f} "
+        f"| {row.ratio:.2f} | {row.peak_mib:,.1f} | {row.peak_bytes_per_token:,.0f} |"
         for row in rows
     ]
     return "\n".join(lines)

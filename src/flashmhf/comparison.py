@@ -63,7 +63,9 @@ class Comparison:
                 raise InputError(f"variants: expected some of {', '.join(FFN_TYPES)}, got {name!r}")
         for name in self.learning_rates:
             if name not in self.variants:
-                raise InputError(f"learning-rate: expected one of the variants {', '.join(self.variants)}, got {name!r}")
+                raise InputError(
+                    f"learning-rate: expected one of the variants {', '.join(self.variants)}, got {name!r}"
+                )
         for option, values in (("variants", self.variants), ("seeds", self.seeds)):
             if not values:
                 raise InputError(f"{option}: expected at least one, got none")
@@ -84,7 +86,7 @@ def compare(settings: Comparison, output_dir: Path, progress: Callable[[str], No
 
     Raises:
         InputError: the settings do not fit, or the folder holds something else.
-        RunFailed: a training run ended with an error.
+        TrainingFailedError: a training run ended with an error.
     """
     base = load_config(settings.model)
     if not isinstance(base, FlashMHFConfig):
@@ -94,7 +96,7 @@ def compare(settings: Comparison, output_dir: Path, progress: Callable[[str], No
     for variant, config in configs.items():
         write_json(output_dir / "configs" / f"{variant}.json", config.to_dict())
     total = len(settings.seeds) * len(configs)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for seed in settings.seeds:
         for variant in configs:
             progress(f"run {len(runs) + 1} of {total}: {variant}, seed {seed}")
@@ -124,7 +126,7 @@ def match_parameters(base: FlashMHFConfig, variant: str) -> FlashMHFConfig:
     return _with_ffn(base, variant, subnetworks, step * steps)
 
 
-class RunFailed(RuntimeError):
+class TrainingFailedError(RuntimeError):
     """A training run ended with an error; what it printed says why."""
 
 
@@ -166,7 +168,9 @@ def _run(settings: Comparison, variant: str, seed: int, output_dir: Path) -> dic
         if finished.returncode != 0:
             if finished.returncode in (130, 143):
                 raise KeyboardInterrupt
-            raise RunFailed(f"training {variant} with seed {seed} failed with exit code {finished.returncode}")
+            raise TrainingFailedError(
+                f"training {variant} with seed {seed} failed with exit code {finished.returncode}"
+            )
         write_json(result_file, json.loads(finished.stdout))
     result = read_json(result_file)
     state = read_json(folder / "trainer_state.json")
@@ -217,7 +221,8 @@ def _samples(settings: Comparison, output_dir: Path) -> dict[str, Any]:
     """The same prompt, the beginning of the first validation document, continued by each variant's first run."""
     tokenizer = load_tokenizer(settings.tokenizer)
     text = load_corpus(settings.data, text_column=settings.text_column).validation[0]["text"]
-    prompt = tokenizer.decode(tokenizer(text[: 16 * PROMPT_TOKENS], add_special_tokens=False)["input_ids"][:PROMPT_TOKENS])
+    prompt_ids = tokenizer(text[: 16 * PROMPT_TOKENS], add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
+    prompt = str(tokenizer.decode(prompt_ids))
     room = settings.context_length - PROMPT_TOKENS - 8
     continuations = {}
     for variant in settings.variants:

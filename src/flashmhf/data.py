@@ -68,7 +68,9 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
         where = f"{source} on the Hub"
     if validation is None:
         train, validation = _hold_out(train)
-    corpus = Corpus(train, validation, f"{where}: {_describe(train)} for training, {_describe(validation)} for validation")
+    corpus = Corpus(
+        train, validation, f"{where}: {_describe(train)} for training, {_describe(validation)} for validation"
+    )
     logger.info("data: %s", corpus.description)
     return corpus
 
@@ -117,15 +119,15 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         texts = batch["text"]
         return {"input_ids": encode_documents(tokenizer, texts), "bytes": [len(text.encode()) for text in texts]}
 
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "bytes": datasets.Value("int64")})
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int32")), "bytes": datasets.Value("int64")}
+    )
     return documents.map(
         encode, batched=True, batch_size=64, remove_columns=documents.column_names, features=features, desc="tokenizing"
     )
 
 
-def stream_blocks(
-    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int
-) -> IterableDataset:
+def stream_blocks(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int) -> IterableDataset:
     """The same blocks as `TokenBlocks`, from a stream of documents."""
 
     def blocks() -> Iterator[dict[str, list[int]]]:
@@ -154,11 +156,15 @@ def _read_stdlib() -> Dataset:
 
 
 def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
+    files = (
+        sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
+    )
     known = [p for p in files if _format(p) is not None]
     if not known:
         formats = ", ".join(FORMATS)
-        raise InputError(f"data: expected {formats} files (also {', '.join(COMPRESSIONS)}), got {path} with none of them")
+        raise InputError(
+            f"data: expected {formats} files (also {', '.join(COMPRESSIONS)}), got {path} with none of them"
+        )
     for p in known:
         _check_readable(p)
     validation_files = [p for p in known if _is_called(p, path, VALIDATION_NAMES)]
@@ -173,7 +179,7 @@ def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset |
 
 def _read_files(files: list[Path], text_column: str, streaming: bool) -> Dataset | IterableDataset:
     parts = []
-    for kind in sorted({_format(p) for p in files}):
+    for kind in sorted({_format(p) or "" for p in files}):
         options = {"sample_by": "document"} if kind == "text" else {}
         paths = [str(p) for p in files if _format(p) == kind]
         try:
@@ -225,7 +231,9 @@ def _hold_out(documents: Dataset | IterableDataset) -> tuple[Dataset | IterableD
     front = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
     back = [text[cut:] for text, cut in zip(texts, cuts, strict=True) if text[cut:]]
     if not back:
-        raise InputError(f"data: expected enough text to hold some out for validation, got {sum(map(len, texts))} characters")
+        raise InputError(
+            f"data: expected enough text to hold some out for validation, got {sum(map(len, texts))} characters"
+        )
     return Dataset.from_dict({"text": front}), Dataset.from_dict({"text": back})
 
 

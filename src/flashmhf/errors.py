@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Something the user gave does not fit. The message is one line: what it is about, what was expected, what was given."""
+    """Something that the user gave does not fit. The message is one line: about what, expected what, got what."""

@@ -112,9 +112,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _batches(
-    windows: Iterator[tuple[list[int], list[int]]], batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(windows: Iterator[tuple[list[int], list[int]]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     batch: list[tuple[list[int], list[int]]] = []
     for window in windows:
         batch.append(window)

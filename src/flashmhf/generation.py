@@ -1,5 +1,7 @@
 """Text from a trained model."""
 
+from typing import Any, cast
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -35,7 +37,7 @@ def generate(
         )
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    output = model.generate(
+    output = cast(Any, model).generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
@@ -43,4 +45,4 @@ def generate(
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))

@@ -1,6 +1,7 @@
 """FlashMHF as an `nn.Module`, and the feed-forward layers that it is compared with, on plain arguments.
 
-All of them map (..., hidden_size) to (..., hidden_size). MH-FFN and Dense-MoE are corners of FlashMHF and share its code.
+All of them map (..., hidden_size) to (..., hidden_size). MH-FFN and Dense-MoE are corners of FlashMHF and share its
+code.
 """
 
 import math
@@ -32,7 +33,8 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, q: Tensor, scale: float = 1.0) -> Tensor:
         """q (..., num_heads, head_dim) -> the same; `scale` multiplies the result at no cost."""
-        return head_norm(q, self.weight if scale == 1.0 else self.weight * scale, self.eps)
+        weight: Tensor = self.weight if scale == 1.0 else self.weight * scale
+        return head_norm(q, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -155,9 +157,9 @@ class FlashMHF(nn.Module):
 
     def _gate(self, q: Tensor) -> Tensor | None:
         """The gate of the scaled q: its weight takes the scale back, so that the logits are those of q unscaled."""
-        if self.gate is None:
+        if self.gate is None or self.gate_weight is None:
             return None
-        weight = self.gate_weight if self.score_scale == 1.0 else self.gate_weight / self.score_scale
+        weight: Tensor = self.gate_weight if self.score_scale == 1.0 else self.gate_weight / self.score_scale
         gate = head_gate(q, weight, self.gate)
         return gate if self.output_scale == 1.0 else gate * self.output_scale
 

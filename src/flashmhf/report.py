@@ -132,7 +132,9 @@ def _loss_curves(results: dict[str, Any]) -> Figure:
         labelled.add(run["variant"])
         axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(steps, _smoothed(losses), color=colour, linewidth=1.8, label=label)
-    axes.axhline(results["unigram_entropy_nats"], color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy")
+    axes.axhline(
+        results["unigram_entropy_nats"], color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy"
+    )
     _finish(axes, "step", "nats a token")
     return figure
 
@@ -189,8 +191,11 @@ def _figure(figure: Figure, caption: str) -> str:
     plt.close(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
-    return f'<figure role="img" aria-label="{html.escape(caption)}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    svg = re.sub(
+        r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+    caption = html.escape(caption)
+    return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
 
 
 def _smoothed(values: tuple[float, ...]) -> list[float]:

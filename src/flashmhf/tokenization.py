@@ -27,7 +27,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `vocab_size` tokens, the special ones included."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
-        raise InputError(f"vocab-size: expected at least {smallest} (the bytes and the special tokens), got {vocab_size}")
+        raise InputError(
+            f"vocab-size: expected at least {smallest} (the bytes and the special tokens), got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -51,7 +53,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r} ({reason})") from error
+        raise InputError(
+            f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r} ({reason})"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer: expected one with an end-of-text token, got {name!r} without")
     return tokenizer

@@ -11,7 +11,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -85,7 +85,7 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     Raises:
         InputError: an unknown flag or a value that does not fit.
     """
-    parser = _Parser(TrainingArguments, prog="flashmhf train", add_help=False, allow_abbrev=False)
+    parser = _Parser(cast(Any, TrainingArguments), prog="flashmhf train", add_help=False, allow_abbrev=False)
     gpu = torch.cuda.is_available()
     parser.set_defaults(
         **DEFAULTS,
@@ -114,7 +114,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
         InputError: data, model, tokenizer, sizes or output folder do not fit.
     """
     started = time.perf_counter()
-    output_dir = Path(arguments.output_dir)
+    output_dir = Path(str(arguments.output_dir))
     checkpoint = _prepare_output_dir(output_dir, run, resume) if arguments.process_index == 0 else None
     if arguments.world_size > 1 and resume:
         checkpoint = get_last_checkpoint(str(output_dir))
@@ -303,7 +303,7 @@ class _Progress(ProgressCallback):
 
 
 class _StopOnSignal(TrainerCallback):
-    """Within its context SIGINT and SIGTERM end training after the step under way, with a checkpoint. A second one kills."""
+    """Within its context SIGINT and SIGTERM end training after the step under way, with a checkpoint."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

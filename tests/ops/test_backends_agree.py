@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.problem import Problem
-from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 SHAPES = [
     Shape((7,), 2, 2, 3, 5, 8),

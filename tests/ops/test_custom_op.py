@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from problems import Shape, make_inputs
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmhf.ops.flash_mhf import flash_mhf
-from problems import Shape, make_inputs
 
 SHAPE = Shape((2, 3), 4, 2, 3, 5, 6)
 BACKENDS = ("reference", "blockwise")

@@ -29,7 +29,7 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 130 (interrupted), with one line on what was wrong."""
+    """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 130 (interrupted), with a line on what was wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("flashmhf").setLevel(logging.INFO)
     try:

@@ -14,7 +14,9 @@ Dtypes = Annotated[str, typer.Option(help="Of float32, bfloat16, float16, with c
 Variants = Annotated[str, typer.Option(help="The first is what the ratios refer to.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
 HiddenSize = Annotated[int, typer.Option(min=1)]
-Output = Annotated[str | None, typer.Option(help="Also write the rows, with machine, versions and commit, to this JSON.")]
+Output = Annotated[
+    str | None, typer.Option(help="Also write the rows, with machine, versions and commit, to this JSON.")
+]
 
 
 @app.command("layer")

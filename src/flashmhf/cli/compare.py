@@ -24,9 +24,9 @@ def compare(
     validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**17,
     json: Json = False,
 ) -> None:
-    """Train variants on the same data and write a table, curves and a report. Takes the flags of `flashmhf train` too."""
+    """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train` too."""
     with results_only():
-        from flashmhf.comparison import Comparison, RunFailed
+        from flashmhf.comparison import Comparison, TrainingFailedError
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.report import markdown_table
         from flashmhf.training import parse_arguments
@@ -48,7 +48,7 @@ def compare(
         )
         try:
             results = run_comparison(settings, Path(output_dir), lambda line: typer.echo(line, err=True))
-        except RunFailed as error:
+        except TrainingFailedError as error:
             typer.echo(f"flashmhf: {error}", err=True)
             raise typer.Exit(1) from error
     report = Path(output_dir) / "report.html"

@@ -10,7 +10,9 @@ from flashmhf.cli.output import Data, Device, Json, TextColumn, emit, pick_devic
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A trained model with its tokenizer.")],
     data: Data = "stdlib",
-    context_length: Annotated[int | None, typer.Option(help="Tokens in a window. Default: the model's longest.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens in a window. Default: the model's longest.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a window moves on. Default: the context length.")] = None,
     split: Annotated[str, typer.Option(help="validation (as training holds it out) or all.")] = "validation",
     text_column: TextColumn = "text",
@@ -18,7 +20,7 @@ def evaluate(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Loss in nats a token, perplexity and bits a byte, over non-overlapping or sliding windows within each document."""
+    """Loss in nats a token, perplexity and bits a byte, over windows within each document."""
     with results_only():
         import datasets
         from rich.progress import Progress

@@ -12,7 +12,7 @@ def info(
     context_length: Annotated[int | None, typer.Option(help="For the attention's FLOPs. Default: the longest.")] = None,
     json: Json = False,
 ) -> None:
-    """Parameters, FLOPs a token, activation bytes a token, backends and why not. Without a model: presets and backends."""
+    """Parameters, FLOPs and activation bytes a token, backends and why not. Without a model: presets, backends."""
     with results_only():
         from flashmhf.models import preset_names
         from flashmhf.ops.backends import backends

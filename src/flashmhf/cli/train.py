@@ -23,7 +23,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     json: Json = False,
 ) -> None:
-    """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps or --learning-rate."""
+    """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
         from flashmhf.training import Run, parse_arguments
         from flashmhf.training import train as run_training

@@ -69,10 +69,24 @@ class FlashMHFConfig(LlamaConfig):
         self._check_ffn()
         gate = self.gate if self.ffn_type in ("flashmhf", "dense_moe") else None
         heads = 1 if self.ffn_type == "dense_moe" else self.num_ffn_heads
-        scales = default_scales(self.init, heads, self.num_subnetworks, gate)
-        self.score_scale = scales[0] if self.score_scale is None else float(self.score_scale)
-        self.output_scale = scales[1] if self.output_scale is None else float(self.output_scale)
+        score_scale, output_scale = default_scales(self.init, heads, self.num_subnetworks, gate)
+        self.score_scale = score_scale if self.score_scale is None else float(self.score_scale)
+        self.output_scale = output_scale if self.output_scale is None else float(self.output_scale)
         super().__post_init__(**kwargs)
+
+    @property
+    def ffn_heads(self) -> tuple[int, int]:
+        """(H, H_kv) of the feed-forward layer."""
+        assert self.num_ffn_heads is not None
+        assert self.num_ffn_kv_heads is not None
+        return self.num_ffn_heads, self.num_ffn_kv_heads
+
+    @property
+    def ffn_scales(self) -> tuple[float, float]:
+        """(score_scale, output_scale), resolved."""
+        assert self.score_scale is not None
+        assert self.output_scale is not None
+        return self.score_scale, self.output_scale
 
     @property
     def subnetwork_size(self) -> int:

@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,8 @@ def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedMode
         raise InputError(f"model: expected a folder with config.json, got {folder!r}")
     check_safetensors(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, report = loaded
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model: {folder}: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -67,7 +69,7 @@ def check_safetensors(folder: Path) -> dict[str, Path]:
             raise InputError(f"checkpoint: expected a weight_map in {folder / INDEX}, got none")
         tensors = {name: folder / file for name, file in index.items()}
     elif (folder / WEIGHTS).is_file():
-        tensors = {name: folder / WEIGHTS for name in tensor_names(folder / WEIGHTS)}
+        tensors = dict.fromkeys(tensor_names(folder / WEIGHTS), folder / WEIGHTS)
     else:
         raise InputError(f"checkpoint: expected {WEIGHTS} or {INDEX} in {folder}, got neither")
     for file in sorted(set(tensors.values())):

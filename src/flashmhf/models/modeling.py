@@ -3,6 +3,8 @@
 Attention, embeddings, rotary positions, KV cache, generation and the task heads are transformers' own classes.
 """
 
+from typing import Any
+
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
@@ -27,32 +29,31 @@ from flashmhf.models.configuration import FlashMHFConfig
 
 def build_ffn(config: FlashMHFConfig) -> nn.Module:
     """The feed-forward layer that a configuration describes."""
-    common = {"bias": config.mlp_bias, "init": config.init}
+    common: dict[str, Any] = {"bias": config.mlp_bias, "init": config.init}
     if config.ffn_type == "swiglu":
         return SwiGLU(config.hidden_size, config.intermediate_size, **common)
     if config.ffn_type == "pkv":
-        return PKV(config.hidden_size, config.num_ffn_heads, config.intermediate_size, **common)
-    options = {
+        return PKV(config.hidden_size, config.ffn_heads[0], config.intermediate_size, **common)
+    H, H_kv = config.ffn_heads
+    options: dict[str, Any] = {
         **common,
         "score_scale": config.score_scale,
         "output_scale": config.output_scale,
         "backend": config.backend,
     }
     if config.ffn_type == "dense_moe":
-        return DenseMoE(
-            config.hidden_size, config.num_subnetworks, config.subnetwork_size, gate=config.gate, **options
-        )
+        return DenseMoE(config.hidden_size, config.num_subnetworks, config.subnetwork_size, gate=config.gate, **options)
     options |= {
-        "num_kv_heads": config.num_ffn_kv_heads,
+        "num_kv_heads": H_kv,
         "q_norm": config.q_norm,
         "norm_eps": config.rms_norm_eps,
         "projections": config.ffn_projections,
     }
     if config.ffn_type == "mhffn":
-        return MHFFN(config.hidden_size, config.num_ffn_heads, config.intermediate_size, **options)
+        return MHFFN(config.hidden_size, H, config.intermediate_size, **options)
     return FlashMHF(
         config.hidden_size,
-        config.num_ffn_heads,
+        H,
         config.num_subnetworks,
         config.subnetwork_size,
         gate=config.gate,
@@ -65,11 +66,11 @@ class FlashMHFDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)  # not Llama's, which would build an MLP to throw away
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = build_ffn(config)
+        self.mlp = build_ffn(config)  # type: ignore[assignment]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = (
-            LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.ffn_norm else nn.Identity()
-        )
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.ffn_norm:
+            self.post_attention_layernorm = nn.Identity()  # type: ignore[assignment]
 
 
 class FlashMHFPreTrainedModel(LlamaPreTrainedModel):

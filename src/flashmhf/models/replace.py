@@ -23,10 +23,11 @@ def replace_ffn(
     layers: Iterable[int] | None = None,
     **options: Any,
 ) -> Model:
-    """Replaces SwiGLU layers of a Llama-shaped Hugging Face model (Llama, Mistral, Qwen) by new FlashMHF layers, in place.
+    """Replaces SwiGLU layers of a Llama-shaped model (Llama, Mistral, Qwen) by new FlashMHF layers, in place.
 
-    The new layers have fresh weights, on the device and in the dtype of the old ones. The model's configuration does not
-    know of them: to load such a model again, build it, call this with the same arguments, then load the state dict.
+    The new layers have fresh weights, on the device and in the dtype of the old ones. The model's configuration does
+    not know of them: to load such a model again, build it, call this with the same arguments, then load the state
+    dict.
 
     Args:
         model: any module whose decoder layers have an `mlp` made of gate_proj, up_proj and down_proj.
@@ -42,7 +43,7 @@ def replace_ffn(
     Raises:
         ValueError: there is no such layer in the model, or an argument does not fit.
     """
-    owners = [module for module in model.modules() if _is_swiglu(getattr(module, "mlp", None))]
+    owners: list[Any] = [module for module in model.modules() if _is_swiglu(getattr(module, "mlp", None))]
     if not owners:
         raise ValueError(f"model: expected layers with an mlp of {', '.join(SWIGLU_PARTS)}, got {type(model).__name__}")
     chosen = range(len(owners)) if layers is None else list(layers)
@@ -61,7 +62,11 @@ def _is_swiglu(module: Any) -> bool:
 
 
 def _like(
-    old: nn.Module, num_heads: int | None, num_subnetworks: int | None, subnetwork_size: int | None, options: dict[str, Any]
+    old: Any,
+    num_heads: int | None,
+    num_subnetworks: int | None,
+    subnetwork_size: int | None,
+    options: dict[str, Any],
 ) -> FlashMHF:
     weight = old.gate_proj.weight
     hidden_size = weight.shape[1]

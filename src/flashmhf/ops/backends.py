@@ -87,7 +87,7 @@ def select(problem: Problem, name: str) -> ModuleType:
         if reason := backend.why_not(problem):
             raise ValueError(f"backend: {name!r} cannot run here: {reason}")
         return _load(backend.module)
-    passed_over = []
+    passed_over: list[str] = []
     for backend in BACKENDS:
         reason = backend.why_not(problem)
         if reason is None:

@@ -1,9 +1,10 @@
 """FlashMHF in plain PyTorch on any device, with memory bounded by one block of tokens.
 
-The work is cut into tiles of (parameter heads, tokens, parameter rows). A tile's activations live in a workspace that is
-allocated once and reused; the backward pass recomputes them. The G = H / H_kv heads of a group share their parameters, so
-they count as G times as many tokens of one parameter head, and the sums over a group happen inside the matrix products.
-Sums over tiles are float32 for 16-bit inputs; the gate is rounded to the inputs' dtype, as the activations are.
+The work is cut into tiles of (parameter heads, tokens, parameter rows). A tile's activations live in a workspace that
+is allocated once and reused; the backward pass recomputes them. The G = H / H_kv heads of a group share their
+parameters, so they count as G times as many tokens of one parameter head, and the sums over a group happen inside the
+matrix products. Sums over tiles are float32 for 16-bit inputs; the gate is rounded to the inputs' dtype, as the
+activations are.
 """
 
 import math
@@ -73,7 +74,7 @@ def backward(
             plan.store(dq, heads, tokens, dq_sum)
             plan.store(dgate, heads, tokens, dgate_sum)
         for grad, weight_sum in zip(dweights, weight_sums, strict=True):
-            if grad is not None:
+            if grad is not None and weight_sum is not None:
                 grad[heads] = weight_sum
     return grads
 
@@ -139,7 +140,7 @@ class Plan:
         G = q.shape[-2] // H_kv
         budget = CPU_TILE_ELEMENTS if q.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
         rows_wanted = max(MIN_TILE_ROWS, budget // max(T * G, 1))
-        width = F if F <= rows_wanted else math.ceil(F / math.ceil(F / rows_wanted))
+        width = F if rows_wanted >= F else math.ceil(F / math.ceil(F / rows_wanted))
         subnetworks = max(min(E, rows_wanted // F), 1)
         rows = subnetworks * width
         tokens = max(min(T, budget // (rows * G)), 1)

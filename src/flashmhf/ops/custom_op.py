@@ -1,8 +1,10 @@
 """FlashMHF as a PyTorch operator: schema, shapes for tracing, derivatives, FLOP count.
 
-The operators are opaque to torch.compile and run whichever backend `backends.select` gives. Second derivatives go through
-the reference formula, so they work on every backend at the reference's cost in memory.
+The operators are opaque to torch.compile and run whichever backend `backends.select` gives. Second derivatives go
+through the reference formula, so they work on every backend at the reference's cost in memory.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +74,10 @@ def _differentiate_backward(ctx, grad_grads: list[Tensor | None]):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that one tensor given for two arguments still has a gradient for each.
-        inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        inputs: list[Any] = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        dout, q, k, u, v, gate = inputs
         wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
-        grads = [grad for grad in reference.backward(*inputs, tuple(ctx.needs)) if grad is not None]
+        grads = [grad for grad in reference.backward(dout, q, k, u, v, gate, tuple(ctx.needs)) if grad is not None]
         used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
         if not used:
             return (*(None for _ in inputs), None, None)

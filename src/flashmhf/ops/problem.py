@@ -58,7 +58,7 @@ def _check_shapes(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | Non
     H_kv, E, F, D_k = k.shape
     if min(H, H_kv, E, F, D_k) < 1:
         raise ValueError(f"q, k: expected H, H_kv, E, F, D >= 1, got q {tuple(q.shape)} and k {tuple(k.shape)}")
-    if D != D_k:
+    if D_k != D:
         raise ValueError(f"q: expected the head dim of k, {D_k}, as its last size, got {tuple(q.shape)}")
     if H % H_kv != 0:
         raise ValueError(f"q: expected a number of heads divisible by k's {H_kv}, got {H}")

@@ -65,9 +65,7 @@ def backward_tokens_kernel(
         if NEEDS_GATE:
             dr += tl.sum(da * silu * n, axis=1)
             last = f + BLOCK_F >= F
-            tl.store(
-                dgate_ptr + rows_dgate + e * stride_dgatex, dr.to(dgate_ptr.dtype.element_ty), mask=mask_t & last
-            )
+            tl.store(dgate_ptr + rows_dgate + e * stride_dgatex, dr.to(dgate_ptr.dtype.element_ty), mask=mask_t & last)
             dr = tl.where(last, 0.0, dr)
         if NEEDS_Q:
             if HAS_GATE:
@@ -130,9 +128,7 @@ def backward_weights_kernel(
         rows_q = token_offsets(t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
         q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
         rows_dout = token_offsets(t, L, stride_doutb, stride_doutl, FLAT) + head * stride_douth
-        dout = load_tile(
-            dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D
-        )
+        dout = load_tile(dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D)
         m = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         n = tl.dot(u, tl.trans(q), input_precision=PRECISION)
         sigmoid = tl.sigmoid(m)

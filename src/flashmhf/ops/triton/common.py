@@ -17,8 +17,8 @@ def load_tile(ptrs, mask_rows, mask_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.const
     """A (rows, BLOCK_D) tile with zeros outside the masks; no mask where the sizes need none."""
     if EVEN_ROWS and EVEN_D:
         return tl.load(ptrs)
-    elif EVEN_ROWS:
+    if EVEN_ROWS:
         return tl.load(ptrs, mask=mask_d[None, :], other=0.0)
-    elif EVEN_D:
+    if EVEN_D:
         return tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
     return tl.load(ptrs, mask=mask_rows[:, None] & mask_d[None, :], other=0.0)

@@ -44,7 +44,7 @@ class Tokens:
         sizes = _merged_sizes(present)
         if len(sizes) > 2:
             sizes = [math.prod(sizes)]
-        B, L = ([1, 1] + sizes)[-2:]
+        B, L = [1, 1, *sizes][-2:]
         views = tuple(None if x is None else x.reshape(B, L, *x.shape[-2:]) for x in tensors)
         return cls(B * L, L, B == 1, views)
 

@@ -1,0 +1,189 @@
+"""The format of the reference code's checkpoints: its configuration and its tensors' names and layouts, both ways.
+
+Source: github.com/FoundationResearch/FlashMHF, models/flashmhf and configs, as of 2025-12.
+"""
+
+import math
+import re
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig
+
+from flashmhf.errors import InputError
+from flashmhf.models import FlashMHFConfig
+
+ARCHITECTURES = {"mhffnmoe": "MHFFNMoEForCausalLM", "mhffn": "MHFFNForCausalLM"}
+FFN_TYPES = {"mhffnmoe": "flashmhf", "mhffn": "mhffn"}
+OUTPUT_SCALE = math.sqrt(3 / 8)  # of the reference's apply_final_scaling
+
+FUNCTION_FLAGS = {
+    "num_heads",
+    "num_kuv_heads",
+    "num_experts",
+    "skip_linear",
+    "apply_rmsnorm",
+    "disable_original_mlp_rmsnorm",
+    "apply_dot_scaling",
+    "apply_dot_scaling_theory",
+    "apply_final_scaling",
+}
+OTHER_FLAGS = {  # of initialisation and of the choice of kernel: no trained model depends on them
+    "use_flash",
+    "use_legacy_flash",
+    "custom_init",
+    "init_wself_identity",
+    *(f"init_{name}_gain" for name in ("w_self", "w_self_2", "gate", "up", "down", "router")),
+}
+OLDER_KEYS = {  # that transformers 4 wrote and 5 knows by another name or not at all
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "transformers_version",
+    "model_type",
+    "architectures",
+    "dtype",
+}
+RENAMED = {  # theirs -> ours, below model.layers.N.mlp.; their gate_weight is K, ours is the gate's
+    "w_self.weight": "in_proj.weight",
+    "w_self.bias": "in_proj.bias",
+    "w_self_2.weight": "out_proj.weight",
+    "w_self_2.bias": "out_proj.bias",
+    "gate_weight": "k",
+    "up_weight": "u",
+    "down_weight": "v",
+    "router": "gate_weight",
+    "q_norm.weight": "q_norm.weight",
+}
+ROWS = ("k", "u", "v")  # stored by the reference as (d_ff, H_kv D)
+
+
+def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
+    """Our configuration of a reference checkpoint's function; keeps `theirs` whole for the way back.
+
+    Raises:
+        InputError: another model_type, a flag that neither the reference code nor transformers knows, or sizes that do
+            not fit.
+    """
+    family = theirs.get("model_type")
+    if family not in ARCHITECTURES:
+        raise InputError(f"config.json: expected model_type {' or '.join(ARCHITECTURES)}, got {family!r}")
+    flags = {key.removeprefix(f"{family}_"): value for key, value in theirs.items() if key.startswith(f"{family}_")}
+    trunk = {key: value for key, value in theirs.items() if not key.startswith(f"{family}_")}
+    known = set(LlamaConfig().to_dict()) | set(PreTrainedConfig().to_dict()) | OLDER_KEYS
+    unknown = [f"{family}_{flag}" for flag in flags.keys() - FUNCTION_FLAGS - OTHER_FLAGS]
+    unknown += [key for key in trunk if key not in known]
+    if unknown:
+        raise InputError(
+            f"config.json: expected flags of the reference code, got the unknown {', '.join(sorted(unknown))}"
+        )
+    if trunk.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: expected hidden_act 'silu', got {trunk['hidden_act']!r}")
+    heads = flags.get("num_heads", 1)
+    score_scale = 1.0
+    if flags.get("apply_dot_scaling", False):
+        score_scale = float(heads) if flags.get("apply_dot_scaling_theory", False) else math.sqrt(heads)
+    kept = {key: value for key, value in trunk.items() if key not in ("model_type", "architectures", "_name_or_path")}
+    try:
+        return FlashMHFConfig(
+            **{key: value for key, value in kept.items() if value is not None or key.endswith("_token_id")},
+            ffn_type=FFN_TYPES[family],
+            num_ffn_heads=heads,
+            num_ffn_kv_heads=flags.get("num_kuv_heads") or heads,
+            num_subnetworks=flags.get("num_experts", 1) if family == "mhffnmoe" else 1,
+            gate="sigmoid",
+            q_norm=flags.get("apply_rmsnorm", False),
+            ffn_projections=not flags.get("skip_linear", False),
+            ffn_norm=not flags.get("disable_original_mlp_rmsnorm", False),
+            score_scale=score_scale,
+            output_scale=OUTPUT_SCALE if flags.get("apply_final_scaling", False) else 1.0,
+            reference_config=theirs,
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"config.json: {str(error).splitlines()[0]}") from error
+
+
+def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
+    """The reference code's configuration of our model; the one it came from, where it still says the same.
+
+    Raises:
+        InputError: the reference code has no flag for what this model does.
+    """
+    if ours.reference_config is not None:
+        came_from = from_reference_config(ours.reference_config)
+        if _function(came_from) == _function(ours):
+            return ours.reference_config
+    (heads, kv_heads), (score_scale, output_scale) = ours.ffn_heads, ours.ffn_scales
+    score_flags = {1.0: (False, False), math.sqrt(heads): (True, False), float(heads): (True, True)}
+    output_flags = {1.0: False, OUTPUT_SCALE: True}
+    for name, value, choices in (
+        ("ffn_type", ours.ffn_type, tuple(FFN_TYPES.values())),
+        ("gate", ours.gate if ours.ffn_type == "flashmhf" else "sigmoid", ("sigmoid",)),
+        ("score_scale", score_scale, tuple(score_flags)),
+        ("output_scale", output_scale, tuple(output_flags)),
+    ):
+        if value not in choices:
+            raise InputError(f"{name}: the reference code can express {', '.join(map(str, choices))}, got {value!r}")
+    family = next(family for family, ffn_type in FFN_TYPES.items() if ffn_type == ours.ffn_type)
+    dot_scaling, theory = score_flags[score_scale]
+    flags = {
+        "num_heads": heads,
+        "num_kuv_heads": kv_heads,
+        "skip_linear": not ours.ffn_projections,
+        "apply_rmsnorm": ours.q_norm,
+        "disable_original_mlp_rmsnorm": not ours.ffn_norm,
+        "apply_dot_scaling": dot_scaling,
+        "apply_dot_scaling_theory": theory,
+        "apply_final_scaling": output_flags[output_scale],
+    }
+    if family == "mhffnmoe":
+        flags["num_experts"] = ours.num_subnetworks
+    trunk = LlamaConfig(
+        **{key: value for key, value in ours.to_dict().items() if key in LlamaConfig().to_dict()}
+    ).to_dict()
+    rope = trunk.pop("rope_parameters")
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(
+            f"rope_parameters: the reference code can express rope_type default, got {rope['rope_type']!r}"
+        )
+    trunk |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": trunk.pop("dtype", None)}
+    trunk |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    return trunk | {f"{family}_{flag}": value for flag, value in flags.items()}
+
+
+def our_name(name: str) -> str:
+    """Our name of a tensor of the reference code."""
+    prefix, rest = split_name(name)
+    return name if prefix is None else prefix + RENAMED.get(rest, rest)
+
+
+def their_name(name: str) -> str:
+    """The reference code's name of a tensor of ours."""
+    prefix, rest = split_name(name)
+    theirs = {ours: theirs for theirs, ours in RENAMED.items()}
+    return name if prefix is None else prefix + theirs.get(rest, rest)
+
+
+def rows_from_reference(rows: Tensor, config: FlashMHFConfig) -> Tensor:
+    """K, U or V: (d_ff, H_kv D), column block h of head h, row block e of sub-network e, to (H_kv, E, F, D)."""
+    E, F = config.num_subnetworks, config.subnetwork_size
+    return rows.view(E, F, config.ffn_heads[1], -1).permute(2, 0, 1, 3).contiguous()
+
+
+def rows_to_reference(rows: Tensor) -> Tensor:
+    """K, U or V: (H_kv, E, F, D) to (d_ff, H_kv D)."""
+    H_kv, E, F, D = rows.shape
+    return rows.permute(1, 2, 0, 3).reshape(E * F, H_kv * D).contiguous()
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    match = re.fullmatch(r"(model\.layers\.\d+\.mlp\.)(.+)", name)
+    return (None, name) if match is None else (match[1], match[2])
+
+
+def _function(config: FlashMHFConfig) -> dict[str, Any]:
+    """The values of a configuration that decide what the model computes."""
+    ignored = {"reference_config", "architectures", "transformers_version", "init", "backend", "dtype", "use_cache"}
+    return {name: value for name, value in config.to_dict().items() if name not in ignored}
