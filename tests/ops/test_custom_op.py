@@ -6,6 +6,7 @@ from problems import Shape, make_inputs
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashmhf.ops import flops  # noqa: F401
 from flashmhf.ops.flash_mhf import flash_mhf
 
 SHAPE = Shape((2, 3), 4, 2, 3, 5, 6)

@@ -18,6 +18,7 @@ from flashmhf.models.modeling import (
     FlashMHFModel,
     FlashMHFPreTrainedModel,
 )
+from flashmhf.ops import flops  # noqa: F401  (model FLOPs are counted by Trainer and profilers)
 
 __all__ = [
     "FlashMHFConfig",

@@ -1,4 +1,4 @@
-"""FlashMHF as a PyTorch operator: schema, shapes for tracing, derivatives, FLOP count.
+"""FlashMHF as a PyTorch operator: schema, shapes for tracing, derivatives.
 
 The operators are opaque to torch.compile and run whichever backend `backends.select` gives. Second derivatives go
 through the reference formula, so they work on every backend at the reference's cost in memory.
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flashmhf.ops import backends, reference
 from flashmhf.ops.problem import Problem
@@ -93,20 +92,3 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "flashmhf::flash_mhf_backward", _differentiate_backward, setup_context=_save_backward, lib=_LIBRARY
 )
-
-
-@register_flop_formula(torch.ops.flashmhf.flash_mhf)
-def _forward_flops(q_shape, k_shape, *args, **kwargs) -> int:
-    """Three products of T x D x (E F) a head, as PyTorch's FlopCounterMode counts them."""
-    return 3 * _product_flops(q_shape, k_shape)
-
-
-@register_flop_formula(torch.ops.flashmhf.flash_mhf_backward)
-def _backward_flops(dout_shape, q_shape, k_shape, *args, **kwargs) -> int:
-    """Eight products, whichever backend: what recomputation and a second kernel add is overhead, not work."""
-    return 8 * _product_flops(q_shape, k_shape)
-
-
-def _product_flops(q_shape, k_shape) -> int:
-    _, E, F, _ = k_shape
-    return 2 * q_shape.numel() * E * F

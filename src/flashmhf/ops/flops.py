@@ -1,0 +1,26 @@
+"""Teaches torch.utils.flop_counter.FlopCounterMode to count the operator; import this module to switch that on.
+
+A module of its own, because the counter imports triton wherever it is installed. `flashmhf.models` imports it.
+"""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from flashmhf.ops import custom_op  # noqa: F401  (registers the operators)
+
+
+@register_flop_formula(torch.ops.flashmhf.flash_mhf)
+def _forward_flops(q_shape, k_shape, *args, **kwargs) -> int:
+    """Three products of T x D x (E F) a head, as PyTorch's FlopCounterMode counts them."""
+    return 3 * _product_flops(q_shape, k_shape)
+
+
+@register_flop_formula(torch.ops.flashmhf.flash_mhf_backward)
+def _backward_flops(dout_shape, q_shape, k_shape, *args, **kwargs) -> int:
+    """Eight products, whichever backend: what recomputation and a second kernel add is overhead, not work."""
+    return 8 * _product_flops(q_shape, k_shape)
+
+
+def _product_flops(q_shape, k_shape) -> int:
+    _, E, F, _ = k_shape
+    return 2 * q_shape.numel() * E * F
