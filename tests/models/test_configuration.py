@@ -86,5 +86,5 @@ def test_bad_values(message):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="preset: expected one of .*, got 'flashmhf-2t'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of .*, got 'flashmhf-2t'"):
         FlashMHFConfig.from_preset("flashmhf-2t")
