@@ -1,5 +1,6 @@
 """Settings for every test: no network, no GPU needed, uninitialised memory full of NaN."""
 
+import json
 import os
 
 # Before anything imports triton: kernels run on the CPU, through Triton's interpreter. Offline compilation, which wants
@@ -30,3 +31,32 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """Thirty small documents with enough structure that a model learns something from them in a few steps."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_text(
+            f"Document {i}. " + "the quick brown fox jumps over the lazy dog. " * (20 + i)
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """A configuration small enough to train in seconds."""
+    file = tmp_path_factory.mktemp("configs") / "small.json"
+    values = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "num_subnetworks": 3,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "init": "scaled",
+    }
+    file.write_text(json.dumps(values))
+    return file

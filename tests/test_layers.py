@@ -20,7 +20,7 @@ OPTIONS = {
     "no projections": {"projections": False},
     "bias": {"bias": True},
     "scaled": {"init": "scaled", "q_norm": True},
-    "scales": {"score_scale": 2.5, "output_scale": 0.7},
+    "scales": {"score_scale": 2.5, "gate_scale": 1.7, "output_scale": 0.7},
     "scales, norm, no gate": {"score_scale": 2.5, "output_scale": 0.7, "q_norm": True, "gate": None},
 }
 LAYERS = {
@@ -38,7 +38,7 @@ def formula(layer: FlashMHF, x: torch.Tensor) -> torch.Tensor:
     q = q.unflatten(-1, (layer.num_heads, layer.head_dim))
     if layer.q_norm is not None:
         q = reference.head_norm(q, layer.q_norm.weight, layer.q_norm.eps)
-    gate = None if layer.gate is None else reference.head_gate(q, layer.gate_weight, layer.gate)
+    gate = None if layer.gate is None else reference.head_gate(q, layer.gate_scale * layer.gate_weight, layer.gate)
     groups = layer.num_heads // layer.num_kv_heads
     k, u, v = (weight.repeat_interleave(groups, 0) for weight in (layer.k, layer.u, layer.v))
     m = layer.score_scale * torch.einsum("...hd,hefd->...hef", q, k)
@@ -168,7 +168,7 @@ def test_reference_initialisation():
         assert abs(projection.weight.max().item() - bound) < 1e-3
         assert abs(projection.weight.std().item() - bound / math.sqrt(3)) < 1e-3
     assert torch.equal(layer.q_norm.weight, torch.ones(4, 64))
-    assert (layer.score_scale, layer.output_scale) == (1.0, 1.0)
+    assert (layer.score_scale, layer.gate_scale, layer.output_scale) == (1.0, 1.0, 1.0)
 
 
 def test_scaled_initialisation_does_not_depend_on_the_cut():
@@ -178,7 +178,7 @@ def test_scaled_initialisation_does_not_depend_on_the_cut():
     outputs = []
     for heads, subnetworks, width in sizes:
         layer = FlashMHF(256, heads, subnetworks, width, init="scaled", q_norm=True)
-        assert (layer.score_scale, layer.output_scale) == (heads, subnetworks)
+        assert (layer.score_scale, layer.gate_scale, layer.output_scale) == (heads, heads, subnetworks)
         outputs.append(layer(x).std().item())
     assert max(outputs) < 1.5 * min(outputs)
 
@@ -188,7 +188,7 @@ def test_extra_repr_names_the_sizes():
     for part in (
         "hidden_size=32, num_heads=4, num_subnetworks=3, subnetwork_size=20, gate='softmax'",
         "num_kv_heads=2",
-        "score_scale=4, output_scale=3",
+        "score_scale=4, gate_scale=4, output_scale=3",
         "(q_norm): HeadRMSNorm((4, 8), eps=1e-06)",
     ):
         assert part in text

@@ -137,6 +137,7 @@ def _with_ffn(base: FlashMHFConfig, variant: str, subnetworks: int, width: int) 
         "num_subnetworks": subnetworks,
         "intermediate_size": width,
         "score_scale": None,  # these belong to the layer that is replaced
+        "gate_scale": None,
         "output_scale": None,
     }
     return FlashMHFConfig(**{name: value for name, value in values.items() if name != "model_type"})

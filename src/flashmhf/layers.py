@@ -5,6 +5,7 @@ code.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -18,8 +19,8 @@ INITS = ("reference", "scaled")
 REFERENCE_STD = 0.02
 REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
 SCALED_SCORE_RMS = 0.64  # of M and N at initialisation, for inputs of unit RMS
-SCALED_SWIGLU_SCORE_RMS = 0.32
-SCALED_PKV_STD = 0.1
+SCALED_PKV_KEY_RMS = 1.0  # of PKV's logits
+SCALED_PKV_VALUE_STD = 0.1
 SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection
 
 
@@ -54,8 +55,9 @@ class FlashMHF(nn.Module):
         norm_eps: its epsilon.
         projections: False leaves out in_proj and out_proj.
         bias: biases in in_proj and out_proj.
-        init: "reference" is the paper's. "scaled" takes the fan-in into account; it also sets the two scales below.
+        init: "reference" is the paper's. "scaled" takes the fan-in into account; it also sets the scales below.
         score_scale: multiplies M = q K^T and N = q U^T alike. Default: 1, or num_heads with init="scaled".
+        gate_scale: multiplies the gate's logits. Default: 1, or num_heads with init="scaled".
         output_scale: multiplies the gated sum over sub-networks. Default: 1, or num_subnetworks for a gated
             layer with init="scaled".
         backend: of the operator, see `flash_mhf`.
@@ -83,6 +85,7 @@ class FlashMHF(nn.Module):
         bias: bool = False,
         init: str = "reference",
         score_scale: float | None = None,
+        gate_scale: float | None = None,
         output_scale: float | None = None,
         backend: str = "auto",
         device=None,
@@ -111,8 +114,9 @@ class FlashMHF(nn.Module):
         self.init = init
         self.backend = check_name(backend)
         scales = default_scales(init, num_heads, num_subnetworks, gate)
-        self.score_scale = scales[0] if score_scale is None else score_scale
-        self.output_scale = scales[1] if output_scale is None else output_scale
+        self.score_scale = scales.score if score_scale is None else score_scale
+        self.gate_scale = scales.gate if gate_scale is None else gate_scale
+        self.output_scale = scales.output if output_scale is None else output_scale
 
         factory = {"device": device, "dtype": dtype}
         linear = {"bias": bias, **factory}
@@ -156,10 +160,11 @@ class FlashMHF(nn.Module):
         return out if self.out_proj is None else self.out_proj(out)
 
     def _gate(self, q: Tensor) -> Tensor | None:
-        """The gate of the scaled q: its weight takes the scale back, so that the logits are those of q unscaled."""
+        """The gate, from q as `score_scale` has made it; the weight makes up for the difference to `gate_scale`."""
         if self.gate is None or self.gate_weight is None:
             return None
-        weight: Tensor = self.gate_weight if self.score_scale == 1.0 else self.gate_weight / self.score_scale
+        factor = self.gate_scale / self.score_scale
+        weight: Tensor = self.gate_weight if factor == 1.0 else self.gate_weight * factor
         gate = head_gate(q, weight, self.gate)
         return gate if self.output_scale == 1.0 else gate * self.output_scale
 
@@ -170,8 +175,9 @@ class FlashMHF(nn.Module):
         ]
         if self.num_kv_heads != self.num_heads:
             parts.append(f"num_kv_heads={self.num_kv_heads}")
-        if (self.score_scale, self.output_scale) != (1.0, 1.0):
-            parts.append(f"score_scale={self.score_scale:g}, output_scale={self.output_scale:g}")
+        for name in ("score_scale", "gate_scale", "output_scale"):
+            if getattr(self, name) != 1.0:
+                parts.append(f"{name}={getattr(self, name):g}")
         return ", ".join([*parts, f"init={self.init!r}, backend={self.backend!r}"])
 
 
@@ -230,9 +236,12 @@ class PKV(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises every parameter anew, as `init` says."""
         _init_projections(self.in_proj, self.out_proj)
-        std = REFERENCE_STD if self.init == "reference" else SCALED_PKV_STD
-        nn.init.normal_(self.k, std=std)
-        nn.init.normal_(self.v, std=std)
+        key_std = value_std = REFERENCE_STD
+        if self.init == "scaled":
+            key_std = SCALED_PKV_KEY_RMS / REFERENCE_GAIN  # the logits' fan-in is undone by their 1 / sqrt(head_dim)
+            value_std = SCALED_PKV_VALUE_STD
+        nn.init.normal_(self.k, std=key_std)
+        nn.init.normal_(self.v, std=value_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
@@ -281,7 +290,7 @@ class SwiGLU(nn.Module):
         """Initialises every parameter anew, as `init` says."""
         score_std = output_std = REFERENCE_STD
         if self.init == "scaled":
-            score_std = SCALED_SWIGLU_SCORE_RMS / math.sqrt(self.gate_proj.in_features)
+            score_std = SCALED_SCORE_RMS / math.sqrt(self.gate_proj.in_features)
             output_std = SCALED_OUTPUT_GAIN / math.sqrt(self.down_proj.in_features)
         for projection, std in (
             (self.gate_proj, score_std),
@@ -300,16 +309,26 @@ class SwiGLU(nn.Module):
         return f"init={self.init!r}"
 
 
-def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | None) -> tuple[float, float]:
-    """(score_scale, output_scale) of a FlashMHF layer that was given none.
+class Scales(NamedTuple):
+    """Factors of a FlashMHF layer's scores M and N, of its gate's logits, and of its output."""
 
-    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score num_heads times
-    less than in a SwiGLU; and the gate divides the output, and with it each step's effect, by num_subnetworks. The
-    scales of "scaled" undo both.
+    score: float
+    gate: float
+    output: float
+
+
+def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | None) -> Scales:
+    """The scales of a FlashMHF layer that was given none.
+
+    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score, or a logit of the
+    gate, num_heads times less than in a SwiGLU; and the gate divides the output, and with it each step's effect, by
+    num_subnetworks. The scales of "scaled" undo both.
     """
     if init == "reference":
-        return 1.0, 1.0
-    return float(num_heads), 1.0 if gate is None else float(num_subnetworks)
+        return Scales(1.0, 1.0, 1.0)
+    if gate is None:
+        return Scales(float(num_heads), 1.0, 1.0)
+    return Scales(float(num_heads), float(num_heads), float(num_subnetworks))
 
 
 def _init_projections(*projections: nn.Linear | None) -> None:

@@ -98,6 +98,7 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
             ffn_projections=not flags.get("skip_linear", False),
             ffn_norm=not flags.get("disable_original_mlp_rmsnorm", False),
             score_scale=score_scale,
+            gate_scale=1.0,
             output_scale=OUTPUT_SCALE if flags.get("apply_final_scaling", False) else 1.0,
             reference_config=theirs,
         )
@@ -115,19 +116,20 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
         came_from = from_reference_config(ours.reference_config)
         if _function(came_from) == _function(ours):
             return ours.reference_config
-    (heads, kv_heads), (score_scale, output_scale) = ours.ffn_heads, ours.ffn_scales
+    (heads, kv_heads), scales = ours.ffn_heads, ours.ffn_scales
     score_flags = {1.0: (False, False), math.sqrt(heads): (True, False), float(heads): (True, True)}
     output_flags = {1.0: False, OUTPUT_SCALE: True}
     for name, value, choices in (
         ("ffn_type", ours.ffn_type, tuple(FFN_TYPES.values())),
         ("gate", ours.gate if ours.ffn_type == "flashmhf" else "sigmoid", ("sigmoid",)),
-        ("score_scale", score_scale, tuple(score_flags)),
-        ("output_scale", output_scale, tuple(output_flags)),
+        ("score_scale", scales.score, tuple(score_flags)),
+        ("gate_scale", scales.gate, (1.0,)),
+        ("output_scale", scales.output, tuple(output_flags)),
     ):
         if value not in choices:
             raise InputError(f"{name}: the reference code can express {', '.join(map(str, choices))}, got {value!r}")
     family = next(family for family, ffn_type in FFN_TYPES.items() if ffn_type == ours.ffn_type)
-    dot_scaling, theory = score_flags[score_scale]
+    dot_scaling, theory = score_flags[scales.score]
     flags = {
         "num_heads": heads,
         "num_kuv_heads": kv_heads,
@@ -136,7 +138,7 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
         "disable_original_mlp_rmsnorm": not ours.ffn_norm,
         "apply_dot_scaling": dot_scaling,
         "apply_dot_scaling_theory": theory,
-        "apply_final_scaling": output_flags[output_scale],
+        "apply_final_scaling": output_flags[scales.output],
     }
     if family == "mhffnmoe":
         flags["num_experts"] = ours.num_subnetworks

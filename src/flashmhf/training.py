@@ -22,6 +22,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -120,7 +121,8 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
         checkpoint = get_last_checkpoint(str(output_dir))
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(run.tokenizer)
-    model = _new_or_loaded_model(run, tokenizer)
+    finished = None if checkpoint is None else _finished_state(Path(checkpoint), arguments)
+    model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
     with arguments.main_process_first(desc="data"):
         corpus = load_corpus(run.data, text_column=run.text_column, streaming=run.streaming)
         train_blocks, validation_blocks, bytes_per_token = _blocks(run, corpus, tokenizer)
@@ -138,8 +140,11 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(_Progress)
-    with stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    if finished is None:
+        with stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        trainer.state = finished
     if stop.signal is None:
         trainer.save_model()
         validation = trainer.evaluate()
@@ -198,6 +203,13 @@ def _prepare_output_dir(output_dir: Path, run: Run, resume: bool) -> str | None:
     if checkpoint is not None:
         check_checkpoint(Path(checkpoint))
     return checkpoint
+
+
+def _finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
+    """The state of a run that has nothing left to do; the Trainer would take one step too many."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
+    return state if state.global_step >= target else None
 
 
 def check_checkpoint(folder: Path) -> None:

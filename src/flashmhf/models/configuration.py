@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
-from flashmhf.layers import INITS, default_scales
+from flashmhf.layers import INITS, Scales, default_scales
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.prologue import GATES
 
@@ -30,8 +30,8 @@ class FlashMHFConfig(LlamaConfig):
         ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
         ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
         mlp_bias: biases in the layer's projections.
-        score_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so that a
-            checkpoint means the same with every later version.
+        score_scale, gate_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so
+            that a checkpoint means the same with every later version.
         init: "reference" or "scaled".
         backend: of the operator, see `flashmhf.flash_mhf`.
         reference_config: config.json of the reference code's checkpoint that this model was converted from; kept so
@@ -56,6 +56,7 @@ class FlashMHFConfig(LlamaConfig):
     ffn_projections: bool = True
     ffn_norm: bool = True
     score_scale: float | None = None
+    gate_scale: float | None = None
     output_scale: float | None = None
     init: str = "reference"
     backend: str = "auto"
@@ -69,9 +70,10 @@ class FlashMHFConfig(LlamaConfig):
         self._check_ffn()
         gate = self.gate if self.ffn_type in ("flashmhf", "dense_moe") else None
         heads = 1 if self.ffn_type == "dense_moe" else self.num_ffn_heads
-        score_scale, output_scale = default_scales(self.init, heads, self.num_subnetworks, gate)
-        self.score_scale = score_scale if self.score_scale is None else float(self.score_scale)
-        self.output_scale = output_scale if self.output_scale is None else float(self.output_scale)
+        scales = default_scales(self.init, heads, self.num_subnetworks, gate)
+        self.score_scale = scales.score if self.score_scale is None else float(self.score_scale)
+        self.gate_scale = scales.gate if self.gate_scale is None else float(self.gate_scale)
+        self.output_scale = scales.output if self.output_scale is None else float(self.output_scale)
         super().__post_init__(**kwargs)
 
     @property
@@ -82,11 +84,12 @@ class FlashMHFConfig(LlamaConfig):
         return self.num_ffn_heads, self.num_ffn_kv_heads
 
     @property
-    def ffn_scales(self) -> tuple[float, float]:
-        """(score_scale, output_scale), resolved."""
+    def ffn_scales(self) -> Scales:
+        """The scales of the feed-forward layer."""
         assert self.score_scale is not None
+        assert self.gate_scale is not None
         assert self.output_scale is not None
-        return self.score_scale, self.output_scale
+        return Scales(self.score_scale, self.gate_scale, self.output_scale)
 
     @property
     def subnetwork_size(self) -> int:

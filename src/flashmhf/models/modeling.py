@@ -38,6 +38,7 @@ def build_ffn(config: FlashMHFConfig) -> nn.Module:
     options: dict[str, Any] = {
         **common,
         "score_scale": config.score_scale,
+        "gate_scale": config.gate_scale,
         "output_scale": config.output_scale,
         "backend": config.backend,
     }

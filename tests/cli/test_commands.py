@@ -1,0 +1,228 @@
+"""The commands as typed: results on standard output, one line on bad input, exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import flashmhf.cli
+
+FLAGS = ["--per-device-train-batch-size", "2", "--report-to", "none", "--disable-tqdm", "true"]
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+    @property
+    def last_line(self) -> str:
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command line in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["flashmhf", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            flashmhf.cli.main()
+        captured = capsys.readouterr()
+        return Outcome(caught.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, corpus_folder, model_file) -> Path:
+    """A model that was trained for a few steps."""
+    from flashmhf.training import Run, parse_arguments, train
+
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    flags = ["--max-steps", "20", "--learning-rate", "1e-2", "--eval-strategy", "no", *FLAGS]
+    train(Run(str(model_file), str(corpus_folder), "bytes", 64), parse_arguments(flags, str(folder)))
+    return folder
+
+
+def test_info_on_this_machine(command):
+    outcome = command("info", "--json")
+    assert outcome.code == 0
+    assert outcome.json["backends"]["blockwise"] is None
+    assert "flashmhf-370m" in outcome.json["presets"]
+    assert "blockwise: runs here" in command("info").out
+
+
+def test_info_on_a_preset_and_a_folder(command, trained):
+    report = command("info", "flashmhf-128m", "--json").json
+    assert report["parameters"] == 121392384
+    assert "parameters" in command("info", str(trained)).out
+
+
+def test_train_eval_generate(command, tmp_path, corpus_folder, model_file):
+    folder = str(tmp_path / "run")
+    arguments = ["--model", str(model_file), "--data", str(corpus_folder), "--context-length", "64"]
+    outcome = command("train", *arguments, "--output-dir", folder, "--max-steps", "3", "--json", *FLAGS)
+    assert outcome.code == 0
+    assert outcome.json["steps"] == 3
+    evaluated = command(
+        "eval", folder, "--data", str(corpus_folder), "--context-length", "32", "--stride", "16", "--json"
+    )
+    assert evaluated.code == 0
+    assert evaluated.json["context_length"] == 32
+    assert evaluated.json["bits_per_byte"] > 0
+    everything = command("eval", folder, "--data", str(corpus_folder), "--split", "all", "--json").json
+    assert everything["documents"] == 30
+    assert "nats a token" in command("eval", folder, "--data", str(corpus_folder)).out
+    generated = command("generate", folder, "--prompt", "the quick", "--max-new-tokens", "5", "--json")
+    assert generated.json["prompt"] == "the quick"
+    again = command("generate", folder, "--prompt", "the quick", "--max-new-tokens", "5", "--json")
+    assert again.out == generated.out
+    assert command("generate", folder, "--max-new-tokens", "5", "--temperature", "0").code == 0
+
+
+def test_resume_from_the_command_line(command, tmp_path, corpus_folder, model_file):
+    folder = str(tmp_path / "run")
+    arguments = ["--model", str(model_file), "--data", str(corpus_folder), "--context-length", "64", *FLAGS]
+    arguments += ["--output-dir", folder, "--eval-strategy", "no", "--save-steps", "2"]
+    assert command("train", *arguments, "--max-steps", "2").code == 0
+    refused = command("train", *arguments, "--max-steps", "4")
+    assert refused.code == 2
+    assert "or --resume" in refused.last_line
+    assert command("train", *arguments, "--max-steps", "4", "--resume", "--json").json["steps"] == 4
+
+
+def test_tokenizer_then_train_with_it(command, tmp_path, corpus_folder, model_file):
+    folder = str(tmp_path / "bpe")
+    made = command("tokenizer", str(corpus_folder), folder, "--vocab-size", "280", "--json")
+    assert made.json["vocab_size"] <= 280
+    assert made.json["validation_bytes_per_token"] > 1.5
+    arguments = ["--model", str(model_file), "--data", str(corpus_folder), "--tokenizer", folder, *FLAGS]
+    outcome = command(
+        "train", *arguments, "--context-length", "32", "--output-dir", str(tmp_path / "run"), "--max-steps", "2"
+    )
+    assert outcome.code == 0
+    refused = command("tokenizer", str(corpus_folder), folder)
+    assert (refused.code, refused.out) == (2, "")
+    assert "DIR: expected a new or empty folder" in refused.last_line
+
+
+@pytest.mark.slow
+def test_compare(command, tmp_path, corpus_folder, model_file):
+    arguments = ["--model", str(model_file), "--data", str(corpus_folder), "--context-length", "64", "--max-steps", "3"]
+    arguments += ["--learning-rate", "swiglu=1e-3,flashmhf=2e-3", "--output-dir", str(tmp_path / "out"), *FLAGS]
+    outcome = command("compare", *arguments)
+    assert outcome.code == 0
+    assert "| FFN | parameters |" in outcome.out
+    assert "report.html" in outcome.out.splitlines()[-1]
+
+
+def test_convert(command, tmp_path):
+    from reference_model import reference_config, reference_model, save_reference
+
+    config = reference_config()
+    save_reference(reference_model(config), config, tmp_path / "theirs")
+    outcome = command("convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--json")
+    assert (outcome.code, outcome.json["to"]) == (0, "flashmhf")
+    back = command("convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "reference")
+    assert back.code == 0
+
+
+def test_bench_layer_and_op(command, tmp_path):
+    sizes = ["--hidden-size", "32", "--num-heads", "2", "--num-subnetworks", "2", "--subnetwork-size", "16"]
+    sizes += ["--tokens", "8,16", "--repeats", "1"]
+    output = tmp_path / "rows.json"
+    outcome = command("bench", "layer", *sizes, "--dtypes", "float32", "--output", str(output), "--json")
+    assert outcome.code == 0
+    assert json.loads(output.read_text()) == outcome.json
+    assert {row["variant"] for row in outcome.json["rows"]} == {"swiglu", "naive", "flashmhf"}
+    assert len(outcome.json["rows"]) == 2 * 2 * 3
+    assert {"machine", "torch", "commit", "command"} <= outcome.json.keys()
+    assert "| blockwise |" in command("bench", "op", *sizes).out
+
+
+BAD = {
+    "info of nothing": (["info", "flashmhf-2t"], "model: expected a preset"),
+    "no such command": (["launch"], "No such command 'launch'"),
+    "no such option": (["generate", "x", "--speed", "9"], "--speed"),
+    "missing option": (["train"], "--model"),
+    "unknown training flag": (["train", "--model", "flashmhf-tiny", "--output-dir", "x", "--warp", "9"], "--warp"),
+    "unknown variant": (["compare", "--output-dir", "x", "--variants", "relu"], "variants: expected some of"),
+    "no seed": (["compare", "--output-dir", "x", "--seeds", ""], "seeds: expected at least one, got none"),
+    "seed no number": (["compare", "--output-dir", "x", "--seeds", "one"], "seeds: expected a whole number, got 'one'"),
+    "rate no number": (
+        ["compare", "--output-dir", "x", "--learning-rate", "swiglu=fast"],
+        "learning-rate: expected a number",
+    ),
+    "eval of nothing": (["eval", "nowhere"], "model: expected a folder with config.json, got 'nowhere'"),
+    "generate from nothing": (["generate", "nowhere"], "model: expected a folder with config.json"),
+    "convert nothing": (["convert", "nowhere", "x"], "SRC: expected a folder with config.json"),
+    "bench unknown variant": (["bench", "op", "--variants", "cuda"], "variants: expected some of"),
+    "bench unknown dtype": (["bench", "op", "--dtypes", "int8"], "dtypes: expected float32, bfloat16 or float16"),
+    "bench tokens": (["bench", "op", "--tokens", "many"], "tokens: expected whole numbers above 0, got 'many'"),
+    "temperature": (["generate", "x", "--temperature", "-1"], "temperature"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_usage_is_one_line_and_exit_code_2(command, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = command(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.last_line.startswith("flashmhf: ")
+    assert message in outcome.last_line
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_for_a_trained_model(command, trained, corpus_folder, tmp_path):
+    for arguments, message in (
+        (["eval", "--context-length", "999"], "context-length: expected 2 to the model's 128, got 999"),
+        (["eval", "--stride", "0"], "stride: expected 1 to the context length 128, got 0"),
+        (["eval", "--split", "test"], "split: expected validation or all, got 'test'"),
+        (["eval", "--data", "nowhere/at-all"], "data: expected stdlib, a file, a folder"),
+        (["eval", "--device", "quantum"], "device: 'quantum' cannot be used here"),
+        (["generate", "--max-new-tokens", "999"], "max-new-tokens: expected at most 127 after this prompt"),
+    ):
+        name, *rest = arguments
+        data = [] if name == "generate" or "--data" in rest else ["--data", str(corpus_folder)]
+        outcome = command(name, str(trained), *rest, *data)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.last_line
+
+
+def test_a_truncated_model_is_named(command, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "torn", ignore=shutil.ignore_patterns("checkpoint-*"))
+    file = tmp_path / "torn/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    outcome = command("generate", str(tmp_path / "torn"))
+    assert outcome.code == 2
+    assert "model.safetensors is torn: expected" in outcome.last_line
+
+
+def test_help_is_fast_and_names_every_command():
+    fastest = 99.0
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "flashmhf", "--help"], capture_output=True, text=True, check=True)
+        fastest = min(fastest, time.perf_counter() - started)
+    for name in ("info", "train", "eval", "generate", "compare", "convert", "tokenizer", "bench"):
+        assert name in done.stdout
+    assert fastest < 1.0  # 0.25 s alone on a core; tests run beside each other
+
+
+def test_version_and_module_entry_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "flashmhf", "info", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["backends"]["reference"] is None

@@ -1,0 +1,189 @@
+"""Training runs: what they leave, resuming, signals, and refusals."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmhf.errors import InputError
+from flashmhf.models.loading import load_model
+from flashmhf.tokenization import is_byte_tokenizer, load_tokenizer
+from flashmhf.training import Run, check_checkpoint, parse_arguments, train
+
+FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
+FLAGS += ["--disable-tqdm", "true"]
+
+
+@pytest.fixture
+def run(corpus_folder, model_file) -> Run:
+    return Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=2048)
+
+
+def start(run: Run, folder: Path, *flags: str, resume: bool = False) -> dict:
+    return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {row["step"]: row["loss"] for row in history if "loss" in row}
+
+
+def test_a_run_learns_and_leaves_a_whole_model(run, tmp_path):
+    result = start(run, tmp_path / "run", "--max-steps", "30", "--eval-steps", "10", "--save-steps", "10")
+    assert result["steps"] == 30
+    assert result["tokens"] == 30 * 4 * 32
+    assert result["interrupted_by"] is None
+    curve = losses(tmp_path / "run")
+    assert curve[30] < curve[1] - 1
+    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / 0.6931, rel=0.01)
+    assert result["tokens_per_second"] > 0
+    assert result["peak_memory_mib"] > 10
+    assert load_model(str(tmp_path / "run")).config.vocab_size == 320
+    assert is_byte_tokenizer(load_tokenizer(str(tmp_path / "run")))
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-30"]
+
+
+def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
+    flags = ("--save-steps", "6", "--eval-strategy", "no", "--max-steps", "12")
+    start(run, tmp_path / "whole", *flags)
+    start(run, tmp_path / "cut", *flags)
+    shutil.rmtree(tmp_path / "cut/checkpoint-12")
+    (tmp_path / "cut/model.safetensors").unlink()
+    start(run, tmp_path / "cut", *flags, resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_going_on_from_a_trained_model(run, tmp_path):
+    start(run, tmp_path / "first", "--max-steps", "20", "--eval-strategy", "no")
+    again = Run(str(tmp_path / "first"), run.data, "bytes", 32, validation_tokens=2048)
+    start(again, tmp_path / "second", "--max-steps", "2", "--eval-strategy", "no")
+    assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1] - 1
+
+
+def test_streaming(tmp_path, model_file):
+    rows = [json.dumps({"text": f"row {i} " + "again and again " * 10}) for i in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    run = Run(str(model_file), str(tmp_path / "rows.jsonl"), "bytes", 32, streaming=True, validation_tokens=2048)
+    result = start(run, tmp_path / "run", "--max-steps", "5", "--eval-strategy", "no")
+    assert result["steps"] == 5
+    assert result["validation_loss"] > 0
+
+
+def test_activation_checkpointing_and_compile_flags(run, tmp_path):
+    start(run, tmp_path / "plain", "--max-steps", "3", "--eval-strategy", "no")
+    start(run, tmp_path / "recomputed", "--max-steps", "3", "--eval-strategy", "no", "--gradient-checkpointing", "true")
+    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "flashmhf", "train", "--model", run.model, "--data", run.data]
+    command += ["--context-length", "32", "--output-dir", str(folder), "--max-steps", "100000", *FLAGS]
+    command += ["--disable-tqdm", "false", "--eval-strategy", "no", "--save-steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wait_for_training(process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert out == ""
+    (checkpoint,) = folder.glob("checkpoint-*")
+    check_checkpoint(checkpoint)
+    assert f"{number.name} after step {checkpoint.name.partition('-')[2]}" in err
+    assert "go on with --resume" in err
+    assert "Traceback" not in err
+
+
+def wait_for_training(process: subprocess.Popen) -> None:
+    """Returns once the first step has been logged."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        line = process.stderr.readline()
+        assert line, "the process ended before its first step"
+        if "step " in line and "loss" in line:
+            return
+    raise AssertionError("no step within a minute")
+
+
+def test_output_folders_that_hold_something_else(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("mine")
+    with pytest.raises(
+        InputError, match=r"output-dir: expected a new or empty folder, or --resume, got .* with thesis.tex"
+    ):
+        start(run, tmp_path / "full")
+    with pytest.raises(InputError, match=r"resume: expected a run's folder with run.json"):
+        start(run, tmp_path / "full", resume=True)
+    with pytest.raises(InputError, match="output-dir: expected a folder, got the file"):
+        start(run, tmp_path / "full/thesis.tex")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_torn_checkpoint_is_named(run, tmp_path):
+    start(run, tmp_path / "run", "--max-steps", "2", "--save-steps", "1", "--eval-strategy", "no")
+    checkpoint = tmp_path / "run/checkpoint-2"
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(InputError, match=name):
+            start(run, tmp_path / "run", "--max-steps", "4", resume=True)
+        (checkpoint / name).write_bytes(whole)
+    start(run, tmp_path / "run", "--max-steps", "3", "--eval-strategy", "no", resume=True)
+
+
+def test_resuming_another_run_is_refused(run, tmp_path):
+    start(run, tmp_path / "run", "--max-steps", "1", "--eval-strategy", "no")
+    other = Run(run.model, run.data, "bytes", 64, validation_tokens=2048)
+    with pytest.raises(InputError, match="resume: expected the context_length of the earlier run, 32, got 64"):
+        start(other, tmp_path / "run", resume=True)
+
+
+def test_models_and_tokenizers_that_do_not_fit(run, tmp_path):
+    def refused(message: str, **changes) -> None:
+        changed = Run(**(vars(run) | changes))
+        with pytest.raises(InputError, match=message):
+            start(changed, tmp_path / "never")
+        assert not (tmp_path / "never").exists()
+
+    refused("model: expected a preset .*, a JSON file or a folder, got 'flashmhf-2t'", model="flashmhf-2t")
+    refused("context-length: expected 2 to the model's 128, got 129", context_length=129)
+    refused("tokenizer: expected bytes, a tokenizer's folder or a Hub id, got 'no/such'", tokenizer="no/such")
+    (tmp_path / "bad.json").write_text('{"hidden_size": 33, "num_ffn_heads": 2}')
+    refused(
+        "model: .*bad.json: hidden_size: expected a multiple of num_ffn_heads 2, got 33",
+        model=str(tmp_path / "bad.json"),
+    )
+    (tmp_path / "bad.json").write_text("not JSON")
+    refused("expected a JSON object in .*bad.json", model=str(tmp_path / "bad.json"))
+
+
+def test_another_tokenizer_for_a_trained_model_is_refused(run, tmp_path, corpus_folder):
+    from flashmhf.tokenization import train_bpe
+
+    start(run, tmp_path / "first", "--max-steps", "1", "--eval-strategy", "no")
+    train_bpe(["the quick brown fox"] * 9, 262).save_pretrained(tmp_path / "bpe")
+    other = Run(str(tmp_path / "first"), run.data, str(tmp_path / "bpe"), 32)
+    with pytest.raises(InputError, match=r"tokenizer: expected the one in .*first \(258 tokens\)"):
+        start(other, tmp_path / "second")
+
+
+def test_flags_of_the_trainer(tmp_path):
+    arguments = parse_arguments(["--max-steps", "7", "--adam_beta2", "0.9", "--seed=3"], str(tmp_path))
+    assert (arguments.max_steps, arguments.adam_beta2, arguments.seed, arguments.weight_decay) == (7, 0.9, 3, 0.1)
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    for flags, message in (
+        (["--no-such-flag", "1"], "--no-such-flag"),
+        (["--max-steps", "many"], "max.steps"),
+        (["--lr-scheduler-type", "magic"], "magic"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            parse_arguments(flags, str(tmp_path))
+        assert "\n" not in str(caught.value)
