@@ -2,8 +2,8 @@
 
     python benchmarks/sweep_init.py DATA benchmarks/results/sweep_init.jsonl
 
-Finished rows are kept; delete a line to run it again. Two runs at a time, one thread each; about ten minutes a run on one
-core.
+Finished rows are kept; delete a line to run it again. Two runs at a time, one thread each; about ten minutes a run
+on one core.
 """
 
 import argparse

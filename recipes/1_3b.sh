@@ -1,0 +1,12 @@
+#!/bin/sh
+# The paper's 1.3b recipe on one node: 64 sequences of 4096 tokens a step. Sizes for 80 GB GPUs; not run by us yet.
+#   GPUS=8 recipes/1_3b.sh DATA TOKENIZER OUT [flags of flashmhf train]
+set -eu
+data=$1 tokenizer=$2 out=$3
+shift 3
+gpus=${GPUS:-1}
+torchrun --standalone --nproc-per-node "$gpus" -m flashmhf train --model flashmhf-1.3b --data "$data" --streaming \
+  --tokenizer "$tokenizer" --output-dir "$out" --context-length 4096 --per-device-train-batch-size 4 \
+  --gradient-accumulation-steps $((16 / gpus > 0 ? 16 / gpus : 1)) --max-steps 409600 --learning-rate 1e-3 \
+  --lr-scheduler-type cosine_with_min_lr --lr-scheduler-kwargs '{"min_lr": 1e-5}' --warmup-steps 0.015 \
+  --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --bf16 true --eval-steps 2000 --save-steps 2000 "$@"
