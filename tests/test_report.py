@@ -71,7 +71,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     write_report(results(), tmp_path / "report.html")
     page = Collector()
     page.feed((tmp_path / "report.html").read_text())
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
     assert "script" not in page.tags
     assert "viewport" in dict(page.attributes).values()
     links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href") and value]
@@ -91,9 +91,9 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
 
 def test_the_table_is_sorted_by_loss():
     header, rule, first, second = markdown_table(results()).splitlines()
-    assert header.startswith("| FFN | parameters |")
+    assert header.startswith("| FFN | validation loss")
     assert set(rule) <= set("|-: ")
-    assert first.startswith("| flashmhf | 1,234,567 | 576 | 1.610 ± 0.010 |")
+    assert first.startswith("| flashmhf | 1.610 ± 0.010 | 2.312 ± 0.010 | 1,234,567 | 576 |")
     assert second.startswith("| swiglu |")
 
 

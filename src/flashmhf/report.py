@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = {  # Okabe and Ito's, told apart with any colour vision
     "flashmhf": "#0072B2",
@@ -20,14 +21,13 @@ COLOURS = {  # Okabe and Ito's, told apart with any colour vision
     "dense_moe": "#E69F00",
 }
 UNIGRAM_COLOUR = "#666666"
-SMOOTHING = 0.1  # of the training curve's running mean
-FIGURE_INCHES = (6.4, 3.8)
+FIGURE_INCHES = (5.0, 3.4)
 COLUMNS = (
     "FFN",
-    "parameters",
-    "d_ff",
     "validation loss (nats a token)",
     "bits a byte",
+    "parameters",
+    "d_ff",
     "tokens a second",
     "peak memory (MiB)",
 )
@@ -48,7 +48,7 @@ PAGE = """<!DOCTYPE html>
   th, td {{ padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
   th:first-child, td:first-child {{ text-align: left; }}
   th {{ font-weight: 600; white-space: normal; vertical-align: bottom; }}
-  figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; height: auto; }}
+  figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; max-width: 40rem; height: auto; }}
   pre {{ background: #f5f5f5; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
         font-size: 0.85rem; }}
   .prompt {{ color: #777; }}
@@ -78,14 +78,15 @@ def _sections(results: dict[str, Any]) -> list[str]:
         f"<p>Trained from new weights on <b>{html.escape(settings['data'])}</b> (tokenizer "
         f"{html.escape(settings['tokenizer'])}), {tokens:,} tokens each in blocks of {settings['context_length']}, "
         f"seeds {seeds}; same trunk, matched parameters, same order of the data. Lowest validation loss here: "
-        f"<b>{html.escape(best['variant'])}</b>. One line without context (unigram entropy): "
-        f"{results['unigram_entropy_nats']:.3f} nats a token.</p>",
+        f"<b>{html.escape(best['variant'])}</b>. A model without context could reach "
+        f"{results['unigram_entropy_nats']:.3f} nats a token (the unigram entropy).</p>",
         _html_table(results),
         "<h2>Loss</h2>",
-        _figure(_loss_curves(results), "Training loss (thin: each run's log, thick: its running mean)"),
-        _figure(_validation_curves(results), "Validation loss"),
+        _figure(_curves(results, "curve", None), "Training loss, one line a run"),
+        _figure(_curves(results, "validation_curve", "o"), "Validation loss, one line a run"),
         "<h2>Speed and memory</h2>",
-        _figure(_costs(results), "Tokens a second of the training step, and the training process's peak memory"),
+        _figure(_bars(results, "tokens_per_second"), "Tokens a second of the training step"),
+        _figure(_bars(results, "peak_memory_mib"), "Peak memory of the training process, MiB"),
         "<h2>Samples</h2>",
         *_samples(results["samples"]),
         "<h2>Settings</h2>",
@@ -111,10 +112,10 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             row["variant"],
-            f"{row['parameters']:,}",
-            f"{row['intermediate_size']:,}",
             _spread(row["validation_loss"]),
             _spread(row["bits_per_byte"]),
+            f"{row['parameters']:,}",
+            f"{row['intermediate_size']:,}",
             f"{row['tokens_per_second']['mean']:,.0f}",
             f"{row['peak_memory_mib']['mean']:,.0f}",
         )
@@ -122,46 +123,35 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _loss_curves(results: dict[str, Any]) -> Figure:
+def _curves(results: dict[str, Any], name: str, marker: str | None) -> Figure:
+    """One line a run, one colour a variant, and what a model without context could reach."""
     figure, axes = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
-    labelled = set()
+    labelled: set[str] = set()
     for run in results["runs"]:
-        steps, losses = zip(*run["curve"], strict=True)
-        colour = COLOURS[run["variant"]]
+        steps, losses = zip(*run[name], strict=True)
         label = None if run["variant"] in labelled else run["variant"]
         labelled.add(run["variant"])
-        axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smoothed(losses), color=colour, linewidth=1.8, label=label)
-    axes.axhline(
-        results["unigram_entropy_nats"], color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy"
-    )
-    _finish(axes, "step", "nats a token")
+        axes.plot(steps, losses, color=COLOURS[run["variant"]], marker=marker, markersize=4, linewidth=1.5, label=label)
+    entropy = results["unigram_entropy_nats"]
+    axes.axhline(entropy, color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats a token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.legend(frameon=False)
     return figure
 
 
-def _validation_curves(results: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
-    labelled = set()
-    for run in results["runs"]:
-        steps, losses = zip(*run["validation_curve"], strict=True)
-        label = None if run["variant"] in labelled else run["variant"]
-        labelled.add(run["variant"])
-        axes.plot(steps, losses, color=COLOURS[run["variant"]], marker="o", markersize=4, linewidth=1.5, label=label)
-    _finish(axes, "step", "nats a token")
-    return figure
-
-
-def _costs(results: dict[str, Any]) -> Figure:
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(6.4, 3.2), layout="constrained")
-    names = [row["variant"] for row in results["variants"]]
-    colours = [COLOURS[name] for name in names]
-    for axes, measure, label in ((speed, "tokens_per_second", "tokens a second"), (memory, "peak_memory_mib", "MiB")):
-        bars = axes.bar(names, [row[measure]["mean"] for row in results["variants"]], color=colours, width=0.6)
-        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=9)
-        axes.set_ylabel(label)
-        axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(axis="x", labelsize=9)
+def _bars(results: dict[str, Any], measure: str) -> Figure:
+    rows = results["variants"][::-1]
+    figure, axes = plt.subplots(figsize=(FIGURE_INCHES[0], 0.6 + 0.4 * len(rows)), layout="constrained")
+    names = [row["variant"] for row in rows]
+    bars = axes.barh(names, [row[measure]["mean"] for row in rows], color=[COLOURS[n] for n in names], height=0.6)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes.margins(x=0.15)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.xaxis.set_visible(False)
     return figure
 
 
@@ -177,14 +167,6 @@ def _settings_text(settings: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in settings.items())
 
 
-def _finish(axes: Any, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#eeeeee")
-    axes.legend(frameon=False)
-
-
 def _figure(figure: Figure, caption: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -196,13 +178,6 @@ def _figure(figure: Figure, caption: str) -> str:
     )
     caption = html.escape(caption)
     return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
-
-
-def _smoothed(values: tuple[float, ...]) -> list[float]:
-    smoothed = [values[0]]
-    for value in values[1:]:
-        smoothed.append((1 - SMOOTHING) * smoothed[-1] + SMOOTHING * value)
-    return smoothed
 
 
 def _spread(measure: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ def test_compare(command, tmp_path, corpus_folder, model_file):
     arguments += ["--learning-rate", "swiglu=1e-3,flashmhf=2e-3", "--output-dir", str(tmp_path / "out"), *FLAGS]
     outcome = command("compare", *arguments)
     assert outcome.code == 0
-    assert "| FFN | parameters |" in outcome.out
+    assert "| FFN | validation loss" in outcome.out
     assert "report.html" in outcome.out.splitlines()[-1]
 
 

@@ -1,0 +1,59 @@
+"""Downstream tasks through EleutherAI's lm-eval, which `pip install 'flashmhf[tasks]'` brings along."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flashmhf.errors import InputError
+from flashmhf.evaluation import check_vocabulary
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    *,
+    tasks_path: str | None = None,
+    context_length: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Every task's measures, as lm-eval names them ("acc,none", "acc_norm,none", ...).
+
+    Args:
+        model: a causal language model, on its device.
+        tokenizer: its own.
+        tasks: names that lm-eval knows, or that are defined in tasks_path. lm-eval's own load their data from the Hub.
+        tasks_path: a folder with task definitions (YAML), for tasks and data of the user's own.
+        context_length: tokens a request may have. Default: the model's max_position_embeddings.
+        batch_size: requests at a time.
+
+    Raises:
+        InputError: lm-eval is not installed, a task is unknown, or its data cannot be loaded.
+    """
+    if find_spec("lm_eval") is None:
+        raise InputError("tasks: expected the package lm-eval, got none; pip install 'flashmhf[tasks]'")
+    if tasks_path is not None and not Path(tasks_path).is_dir():
+        raise InputError(f"tasks-path: expected a folder, got {tasks_path!r}")
+    check_vocabulary(model, tokenizer)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=tasks_path)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=context_length or model.config.max_position_embeddings,
+    )
+    try:
+        report = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tasks: {str(error).splitlines()[0]}") from error
+    assert report is not None  # only ranks other than the first get None
+    return report["results"]
