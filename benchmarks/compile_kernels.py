@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that are not here and reads registers, spills and instructions off the result.
 
-python benchmarks/compile_kernels.py                     every row of the tile table, as Markdown
+python benchmarks/compile_kernels.py                     every row of the tile table, into docs/kernels.md
 python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -21,15 +22,25 @@ from triton.compiler import ASTSource
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.tiles import Tile
+from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, table_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90a": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = ("forward", "backward_tokens", "backward_weights")
+SHARED_LIMITS = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90a": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+}  # bytes a program
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
+MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -48,7 +59,7 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
     q, out = (torch.empty(T, H, D, dtype=dtype, device="meta") for _ in range(2))
     k, u, v = (torch.empty(H_kv, E, F, D, dtype=dtype, device="meta") for _ in range(3))
     gate, dgate = (torch.empty(T, H, E, dtype=torch.float32, device="meta") for _ in range(2))
-    if kernel == "forward":
+    if kernel in ("decode", "forward"):
         return plan_forward(q, k, u, v, gate, out, tile)
     if kernel == "backward_tokens":
         return plan_backward_tokens(out, q, k, u, v, gate, q, dgate, tile)
@@ -104,30 +115,70 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def _search_one(case):
+def compile_row(case: tuple[str, str, int, torch.dtype, Tile]) -> Compiled | str:
+    """One kernel at one tile for one target, or the compiler's complaint."""
     target, kernel, D, dtype, tile = case
     try:
-        return case, compile_launch(plan(kernel, 4096, 8, 8, 7, 384, D, dtype, tile), TARGETS[target])
+        return compile_launch(plan(kernel, 4096, 8, 8, 7, 384, D, dtype, tile), TARGETS[target])
     except Exception as error:
-        return case, repr(error)[:80]
+        return repr(error)[:80]
 
 
 def search(target: str, dims: list[int], dtypes: list[torch.dtype]) -> None:
+    """Prints what every tile of a grid costs on one target."""
     cases = [
         (target, kernel, D, dtype, Tile(block_t, block_f, warps, stages))
         for kernel, D, dtype, block_t, block_f, warps, stages in itertools.product(
             KERNELS, dims, dtypes, (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2)
         )
     ]
-    with ProcessPoolExecutor(2) as pool:
-        for (_, kernel, D, dtype, tile), result in pool.map(_search_one, cases, chunksize=4):
+    with ProcessPoolExecutor() as pool:
+        for (_, kernel, D, dtype, tile), result in zip(cases, pool.map(compile_row, cases, chunksize=4), strict=True):
             print(kernel, D, dtype, *tile, result, flush=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Tile]]:
+    """Every row of the tile table for a target; float16 compiles to the code of bfloat16 with other instructions."""
+    return [
+        (target, kernel, block_d, DTYPES[element_bytes], tile)
+        for element_bytes in TABLE[target]
+        for kernel, block_d, tile in table_rows(target, element_bytes)
+    ]
+
+
+def document() -> str:
+    """The table of what every shipped row compiles to, as Markdown."""
+    cases = [case for target in TARGETS for case in shipped(target)]
+    lines = [
+        f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.",
+        "",
+        "| target | kernel | dtype | head dim | tokens x rows | warps | stages | registers | spilled | KiB | matrix |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    with ProcessPoolExecutor() as pool:
+        for (target, kernel, D, dtype, tile), compiled in zip(cases, pool.map(compile_row, cases), strict=True):
+            assert isinstance(compiled, Compiled), (target, kernel, D, dtype, tile, compiled)
+            lines.append(
+                f"| {target} | {kernel} | {str(dtype).removeprefix('torch.')} | {D} | {tile.block_t} x {tile.block_f} "
+                f"| {tile.num_warps} | {tile.num_stages} | {compiled.registers} | {compiled.spilled} "
+                f"| {compiled.shared_bytes / 1024:.0f} | {compiled.matrix_instructions} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", choices=TARGETS)
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dims", type=int, nargs="+", default=list(BLOCK_DS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    args = parser.parse_args()
-    search(args.search, args.dims, [getattr(torch, name) for name in args.dtypes])
+    arguments = parser.parse_args()
+    if arguments.search:
+        search(arguments.search, arguments.dims, [getattr(torch, name) for name in arguments.dtypes])
+        return
+    before, _, rest = DOCUMENT.read_text().partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    DOCUMENT.write_text(before + MARKERS[0] + document() + MARKERS[1] + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -179,7 +179,7 @@ def _measure(
     for measured_pass in PASSES:
         calls = {name: _call(*variant, measured_pass) for name, variant in variants.items()}
         device = next(iter(variants.values()))[2].device
-        medians = _median_ms(calls, device, repeats)
+        medians = interleaved_median_ms(calls, device, repeats)
         reference = next(iter(medians.values()))
         for name, call in calls.items():
             peak = peak_bytes(call, device)
@@ -217,23 +217,28 @@ def _call(
     return run
 
 
-def _median_ms(calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
+def interleaved_median_ms(calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each call, timed in turn after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            _synchronize(device)
-            started = time.perf_counter()
-            call()
-            _synchronize(device)
-            times[name].append((time.perf_counter() - started) * 1e3)
+            times[name].append(_elapsed_ms(call, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def _elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
         torch.cuda.synchronize(device)
+        return start.elapsed_time(stop)
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1e3
 
 
 def _commit() -> str | None:

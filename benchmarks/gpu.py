@@ -1,0 +1,306 @@
+"""Everything that only a GPU can show, in one command of less than nine minutes.
+
+    python benchmarks/gpu.py [--sections correctness,op,layer] [--output benchmarks/results/gpu-NAME]
+
+Writes OUTPUT.json and OUTPUT.md after every section, so that a run that is cut short keeps what it has; sections that
+OUTPUT.json already holds for this commit are not run again. `--dry-run` builds every case on the CPU at toy sizes.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flashmhf.benchmarking import NaiveMHF, Shape, interleaved_median_ms, peak_bytes, provenance
+from flashmhf.layers import FlashMHF, SwiGLU
+from flashmhf.ops import reference
+from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
+from flashmhf.ops.triton.forward import plan_forward
+from flashmhf.ops.triton.tiles import Tile, rows_for
+
+SHAPES = {"370m": Shape(1024, 8, 7, 384), "1.3b": Shape(2048, 16, 15, 384)}
+TOY = Shape(64, 2, 2, 24)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+REPEATS = 20
+
+
+class Bench:
+    """The device and the sizes: real ones, or toys for a dry run."""
+
+    def __init__(self, dry_run: bool) -> None:
+        self.dry_run = dry_run
+        self.device = torch.device("cpu" if dry_run else "cuda")
+        self.repeats = 1 if dry_run else REPEATS
+        self.shapes = {"toy": TOY} if dry_run else SHAPES
+        self.tokens = (16, 48) if dry_run else (1024, 4096, 16384, 65536)
+        self.layer_tokens = (1, 16) if dry_run else (1, 16, 128, 1024, 4096, 16384, 65536)
+
+    def randn(self, *size: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(*size, device=self.device, dtype=torch.float32).to(dtype)
+
+    def inputs(self, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+        """q, k, u, v, gate and the output's gradient."""
+        weights = [self.randn(H_kv, E, F, D, dtype=dtype) / D**0.5 for _ in range(3)]
+        gate = torch.rand(T, H, E, device=self.device)
+        return [self.randn(T, H, D, dtype=dtype), *weights, gate, self.randn(T, H, D, dtype=dtype)]
+
+
+def correctness(bench: Bench) -> list[dict[str, Any]]:
+    """Every row of the tile table for this device: forward and all gradients under the error budget, NaN-poisoned."""
+    rows = []
+    for kernel, dtype, D, tile in _cases(bench):
+        for T, H, H_kv, E, F in ((300, 4, 2, 3, 200), (1024, 2, 2, 2, 384)):
+            if bench.dry_run:
+                T, E, F = 20, 2, 40
+            inputs = bench.inputs(T, H, H_kv, E, F, D, dtype)
+            got = _run_kernel(kernel, inputs, tile)
+            exact = _expected([x.double() for x in inputs])
+            eager = _expected(inputs)
+            for name, result in got.items():
+                error, budget = _error(result, exact[name]), 2 * _error(eager[name], exact[name]) + _rounding(result)
+                rows.append(
+                    {
+                        "kernel": kernel,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "D": D,
+                        "tile": list(tile),
+                        "sizes": [T, H, H_kv, E, F],
+                        "result": name,
+                        "error": error,
+                        "budget": budget,
+                        "passed": error <= budget,
+                    }
+                )
+    rows.append(_beyond_32_bits(bench))
+    return rows
+
+
+def _cases(bench: Bench):
+    """Each shipped row, at its own head dim and at one that is no power of two."""
+    for dtype in DTYPES:
+        if bench.dry_run and dtype == torch.bfloat16:
+            continue  # Triton's interpreter multiplies bfloat16 wrongly
+        for kernel, block_d, tile in rows_for(bench.device, dtype):
+            for D in (block_d, block_d * 3 // 4):
+                if bench.dry_run and block_d > 32:
+                    continue
+                yield kernel, dtype, D, tile
+
+
+def _run_kernel(kernel: str, inputs: list[Tensor], tile: Tile) -> dict[str, Tensor]:
+    q, k, u, v, gate, dout = inputs
+    if kernel == "forward":
+        out = torch.full_like(q, float("nan"))
+        plan_forward(q, k, u, v, gate, out, tile).run()
+        return {"out": out}
+    if kernel == "backward_tokens":
+        dq, dgate = torch.full_like(q, float("nan")), torch.full_like(gate, float("nan"))
+        plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate, tile).run()
+        return {"dq": dq, "dgate": dgate}
+    dk, du, dv = (torch.full_like(x, float("nan")) for x in (k, u, v))
+    plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile).run()
+    return {"dk": dk, "du": du, "dv": dv}
+
+
+def _expected(inputs: list[Tensor]) -> dict[str, Tensor]:
+    *arguments, dout = inputs
+    q, k, u, v, gate = arguments
+    grads = reference.backward(dout, q, k, u, v, gate, (True,) * 5)
+    names = ("out", "dq", "dk", "du", "dv", "dgate")
+    return dict(zip(names, (reference.forward(q, k, u, v, gate), *grads), strict=True))  # type: ignore[arg-type]
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius norm; NaN counts as infinite."""
+    error = float((got.double() - exact.double()).norm() / exact.double().norm())
+    return error if error == error else float("inf")
+
+
+def _rounding(result: Tensor) -> float:
+    return torch.finfo(result.dtype).eps / 2
+
+
+def _beyond_32_bits(bench: Bench) -> dict[str, Any]:
+    """More elements of q than a 32-bit offset reaches: the last tokens must be those of a short call."""
+    D, H = 128, 16
+    T = 64 if bench.dry_run else 2**31 // (H * D) + 1000
+    q, k, u, v, _, _ = bench.inputs(T, H, H, 1, 64, D, torch.float16 if bench.dry_run else torch.bfloat16)
+    tail = flash_mhf(q[-50:].clone(), k, u, v)
+    error = _error(flash_mhf(q, k, u, v)[-50:], tail)
+    return {
+        "kernel": "forward",
+        "result": f"q of {q.numel():,} elements",
+        "error": error,
+        "budget": 0,
+        "passed": error == 0,
+    }
+
+
+def op(bench: Bench) -> list[dict[str, Any]]:
+    """TFLOP/s of the operator as a ratio to cuBLAS at 8192^3 in the same run; 3 products forward, 8 backward."""
+    size = 64 if bench.dry_run else 8192
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = bench.randn(size, size, dtype=dtype), bench.randn(size, size, dtype=dtype)
+        for name, shape in bench.shapes.items():
+            H, E, F = shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
+            for T in bench.tokens:
+                *leaves, dout = bench.inputs(T, H, H, E, F, shape.hidden_size // H, dtype)
+                for leaf in leaves:
+                    leaf.requires_grad_()
+                out = flash_mhf(*leaves)
+                calls: dict[str, Callable[[], Any]] = {
+                    "cublas": lambda a=a, b=b: a @ b,
+                    "forward": lambda leaves=leaves: flash_mhf(*(x.detach() for x in leaves)),
+                    "backward": lambda out=out, leaves=leaves, dout=dout: torch.autograd.grad(
+                        out, leaves, dout, retain_graph=True
+                    ),
+                }
+                times = interleaved_median_ms(calls, bench.device, bench.repeats)
+                product = 2 * T * shape.hidden_size * E * F
+                cublas = 2 * size**3 / times["cublas"] / 1e9
+                for measured_pass, products in (("forward", 3), ("backward", 8)):
+                    tflops = products * product / times[measured_pass] / 1e9
+                    rows.append(
+                        {
+                            "shape": name,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "tokens": T,
+                            "pass": measured_pass,
+                            "ms": times[measured_pass],
+                            "tflops": tflops,
+                            "cublas_tflops": cublas,
+                            "ratio_to_cublas": tflops / cublas,
+                        }
+                    )
+    return rows
+
+
+class Checkpointed(nn.Module):
+    """A layer whose activations are recomputed in the backward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def layer(bench: Bench) -> list[dict[str, Any]]:
+    """Whole layers at matched parameters: time and peak memory, forward and forward + backward."""
+    rows = []
+    for name, shape in bench.shapes.items():
+        options: dict[str, Any] = {"dtype": torch.float32 if bench.dry_run else torch.bfloat16, "device": bench.device}
+        flash = FlashMHF(
+            shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, init="scaled", **options
+        )
+        swiglu = SwiGLU(shape.hidden_size, shape.swiglu_size, **options)
+        variants: dict[str, nn.Module] = {
+            "swiglu": swiglu,
+            "swiglu checkpointed": Checkpointed(swiglu),
+            "flashmhf": flash,
+        }
+        if not bench.dry_run:
+            variants["swiglu compiled"] = torch.compile(swiglu)
+            variants["flashmhf compiled"] = torch.compile(flash)
+        for T in bench.layer_tokens:
+            layers = variants | ({"naive": NaiveMHF(flash)} if T <= 16384 else {})
+            x = bench.randn(T, shape.hidden_size, dtype=options["dtype"]).requires_grad_()
+            dy = torch.randn_like(x)
+            for measured_pass in ("forward", "forward+backward"):
+                calls = {variant: _layer_call(module, x, dy, measured_pass) for variant, module in layers.items()}
+                times = interleaved_median_ms(calls, bench.device, bench.repeats)
+                for variant, call in calls.items():
+                    rows.append(
+                        {
+                            "shape": name,
+                            "tokens": T,
+                            "pass": measured_pass,
+                            "variant": variant,
+                            "ms": times[variant],
+                            "speedup_over_swiglu": times["swiglu"] / times[variant],
+                            "peak_mib": peak_bytes(call, bench.device) / 2**20,
+                        }
+                    )
+    return rows
+
+
+def _layer_call(module: nn.Module, x: Tensor, dy: Tensor, measured_pass: str) -> Callable[[], Any]:
+    leaves = [x, *module.parameters()]
+    if measured_pass == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return module(x)
+
+        return forward
+    return lambda: torch.autograd.grad(module(x), leaves, dy)
+
+
+SECTIONS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {"correctness": correctness, "op": op, "layer": layer}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result as tables; of the correctness section only the failures and the worst row of each kernel."""
+    lines = [
+        f"# {result['machine']}",
+        "",
+        *(f"- {k}: {v}" for k, v in result.items() if k not in ("sections", "machine")),
+    ]
+    for name, section in result["sections"].items():
+        rows = section["rows"]
+        lines += ["", f"## {name} ({section['elapsed_s']:.0f} s)", ""]
+        if name == "correctness":
+            failed = [row for row in rows if not row["passed"]]
+            lines += [f"{len(rows) - len(failed)} of {len(rows)} results within the error budget.", ""]
+            rows = failed
+        if rows:
+            lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+            lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time
+    bench = Bench(arguments.dry_run)
+    result: dict[str, Any] = {**provenance(), "sections": {}}
+    file = arguments.output.with_suffix(".json")
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        if earlier["commit"] == result["commit"]:
+            result["sections"] = earlier["sections"]
+    for name in arguments.sections.split(","):
+        if name in result["sections"]:
+            continue
+        started = time.perf_counter()
+        rows = SECTIONS[name](bench)
+        result["sections"][name] = {"elapsed_s": time.perf_counter() - started, "rows": rows}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1))
+        arguments.output.with_suffix(".md").write_text(markdown(result))
+        print(f"{name}: {len(rows)} rows in {time.perf_counter() - started:.0f} s", flush=True)
+    failed = [row for row in result["sections"].get("correctness", {}).get("rows", []) if not row["passed"]]
+    if failed:
+        print(f"correctness: {len(failed)} results outside the error budget", flush=True)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
