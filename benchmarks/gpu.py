@@ -7,11 +7,12 @@ OUTPUT.json already holds for this commit are not run again. `--dry-run` builds 
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from flashmhf.ops import reference
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
-from flashmhf.ops.triton.tiles import Tile, rows_for
+from flashmhf.ops.triton.tiles import Tile, device_class, table_rows
 
 SHAPES = {"370m": Shape(1024, 8, 7, 384), "1.3b": Shape(2048, 16, 15, 384)}
 TOY = Shape(64, 2, 2, 24)
@@ -87,7 +88,7 @@ def _cases(bench: Bench):
     for dtype in DTYPES:
         if bench.dry_run and dtype == torch.bfloat16:
             continue  # Triton's interpreter multiplies bfloat16 wrongly
-        for kernel, block_d, tile in rows_for(bench.device, dtype):
+        for kernel, block_d, tile in table_rows(device_class(bench.device), dtype.itemsize):
             for D in (block_d, block_d * 3 // 4):
                 if bench.dry_run and block_d > 32:
                     continue
@@ -96,7 +97,7 @@ def _cases(bench: Bench):
 
 def _run_kernel(kernel: str, inputs: list[Tensor], tile: Tile) -> dict[str, Tensor]:
     q, k, u, v, gate, dout = inputs
-    if kernel == "forward":
+    if kernel in ("decode", "forward"):
         out = torch.full_like(q, float("nan"))
         plan_forward(q, k, u, v, gate, out, tile).run()
         return {"out": out}
@@ -155,12 +156,11 @@ def op(bench: Bench) -> list[dict[str, Any]]:
                 *leaves, dout = bench.inputs(T, H, H, E, F, shape.hidden_size // H, dtype)
                 for leaf in leaves:
                     leaf.requires_grad_()
-                out = flash_mhf(*leaves)
                 calls: dict[str, Callable[[], Any]] = {
-                    "cublas": lambda a=a, b=b: a @ b,
-                    "forward": lambda leaves=leaves: flash_mhf(*(x.detach() for x in leaves)),
-                    "backward": lambda out=out, leaves=leaves, dout=dout: torch.autograd.grad(
-                        out, leaves, dout, retain_graph=True
+                    "cublas": functools.partial(torch.matmul, a, b),
+                    "forward": functools.partial(flash_mhf, *(leaf.detach() for leaf in leaves)),
+                    "backward": functools.partial(
+                        torch.autograd.grad, flash_mhf(*leaves), leaves, dout, retain_graph=True
                     ),
                 }
                 times = interleaved_median_ms(calls, bench.device, bench.repeats)
@@ -209,8 +209,8 @@ def layer(bench: Bench) -> list[dict[str, Any]]:
             "flashmhf": flash,
         }
         if not bench.dry_run:
-            variants["swiglu compiled"] = torch.compile(swiglu)
-            variants["flashmhf compiled"] = torch.compile(flash)
+            variants["swiglu compiled"] = cast(nn.Module, torch.compile(swiglu))
+            variants["flashmhf compiled"] = cast(nn.Module, torch.compile(flash))
         for T in bench.layer_tokens:
             layers = variants | ({"naive": NaiveMHF(flash)} if T <= 16384 else {})
             x = bench.randn(T, shape.hidden_size, dtype=options["dtype"]).requires_grad_()
