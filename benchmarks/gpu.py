@@ -9,6 +9,7 @@ OUTPUT.json already holds for this commit are not run again. `--dry-run` builds 
 import argparse
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print its every start and stop
     torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time
     bench = Bench(arguments.dry_run)
     result: dict[str, Any] = {**provenance(), "sections": {}}

@@ -1,7 +1,8 @@
 """Time and memory of the operator and of whole layers, against the layers that they replace.
 
 Variants are timed in turn, A B A B, on random inputs, and compared by medians within one run, because the speed of a
-machine drifts. Memory is the peak of the allocator above what was there before, inputs and parameters left out.
+machine drifts. Memory is that of activations: the peak of the allocator above what was there before, without the
+parameters' gradients, which every layer has to return.
 """
 
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.profiler import ProfilerActivity, profile
 
 from flashmhf.layers import FlashMHF, SwiGLU
@@ -63,7 +65,7 @@ class NaiveMHF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
-        q_THD = layer.in_proj(x).unflatten(-1, (layer.num_heads, layer.head_dim))
+        q_THD = layer._query(x)
         gate_HTE = layer._gate(q_THD).transpose(0, 1).to(x.dtype)
         q_HTD = q_THD.transpose(0, 1)
         k_HRD, u_HRD, v_HRD = (weight.flatten(1, 2) for weight in (layer.k, layer.u, layer.v))
@@ -182,7 +184,7 @@ def _measure(
         medians = interleaved_median_ms(calls, device, repeats)
         reference = next(iter(medians.values()))
         for name, call in calls.items():
-            peak = peak_bytes(call, device)
+            peak = peak_bytes(call, device) - (_gradient_bytes(variants[name][0]) if measured_pass != "forward" else 0)
             rows.append(
                 Measurement(
                     name,
@@ -212,9 +214,15 @@ def _call(
         leaves = [*inputs, *parameters]
 
         def run() -> Any:
-            return torch.autograd.grad(function(*inputs), leaves, dout)
+            edge = get_gradient_edge(function(*inputs))  # as in a model, nobody holds the output during the backward
+            return torch.autograd.grad(edge, leaves, dout)
 
     return run
+
+
+def _gradient_bytes(function: Callable[..., Tensor]) -> int:
+    parameters = function.parameters() if isinstance(function, nn.Module) else ()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def interleaved_median_ms(calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:

@@ -147,17 +147,20 @@ class FlashMHF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
-        q = x if self.in_proj is None else self.in_proj(x)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        if self.q_norm is not None:
-            q = self.q_norm(q, self.score_scale)
-        elif self.score_scale != 1.0:
-            q = q * self.score_scale
+        q = self._query(x)
         out = flash_mhf(q, self.k, self.u, self.v, self._gate(q), backend=self.backend)
         if self.gate is None and self.output_scale != 1.0:
             out = out * self.output_scale
         out = out.flatten(-2)
         return out if self.out_proj is None else self.out_proj(out)
+
+    def _query(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> q (..., H, D), normed and scaled."""
+        q = x if self.in_proj is None else self.in_proj(x)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        if self.q_norm is not None:
+            return self.q_norm(q, self.score_scale)
+        return q if self.score_scale == 1.0 else q * self.score_scale
 
     def _gate(self, q: Tensor) -> Tensor | None:
         """The gate, from q as `score_scale` has made it; the weight makes up for the difference to `gate_scale`."""

@@ -1,6 +1,7 @@
 """The command `flashmhf`. Each command is a file here; what it needs is imported when it runs."""
 
 import logging
+import os
 import sys
 
 import typer
@@ -32,6 +33,7 @@ def main() -> None:
     """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 130 (interrupted), with a line on what was wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("flashmhf").setLevel(logging.INFO)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print its every start and stop
     try:
         code = app(standalone_mode=False)
     except InputError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashmhf.ops.slices import slices
 
-CPU_TILE_ELEMENTS = 2**20  # measured: docs/log.md, "Tile of the blockwise backend"
+CPU_TILE_ELEMENTS = 2**18  # measured: docs/log.md, "Tile of the blockwise backend"
 ACCELERATOR_TILE_ELEMENTS = 2**24
 MIN_TILE_ROWS = 512  # narrower products leave a CPU's matrix unit idle
 
@@ -76,6 +76,7 @@ def backward(
         for grad, weight_sum in zip(dweights, weight_sums, strict=True):
             if grad is not None and weight_sum is not None:
                 grad[heads] = weight_sum
+        del weight_sums, weight_sum  # before the next heads' are allocated
     return grads
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashmhf.ops.autocast import without_autocast
 from flashmhf.ops.slices import slices
 
-BLOCK_ELEMENTS = 2**20  # float32 elements of Q at a time
+BLOCK_ELEMENTS = 2**18  # float32 elements of Q at a time
 MIN_GATE_SUM = 1e-20
 
 GATES = ("sigmoid", "softmax")
