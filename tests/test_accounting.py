@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flashmhf.accounting import account, saved_bytes_per_token
+from flashmhf.accounting import account, operator_work, saved_bytes_per_token
+from flashmhf.errors import InputError
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig
 
@@ -39,3 +40,13 @@ def test_saved_bytes_by_hand():
     swiglu = SwiGLU(d, 100)
     assert saved_bytes_per_token(swiglu, d) == 4 * (d + 4 * 100)  # x, both projections, SiLU and the product
     assert saved_bytes_per_token(flash.to(torch.bfloat16), d) == 2 * 3 * d + 4 * H * E
+
+
+def test_operator_work_of_a_preset():
+    work = operator_work(FlashMHFConfig.from_preset("flashmhf-1.3b"), 1000, "h200")
+    assert work["forward"]["gflop"] == pytest.approx(3 * 2 * 1000 * 2048 * 15 * 384 / 1e9)
+    assert work["backward"]["gflop"] == pytest.approx(work["forward"]["gflop"] * 11 / 3)
+    naive = operator_work(FlashMHFConfig.from_preset("mhffn-tiny"), 1000, "a100")
+    assert naive["forward"]["gflop"] == pytest.approx(3 * 2 * 1000 * 256 * 576 / 1e9)
+    with pytest.raises(InputError, match=r"gpu: expected one of a100, .*, got 'tpu'"):
+        operator_work(FlashMHFConfig.from_preset("flashmhf-1.3b"), 1000, "tpu")

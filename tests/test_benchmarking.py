@@ -24,7 +24,7 @@ def test_naive_layer_is_the_same_function():
 
 def test_swiglu_has_equal_flops():
     shape = Shape()
-    flops = {}
+    counted = {}
     for name, layer in {
         "flashmhf": FlashMHF(
             shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, gate=None
@@ -33,8 +33,8 @@ def test_swiglu_has_equal_flops():
     }.items():
         with FlopCounterMode(display=False) as counter:
             layer(torch.randn(8, shape.hidden_size))
-        flops[name] = counter.get_total_flops()
-    assert flops["flashmhf"] == flops["swiglu"]
+        counted[name] = counter.get_total_flops()
+    assert counted["flashmhf"] == counted["swiglu"]
 
 
 def test_peak_counts_what_is_alive_at_once():

@@ -10,6 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from flashmhf.errors import InputError
+from flashmhf.models import FlashMHFConfig
+from flashmhf.ops.problem import Problem
+from flashmhf.ops.roofline import GPUS, backward_work, forward_work
+
 TOKENS = 128  # enough that what does not depend on tokens vanishes in the division
 
 
@@ -40,6 +45,45 @@ def account(config: PreTrainedConfig, context_length: int | None = None) -> dict
         "training_flops_per_token": 3 * forward_flops,
         "parameters_per_ffn": sum(parameter.numel() for parameter in ffn.parameters()),
         "ffn_saved_bytes_per_token": ffn_bytes,
+    }
+
+
+def operator_work(config: FlashMHFConfig, tokens: int, gpu: str) -> dict[str, Any]:
+    """The operator of one layer by the static model of `flashmhf.ops.roofline`, in bfloat16.
+
+    Args:
+        config: with `ffn_type` "flashmhf", "mhffn" or "dense_moe".
+        tokens: T, of all sequences together.
+        gpu: a name of `flashmhf.ops.roofline.GPUS`.
+    """
+    if gpu not in GPUS:
+        raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    heads, kv_heads = (1, 1) if config.ffn_type == "dense_moe" else config.ffn_heads
+    problem = Problem(
+        T=tokens,
+        H=heads,
+        H_kv=kv_heads,
+        E=config.num_subnetworks,
+        F=config.subnetwork_size,
+        D=config.hidden_size // heads,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        has_gate=config.gate is not None and config.ffn_type != "mhffn",
+    )
+    passes = {"forward": forward_work(problem), "backward": backward_work(problem)}
+    return {
+        "tokens": tokens,
+        "gpu": gpu,
+        **{
+            name: {
+                "gflop": work.flops / 1e9,
+                "read_mib": work.read_bytes / 2**20,
+                "written_mib": work.written_bytes / 2**20,
+                "least_ms": work.least_ms(GPUS[gpu], problem.dtype),
+                "bound": work.bound(GPUS[gpu], problem.dtype),
+            }
+            for name, work in passes.items()
+        },
     }
 
 

@@ -10,6 +10,8 @@ from flashmhf.cli.output import Json, emit, results_only
 def info(
     model: Annotated[str | None, typer.Argument(metavar="PRESET|FILE|DIR", show_default=False)] = None,
     context_length: Annotated[int | None, typer.Option(help="For the attention's FLOPs. Default: the longest.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="T of the operator's estimate.")] = 65536,
+    gpu: Annotated[str, typer.Option(help="Of the operator's estimate: a100, h100, h200, b200 or mi300x.")] = "h200",
     json: Json = False,
 ) -> None:
     """Parameters, FLOPs and activation bytes a token, backends and why not. Without a model: presets, backends."""
@@ -21,10 +23,14 @@ def info(
         if model is None:
             report["presets"] = preset_names()
         else:
-            from flashmhf.accounting import account
+            from flashmhf.accounting import account, operator_work
+            from flashmhf.models import FlashMHFConfig
             from flashmhf.models.loading import load_config
 
-            report |= account(load_config(model), context_length)
+            config = load_config(model)
+            report |= account(config, context_length)
+            if isinstance(config, FlashMHFConfig) and config.ffn_type in ("flashmhf", "mhffn", "dense_moe"):
+                report["operator"] = operator_work(config, tokens, gpu)
         report["backends"] = backends()
     emit(report, _text(report), json)
 
@@ -41,6 +47,15 @@ def _text(report: dict) -> str:
             f"{report['training_flops_per_token']:,.0f} in training",
             f"each FFN: {report['parameters_per_ffn']:,} parameters; training keeps "
             f"{report['ffn_saved_bytes_per_token']:,.0f} bytes a token of it (bfloat16, its input included)",
+        ]
+    if "operator" in report:
+        operator = report["operator"]
+        lines += [f"the operator of one layer, {operator['tokens']:,} tokens in bfloat16; a model, not a measurement:"]
+        lines += [
+            f"  {name}: {work['gflop']:,.0f} GFLOP, {work['read_mib']:,.0f} MiB read, "
+            f"{work['written_mib']:,.0f} MiB written; at least {work['least_ms']:.3f} ms on an {operator['gpu']} ({work['bound']}-bound)"
+            for name, work in operator.items()
+            if name in ("forward", "backward")
         ]
     lines += ["backends:"]
     lines += [f"  {name}: {'runs here' if reason is None else reason}" for name, reason in report["backends"].items()]

@@ -1,0 +1,107 @@
+"""A static model of the kernels' work: FLOPs, bytes to and from memory, and the time that a device cannot beat.
+
+Each tensor is counted once (an ideal cache); `cache_read_bytes` counts what the programs of a tile really ask for, most
+of which one head's K, U and V in the L2 cache answer. Sums a kernel keeps in registers cost nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmhf.ops.problem import Problem
+
+GATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense matrix throughput and memory bandwidth, from the maker's data sheet."""
+
+    tflops_16bit: float
+    tflops_32bit: float  # without tensor cores
+    bandwidth_tb_s: float
+
+
+GPUS = {
+    "a100": Gpu(312, 19.5, 2.0),
+    "h100": Gpu(989, 67, 3.35),
+    "h200": Gpu(989, 67, 4.8),
+    "b200": Gpu(2250, 75, 8.0),
+    "mi300x": Gpu(1307, 163, 5.3),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel, or several, compute and move."""
+
+    flops: int
+    read_bytes: int
+    written_bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.flops + other.flops, self.read_bytes + other.read_bytes, self.written_bytes + other.written_bytes
+        )
+
+    def least_ms(self, gpu: Gpu, dtype: torch.dtype) -> float:
+        """The longer of computing at full throughput and moving every byte at full bandwidth."""
+        tflops = gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
+        return max(self.flops / tflops, (self.read_bytes + self.written_bytes) / gpu.bandwidth_tb_s) / 1e9
+
+    def bound(self, gpu: Gpu, dtype: torch.dtype) -> str:
+        """Which of the two it is: "compute" or "memory"."""
+        tflops = gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
+        moved = (self.read_bytes + self.written_bytes) / gpu.bandwidth_tb_s
+        return "compute" if self.flops / tflops >= moved else "memory"
+
+
+def forward_work(problem: Problem) -> Work:
+    """Three products; reads q, the gate, K, U and V, and writes the output."""
+    tokens, gate, weights = _bytes(problem)
+    return Work(3 * _product_flops(problem), tokens + gate + 3 * weights, tokens)
+
+
+def backward_tokens_work(problem: Problem) -> Work:
+    """Five products; reads q, dout, the gate, K, U and V, and writes dq and the gate's gradient."""
+    tokens, gate, weights = _bytes(problem)
+    return Work(5 * _product_flops(problem), 2 * tokens + gate + 3 * weights, tokens + gate)
+
+
+def backward_weights_work(problem: Problem) -> Work:
+    """Six products; reads q, dout, the gate, K, U and V, and writes dK, dU and dV."""
+    tokens, gate, weights = _bytes(problem)
+    return Work(6 * _product_flops(problem), 2 * tokens + gate + 3 * weights, 3 * weights)
+
+
+def backward_work(problem: Problem) -> Work:
+    """Both kernels of the backward pass: eleven products, of which three are M, N and dA once more."""
+    return backward_tokens_work(problem) + backward_weights_work(problem)
+
+
+def cache_read_bytes(kernel: str, problem: Problem, block_t: int, block_f: int) -> int:
+    """Bytes that the programs of `kernel` load with a tile of block_t tokens and block_f parameter rows."""
+    tokens, gate, weights = _bytes(problem)
+    if kernel == "backward_weights":
+        programs = problem.E * _tiles(problem.F, block_f)  # each walks over all tokens of its heads
+        return programs * 2 * tokens + _tiles(problem.F, block_f) * gate + 3 * weights
+    heads_per_weights = problem.H // problem.H_kv
+    streams = {"forward": 1, "backward_tokens": 2}[kernel]  # q, or q and dout
+    tiles_f = _tiles(problem.F, block_f)  # the gate's column is loaded for each tile
+    return streams * tokens + tiles_f * gate + _tiles(problem.T, block_t) * heads_per_weights * 3 * weights
+
+
+def _product_flops(problem: Problem) -> int:
+    return 2 * problem.T * problem.H * problem.D * problem.E * problem.F
+
+
+def _bytes(problem: Problem) -> tuple[int, int, int]:
+    """Bytes of q, of the gate, and of one of K, U and V."""
+    element = problem.dtype.itemsize
+    tokens = problem.T * problem.H * problem.D * element
+    gate = problem.T * problem.H * problem.E * GATE_BYTES if problem.has_gate else 0
+    return tokens, gate, problem.H_kv * problem.E * problem.F * problem.D * element
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
