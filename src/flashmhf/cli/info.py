@@ -53,7 +53,8 @@ def _text(report: dict) -> str:
         lines += [f"the operator of one layer, {operator['tokens']:,} tokens in bfloat16; a model, not a measurement:"]
         lines += [
             f"  {name}: {work['gflop']:,.0f} GFLOP, {work['read_mib']:,.0f} MiB read, "
-            f"{work['written_mib']:,.0f} MiB written; at least {work['least_ms']:.3f} ms on an {operator['gpu']} ({work['bound']}-bound)"
+            f"{work['written_mib']:,.0f} MiB written; "
+            f"at least {work['least_ms']:.3f} ms on an {operator['gpu']} ({work['bound']}-bound)"
             for name, work in operator.items()
             if name in ("forward", "backward")
         ]
