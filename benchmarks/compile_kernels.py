@@ -13,11 +13,13 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
@@ -41,7 +43,6 @@ SHARED_LIMITS = {
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
-POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,26 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
     return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
 
 
+def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, Any]]:
+    """The type of each argument and what the launcher tells the compiler of its value: "D" is a multiple of 16.
+
+    Launches with the same result and the same options share one compiled kernel.
+    """
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
+    _, types, _ = bind(**launch.arguments)
+    return dict(zip(kernel.arg_names, types, strict=True))
+
+
 def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
-    """Compiles as the launcher would specialise: ones become constants, multiples of 16 are known to be such."""
+    """Compiles as the launcher would."""
     signature, constants, attributes = {}, {}, {}
-    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
-    for index, (name, parameter) in enumerate(parameters.items()):
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTER_TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
-            signature[name] = "constexpr"
-            constants[name] = value
-        else:
-            signature[name] = "i64" if abs(value) >= 2**31 else "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+    for index, (name, (kind, value)) in enumerate(specialization(launch, target).items()):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = launch.arguments[name]
+        elif value is not None:
+            attributes[(index,)] = make_backend(target).parse_attr(value)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=target, options=options)

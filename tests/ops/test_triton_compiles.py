@@ -23,19 +23,44 @@ for case in rows:
         compiled = dataclasses.asdict(compiled) | {"shared_limit": SHARED_LIMITS[target]}
     print(json.dumps([case[1], compiled]))
 """
+COUNT = """
+import json
+import torch
+from compile_kernels import TARGETS, specialization
+from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
+from flashmhf.ops.triton.forward import plan_forward
+
+def launches(B, L, H, D):
+    q, dout = (torch.empty(B, 2 * L, H, D, dtype=torch.bfloat16, device="meta")[:, :L] for _ in range(2))
+    k, u, v = (torch.empty(H, 3, 40, D, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    gate, dgate = (torch.empty(B, L, H, 3, device="meta") for _ in range(2))
+    out, dq = (torch.empty(B, L, H, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    yield "forward", plan_forward(q, k, u, v, gate, out)
+    yield "backward_tokens", plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate)
+    yield "backward_weights", plan_backward_weights(dout, q, k, u, v, gate, k, u, v)
+
+for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
+    variants = {}
+    for L in range(17, 5000, 101):
+        for kernel, launch in launches(B, L, H, D):
+            key = repr((specialization(launch, TARGETS["sm_90a"]), launch.num_warps, launch.num_stages))
+            variants.setdefault(kernel, set()).add(key)
+    print(json.dumps({kernel: len(keys) for kernel, keys in variants.items()}))
+"""
 KERNELS = ["decode", "forward", "backward_tokens", "backward_weights"]
 
 
-def compiled_rows(target: str, element_bytes: int, block_d: int) -> dict[str, dict]:
+def run(script: str, *arguments: object) -> list:
+    """The JSON lines that a script prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
-    command = [sys.executable, "-c", COMPILE, target, str(element_bytes), str(block_d)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return dict(json.loads(line) for line in result.stdout.splitlines())
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def check(target: str, element_bytes: int, block_d: int) -> None:
-    rows = compiled_rows(target, element_bytes, block_d)
+    rows = dict(run(COMPILE, target, element_bytes, block_d))
     assert sorted(rows) == sorted(KERNELS)
     for kernel, compiled in rows.items():
         assert isinstance(compiled, dict), (kernel, compiled)
@@ -56,3 +81,8 @@ def test_bfloat16_at_head_dim_128(target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90a", "sm_100", "gfx942"])
 def test_every_row(target, element_bytes, block_d):
     check(target, element_bytes, block_d)
+
+
+def test_fifty_lengths_share_one_compiled_kernel():
+    for counts in run(COUNT):
+        assert counts == {"forward": 1, "backward_tokens": 1, "backward_weights": 1}

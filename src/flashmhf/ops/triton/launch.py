@@ -69,6 +69,11 @@ def _merged_sizes(tensors: list[Tensor]) -> list[int]:
 def token_arguments(name: str, x: Tensor | None) -> dict[str, Any]:
     """The pointer and the strides of a (B, L, H, X) view."""
     strides = (0, 0, 0, 0) if x is None else x.stride()
+    if x is not None and x.shape[0] == 1:
+        strides = (
+            0,
+            *strides[1:],
+        )  # unused; with T in it, it would have kernels compiled for some T and again for others
     letters = f"{name}b {name}l {name}h {name}x".split()
     return {f"{name}_ptr": x, **{f"stride_{letter}": stride for letter, stride in zip(letters, strides, strict=True)}}
 

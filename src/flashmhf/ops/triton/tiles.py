@@ -85,7 +85,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
     "gfx942": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+            "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
             "backward_tokens": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 2), Tile(128, 32, 8, 1), Tile(32, 16, 4, 1)),
             "backward_weights": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
         },
