@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import load_tile, token_offsets
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.tiles import Tile, tile_for
 
 
-@triton.jit(do_not_specialize=["T", "L"])
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def backward_tokens_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
     dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
@@ -85,7 +85,7 @@ def backward_tokens_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["T", "L"])
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def backward_weights_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
     dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,

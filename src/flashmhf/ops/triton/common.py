@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Arguments that change with the number of tokens and make no better code: one compiled kernel serves every length.
+DO_NOT_SPECIALIZE = ("T", "L", "stride_gateb", "stride_dgateb")
+
 
 @triton.jit
 def token_offsets(offs_t, L, stride_b, stride_l, FLAT: tl.constexpr):
