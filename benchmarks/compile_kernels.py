@@ -21,9 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from flashmhf.ops.prologue import Prologue
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 from flashmhf.ops.triton.launch import Launch
+from flashmhf.ops.triton.prologue import (
+    NUM_STAGES,
+    NUM_WARPS,
+    block_t,
+    plan_prologue_backward,
+    plan_prologue_forward,
+)
 from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, table_rows
 
 TARGETS = {
@@ -42,6 +50,7 @@ SHARED_LIMITS = {
 }  # bytes a program
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
+PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
 
@@ -64,6 +73,13 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
         return plan_forward(q, k, u, v, gate, out, tile)
     if kernel == "backward_tokens":
         return plan_backward_tokens(out, q, k, u, v, gate, q, dgate, tile)
+    if kernel in PROLOGUE_KERNELS:
+        options = Prologue("sigmoid", 1.0, 1e-6)
+        gate_weight, norm_weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((H, D, E), (H, D)))
+        if kernel == "prologue_forward":
+            return plan_prologue_forward(q, gate_weight, norm_weight, options, out, gate)
+        sums = (torch.empty(64, *weight.shape, device="meta") for weight in (gate_weight, norm_weight))
+        return plan_prologue_backward(q, gate_weight, norm_weight, options, out, dgate, *sums)
     return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
 
 
@@ -143,12 +159,22 @@ def search(target: str, dims: list[int], dtypes: list[torch.dtype]) -> None:
 
 
 def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Tile]]:
-    """Every row of the tile table for a target; float16 compiles to the code of bfloat16 with other instructions."""
-    return [
+    """Every row of the tile table for a target, and the prologue's kernels, whose tile is the number of tokens alone.
+
+    float16 compiles to the code of bfloat16 with other instructions.
+    """
+    rows = [
         (target, kernel, block_d, DTYPES[element_bytes], tile)
         for element_bytes in TABLE[target]
         for kernel, block_d, tile in table_rows(target, element_bytes)
     ]
+    rows += [
+        (target, kernel, block_d, dtype, Tile(block_t(block_d), 0, NUM_WARPS, NUM_STAGES))
+        for dtype in DTYPES.values()
+        for kernel in PROLOGUE_KERNELS
+        for block_d in BLOCK_DS
+    ]
+    return rows
 
 
 def document() -> str:

@@ -35,11 +35,11 @@ def test_parameters_and_flops_by_hand():
 def test_saved_bytes_by_hand():
     d, H, E, F = 64, 4, 3, 40
     flash = FlashMHF(d, H, E, F)
-    assert saved_bytes_per_token(flash, d) == 4 * (3 * d + H * E)  # x, q, out and the gate
-    assert saved_bytes_per_token(FlashMHF(d, H, E, F, gate=None), d) == 4 * 3 * d
+    assert saved_bytes_per_token(flash, d) == 4 * 3 * d  # x, q and out
+    assert saved_bytes_per_token(FlashMHF(d, H, E, F, gate=None, q_norm=True), d) == 4 * 3 * d
     swiglu = SwiGLU(d, 100)
     assert saved_bytes_per_token(swiglu, d) == 4 * (d + 4 * 100)  # x, both projections, SiLU and the product
-    assert saved_bytes_per_token(flash.to(torch.bfloat16), d) == 2 * 3 * d + 4 * H * E
+    assert saved_bytes_per_token(flash.to(torch.bfloat16), d) == 2 * 3 * d
 
 
 def test_operator_work_of_a_preset():

@@ -224,7 +224,9 @@ def test_second_derivatives_of_the_layer():
     assert torch.autograd.gradgradcheck(layer, (x,))
 
 
-def test_head_norm_scale_is_a_factor():
-    norm = HeadRMSNorm(4, 8)
+def test_head_norm_on_its_own():
+    norm = HeadRMSNorm(4, 8, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
     q = torch.randn(3, 4, 8)
-    torch.testing.assert_close(norm(q, 2.5), 2.5 * norm(q))
+    torch.testing.assert_close(norm(q), reference.head_norm(q, norm.weight, 1e-3))
+    assert norm(q.bfloat16()).dtype == torch.bfloat16

@@ -66,7 +66,8 @@ class NaiveMHF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
         q_THD = layer._query(x)
-        gate_HTE = layer._gate(q_THD).transpose(0, 1).to(x.dtype)
+        gate_THE = torch.einsum("thd,hde->the", q_THD, layer._gate_weight()).float().sigmoid()
+        gate_HTE = (gate_THE / gate_THE.sum(-1, keepdim=True) * layer.output_scale).transpose(0, 1).to(x.dtype)
         q_HTD = q_THD.transpose(0, 1)
         k_HRD, u_HRD, v_HRD = (weight.flatten(1, 2) for weight in (layer.k, layer.u, layer.v))
         p_HTR = nnf.silu(q_HTD @ k_HRD.mT) * (q_HTD @ u_HRD.mT)

@@ -12,8 +12,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from flashmhf.ops.backends import check_name
-from flashmhf.ops.flash_mhf import flash_mhf
-from flashmhf.ops.prologue import GATES, head_gate, head_norm
+from flashmhf.ops.gated_mhf import gated_mhf
+from flashmhf.ops.prologue import GATES
 
 INITS = ("reference", "scaled")
 REFERENCE_STD = 0.02
@@ -25,17 +25,17 @@ SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of
 
 
 class HeadRMSNorm(nn.Module):
-    """RMSNorm of each head with a weight of its own, (num_heads, head_dim); computed in float32."""
+    """The weight (num_heads, head_dim) of an RMSNorm of each head, which the operator applies in float32."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_heads, head_dim, device=device, dtype=dtype))
 
-    def forward(self, q: Tensor, scale: float = 1.0) -> Tensor:
-        """q (..., num_heads, head_dim) -> the same; `scale` multiplies the result at no cost."""
-        weight: Tensor = self.weight if scale == 1.0 else self.weight * scale
-        return head_norm(q, weight, self.eps)
+    def forward(self, q: Tensor) -> Tensor:
+        """q (..., num_heads, head_dim) -> the same: for use outside the operator."""
+        x = q if q.dtype == torch.float64 else q.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(q.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -147,29 +147,36 @@ class FlashMHF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
-        q = self._query(x)
-        out = flash_mhf(q, self.k, self.u, self.v, self._gate(q), backend=self.backend)
+        norm_weight: Tensor | None = None if self.q_norm is None else self.q_norm.weight
+        if norm_weight is not None and self.score_scale != 1.0:
+            norm_weight = norm_weight * self.score_scale
+        out = gated_mhf(
+            self._query(x),
+            self.k,
+            self.u,
+            self.v,
+            self._gate_weight(),
+            norm_weight,
+            gate=self.gate or "sigmoid",
+            gate_total=self.output_scale,
+            norm_eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            backend=self.backend,
+        )
         if self.gate is None and self.output_scale != 1.0:
             out = out * self.output_scale
         out = out.flatten(-2)
         return out if self.out_proj is None else self.out_proj(out)
 
     def _query(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> q (..., H, D), normed and scaled."""
+        """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that."""
         q = x if self.in_proj is None else self.in_proj(x)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        if self.q_norm is not None:
-            return self.q_norm(q, self.score_scale)
-        return q if self.score_scale == 1.0 else q * self.score_scale
+        return q if self.q_norm is not None or self.score_scale == 1.0 else q * self.score_scale
 
-    def _gate(self, q: Tensor) -> Tensor | None:
-        """The gate, from q as `score_scale` has made it; the weight makes up for the difference to `gate_scale`."""
-        if self.gate is None or self.gate_weight is None:
-            return None
+    def _gate_weight(self) -> Tensor | None:
+        """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
         factor = self.gate_scale / self.score_scale
-        weight: Tensor = self.gate_weight if factor == 1.0 else self.gate_weight * factor
-        gate = head_gate(q, weight, self.gate)
-        return gate if self.output_scale == 1.0 else gate * self.output_scale
+        return self.gate_weight if self.gate_weight is None or factor == 1.0 else self.gate_weight * factor
 
     def extra_repr(self) -> str:
         parts = [

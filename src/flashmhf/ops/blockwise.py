@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashmhf.ops.prologue import backward as prologue_backward
+from flashmhf.ops.prologue import forward as prologue_forward
 from flashmhf.ops.slices import slices
+
+__all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
 CPU_TILE_ELEMENTS = 2**18  # measured: docs/log.md, "Tile of the blockwise backend"
 ACCELERATOR_TILE_ELEMENTS = 2**24

@@ -6,7 +6,7 @@ A module of its own, because the counter imports triton wherever it is installed
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmhf.ops import custom_op  # noqa: F401  (registers the operators)
+from flashmhf.ops import custom_op, gated_mhf  # noqa: F401  (registers the operators)
 
 
 @register_flop_formula(torch.ops.flashmhf.flash_mhf)
@@ -19,6 +19,20 @@ def _forward_flops(q_shape, k_shape, *args, **kwargs) -> int:
 def _backward_flops(dout_shape, q_shape, k_shape, *args, **kwargs) -> int:
     """Eight products, whichever backend: what recomputation and a second kernel add is overhead, not work."""
     return 8 * _product_flops(q_shape, k_shape)
+
+
+@register_flop_formula(torch.ops.flashmhf.gated_mhf)
+def _gated_forward_flops(q_shape, k_shape, u_shape, v_shape, gate_weight_shape, *args, **kwargs) -> int:
+    return 3 * _product_flops(q_shape, k_shape) + _gate_flops(q_shape, gate_weight_shape)
+
+
+@register_flop_formula(torch.ops.flashmhf.gated_mhf_backward)
+def _gated_backward_flops(dout_shape, q_shape, k_shape, u_shape, v_shape, gate_weight_shape, *args, **kwargs) -> int:
+    return 8 * _product_flops(q_shape, k_shape) + 2 * _gate_flops(q_shape, gate_weight_shape)
+
+
+def _gate_flops(q_shape, gate_weight_shape) -> int:
+    return 0 if gate_weight_shape is None else 2 * q_shape.numel() * gate_weight_shape[-1]
 
 
 def _product_flops(q_shape, k_shape) -> int:

@@ -1,116 +1,125 @@
-"""What stands between the projected Q and the operator: the per-head RMSNorm and the gate, both in float32.
+"""What stands between the projected Q and the operator: the per-head RMSNorm and the gate, in float32, on any device.
 
-Neither stores a float32 copy of Q or an intermediate of its own: the backward pass recomputes from Q, block by block.
-Under torch.compile one block covers all tokens, and the compiler fuses.
+Nothing is saved but Q: the backward pass recomputes from it, block by block, and stores no float32 copy of Q either.
+`forward` and `backward` are the PyTorch side of the interface that `ops/triton/prologue.py` implements as kernels.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashmhf.ops.autocast import without_autocast
 from flashmhf.ops.slices import slices
 
-BLOCK_ELEMENTS = 2**18  # float32 elements of Q at a time
+CPU_BLOCK_ELEMENTS = 2**18  # float32 elements of Q at a time
+ACCELERATOR_BLOCK_ELEMENTS = 2**24
 MIN_GATE_SUM = 1e-20
 
 GATES = ("sigmoid", "softmax")
 
 
-def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each head of q (..., H, D) with that head's weight (H, D); returns q's dtype."""
-    with without_autocast(q.device.type):
-        return _HeadNorm.apply(q, weight, eps)
+class Prologue(NamedTuple):
+    """The numbers that describe it: kind of the gate, what the gate sums to over E, epsilon of the norm."""
+
+    kind: str
+    total: float
+    eps: float
 
 
-def head_gate(q: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """The gate of every token and head over the E sub-networks.
+def forward(
+    q: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None, prologue: Prologue
+) -> tuple[Tensor, Tensor | None]:
+    """Norm, then gate.
 
     Args:
         q: (..., H, D).
-        weight: (H, D, E).
-        kind: "sigmoid": sigmoid(logits) divided by its sum (at least 1e-20); "softmax": softmax(logits).
+        gate_weight: (H, D, E), or None for no gate.
+        norm_weight: (H, D), or None for no norm; q itself is then the first result.
+        prologue: kind "sigmoid": sigmoid(logits) divided by their sum (at least 1e-20); "softmax": softmax(logits).
 
     Returns:
-        (..., H, E) in float32 (float64 for float64 inputs), summing to one over E.
+        q normed (..., H, D) in q's dtype, and the gate (..., H, E) in float32 (float64 for float64) or None.
     """
-    if kind not in GATES:
-        raise ValueError(f"kind: expected one of {', '.join(GATES)}, got {kind!r}")
-    with without_autocast(q.device.type):
-        return _HeadGate.apply(q, weight, kind)
+    dtype = _compute_dtype(q)
+    normed = q if norm_weight is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    gate = gate_weight_HDE = None
+    if gate_weight is not None:
+        gate = torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=dtype, device=q.device)
+        gate_weight_HDE = gate_weight.to(dtype)
+    q_THD, normed_THD, gate_THE = _tokens(q), _tokens(normed), None if gate is None else _tokens(gate)
+    for block in _blocks(q_THD):
+        if norm_weight is not None:
+            x = q_THD[block].to(dtype)
+            normed_THD[block] = x * _inverse_rms(x, prologue.eps) * norm_weight
+        if gate_THE is not None:
+            logits = torch.einsum("thd,hde->the", normed_THD[block].to(dtype), gate_weight_HDE)
+            gate_THE[block] = _gate(logits, prologue)
+    return normed, gate
 
 
-class _HeadNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(q, weight)
-        ctx.eps = eps
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        q_THD, out_THD = _tokens(q), _tokens(out)
-        for block in _blocks(q_THD):
-            x = q_THD[block].to(_compute_dtype(q))
-            out_THD[block] = (x * _inverse_rms(x, eps) * weight).to(q.dtype)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        q, weight = ctx.saved_tensors
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dweight = torch.zeros(weight.shape, dtype=_compute_dtype(q), device=q.device)
-        q_THD, dq_THD, dout_THD = _tokens(q), _tokens(dq), _tokens(dout)
-        for block in _blocks(q_THD):
-            x = q_THD[block].to(_compute_dtype(q))
-            inverse_rms = _inverse_rms(x, ctx.eps)
+def backward(
+    q: Tensor,
+    gate_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    prologue: Prologue,
+    dnormed: Tensor,
+    dgate: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients for q, gate_weight and norm_weight. May overwrite `dnormed` with the first of them."""
+    dtype = _compute_dtype(q)
+    gate_weight_HDE = dgate_weight = dnorm_weight = None
+    if gate_weight is not None:
+        gate_weight_HDE = gate_weight.to(dtype)
+        dgate_weight = torch.zeros(gate_weight.shape, dtype=dtype, device=q.device)
+    if norm_weight is not None:
+        dnorm_weight = torch.zeros(norm_weight.shape, dtype=dtype, device=q.device)
+    q_THD, dq_THD, dgate_THE = _tokens(q), _tokens(dnormed), None if dgate is None else _tokens(dgate)
+    for block in _blocks(q_THD):
+        x, dx = q_THD[block].to(dtype), dq_THD[block].to(dtype)
+        unit = normed = x
+        if norm_weight is not None:
+            inverse_rms = _inverse_rms(x, prologue.eps)
             unit = x * inverse_rms
-            dunit = dout_THD[block].to(_compute_dtype(q))
-            dweight = dweight + (dunit * unit).sum(0)
-            dunit = dunit * weight
-            dq_THD[block] = ((dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * inverse_rms).to(q.dtype)
-        return dq, dweight.to(weight.dtype), None
+            normed = (unit * norm_weight).to(q.dtype).to(dtype)
+        if dgate_THE is not None:
+            assert gate_weight_HDE is not None
+            assert dgate_weight is not None
+            logits = torch.einsum("thd,hde->the", normed, gate_weight_HDE)
+            dlogits = _logit_gradient(logits, dgate_THE[block], prologue)
+            dgate_weight += torch.einsum("thd,the->hde", normed, dlogits)
+            dx = dx + torch.einsum("the,hde->thd", dlogits, gate_weight_HDE)
+        if norm_weight is not None:
+            assert dnorm_weight is not None
+            dnorm_weight += (dx * unit).sum(0)
+            dx = dx * norm_weight
+            dx = (dx - unit * (dx * unit).mean(-1, keepdim=True)) * inverse_rms
+        dq_THD[block] = dx
+    grads = [
+        None if weight is None or grad is None else grad.to(weight.dtype)
+        for weight, grad in ((gate_weight, dgate_weight), (norm_weight, dnorm_weight))
+    ]
+    return dq_THD.view(q.shape), grads[0], grads[1]
 
 
-class _HeadGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, weight: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(q, weight)
-        ctx.kind = kind
-        out = torch.empty((*q.shape[:-1], weight.shape[-1]), dtype=_compute_dtype(q), device=q.device)
-        q_THD, out_THE = _tokens(q), _tokens(out)
-        weight_HDE = weight.to(_compute_dtype(q))
-        for block in _blocks(q_THD):
-            logits = torch.einsum("thd,hde->the", q_THD[block].to(_compute_dtype(q)), weight_HDE)
-            out_THE[block] = logits.softmax(-1) if kind == "softmax" else _share(logits.sigmoid())
-        return out
-
-    @staticmethod
-    def backward(ctx, dgate: Tensor):
-        q, weight = ctx.saved_tensors
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        weight_HDE = weight.to(_compute_dtype(q))
-        dweight = torch.zeros(weight.shape, dtype=_compute_dtype(q), device=q.device)
-        q_THD, dq_THD, dgate_THE = _tokens(q), _tokens(dq), _tokens(dgate)
-        for block in _blocks(q_THD):
-            x = q_THD[block].to(_compute_dtype(q))
-            logits = torch.einsum("thd,hde->the", x, weight_HDE)
-            dlogits = _logit_gradient(logits, dgate_THE[block], ctx.kind)
-            dweight = dweight + torch.einsum("thd,the->hde", x, dlogits)
-            dq_THD[block] = torch.einsum("the,hde->thd", dlogits, weight_HDE).to(q.dtype)
-        return dq, dweight.to(weight.dtype), None
+def _gate(logits: Tensor, prologue: Prologue) -> Tensor:
+    if prologue.kind == "softmax":
+        return logits.softmax(-1) * prologue.total
+    scores = logits.sigmoid()
+    return scores * (prologue.total / scores.sum(-1, keepdim=True).clamp_min(MIN_GATE_SUM))
 
 
-def _logit_gradient(logits: Tensor, dgate: Tensor, kind: str) -> Tensor:
-    if kind == "softmax":
-        gate = logits.softmax(-1)
-        return gate * (dgate - (dgate * gate).sum(-1, keepdim=True))
+def _logit_gradient(logits: Tensor, dgate: Tensor, prologue: Prologue) -> Tensor:
+    dshare = dgate * prologue.total
+    if prologue.kind == "softmax":
+        share = logits.softmax(-1)
+        return share * (dshare - (dshare * share).sum(-1, keepdim=True))
     scores = logits.sigmoid()
     total = scores.sum(-1, keepdim=True)
-    gate = _share(scores)
+    share = scores / total.clamp_min(MIN_GATE_SUM)
     # Where the sum is clamped it is a constant.
-    through_sum = torch.where(total > MIN_GATE_SUM, (dgate * gate).sum(-1, keepdim=True), 0.0)
-    return (dgate - through_sum) / total.clamp_min(MIN_GATE_SUM) * scores * (1 - scores)
-
-
-def _share(scores: Tensor) -> Tensor:
-    return scores / scores.sum(-1, keepdim=True).clamp_min(MIN_GATE_SUM)
+    through_sum = torch.where(total > MIN_GATE_SUM, (dshare * share).sum(-1, keepdim=True), 0.0)
+    return (dshare - through_sum) / total.clamp_min(MIN_GATE_SUM) * scores * (1 - scores)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -125,6 +134,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]) if x.numel() else x.reshape(0, *x.shape[-2:])
 
 
-def _blocks(x_THD: Tensor):
+def _blocks(x_THD: Tensor) -> Iterator[slice]:
     T, H, D = x_THD.shape
-    return slices(T, max(T if torch.compiler.is_compiling() else BLOCK_ELEMENTS // (H * D), 1))
+    budget = CPU_BLOCK_ELEMENTS if x_THD.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
+    return slices(T, max(budget // (H * D), 1))

@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from flashmhf.ops.prologue import backward as prologue_backward
+from flashmhf.ops.prologue import forward as prologue_forward
+
+__all__ = ["backward", "forward", "gated_forward", "head_gate", "head_norm", "prologue_backward", "prologue_forward"]
+
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
@@ -52,6 +57,23 @@ def backward(
     if needs[3]:
         dv = _sum_groups(torch.einsum("...hef,...hd->hefd", p, dout), H_kv)
     return dq, dk, du, dv, dgate
+
+
+def gated_forward(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    kind: str,
+    total: float,
+    eps: float,
+) -> Tensor:
+    """`forward` of the normed q, with the gate computed from it; see `gated_mhf`."""
+    if norm_weight is not None:
+        q = head_norm(q, norm_weight, eps)
+    return forward(q, k, u, v, None if gate_weight is None else total * head_gate(q, gate_weight, kind))
 
 
 def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,5 +2,6 @@
 
 from flashmhf.ops.triton.backward import backward
 from flashmhf.ops.triton.forward import forward
+from flashmhf.ops.triton.prologue import prologue_backward, prologue_forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]

@@ -1,0 +1,165 @@
+"""The operator together with what precedes it: per-head norm, gate, `flash_mhf`, as one operator that keeps only Q.
+
+Between forward and backward it saves its inputs and nothing else: the normed Q and the gate are computed again. Like
+`custom_op.py` it runs whichever backend `backends.select` gives; second derivatives go through the reference.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmhf.ops import backends, reference
+from flashmhf.ops.autocast import autocast_dtype, without_autocast
+from flashmhf.ops.problem import Problem
+from flashmhf.ops.prologue import GATES, Prologue
+
+_LIBRARY = torch.library.Library("flashmhf", "FRAGMENT")
+_TENSORS = "Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate_weight, Tensor? norm_weight"
+_OPTIONS = "str gate, float gate_total, float norm_eps, str backend"
+_LIBRARY.define(f"gated_mhf({_TENSORS}, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(
+    f"gated_mhf_backward(Tensor dout, {_TENSORS}, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def gated_mhf(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate_weight: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    *,
+    gate: str = "sigmoid",
+    gate_total: float = 1.0,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """`flash_mhf` of the normed q, with a gate computed from it.
+
+    Args:
+        q, k, u, v, backend: as in `flash_mhf`; q is the projected input before its norm.
+        gate_weight: (H, D, E), the weight of the gate's logits, or None for a plain sum over sub-networks.
+        norm_weight: (H, D), the weight of an RMSNorm of each head, or None for no norm.
+        gate: "sigmoid" (of the logits, divided by its sum over E) or "softmax".
+        gate_total: what the gate sums to over E.
+        norm_eps: epsilon of the norm.
+
+    Returns:
+        (..., H, D), contiguous, in q's dtype. Norm and gate are computed in float32.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what was given.
+    """
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
+        q, k, u, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, u, v))
+    return torch.ops.flashmhf.gated_mhf(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend)
+
+
+@torch.library.impl(_LIBRARY, "gated_mhf", "CompositeExplicitAutograd")
+def _forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend) -> Tensor:
+    problem = _check(q, k, u, v, gate_weight, norm_weight, gate)
+    run = backends.select(problem, backend)
+    with without_autocast(q.device.type):
+        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, Prologue(gate, gate_total, norm_eps))
+        return run.forward(normed, k, u, v, gates).contiguous()
+
+
+@torch.library.impl(_LIBRARY, "gated_mhf_backward", "CompositeExplicitAutograd")
+def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_total, norm_eps, backend) -> list[Tensor]:
+    """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
+    run = backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate), backend)
+    options = Prologue(gate, gate_total, norm_eps)
+    before_op = needs[0] or needs[4] or needs[5]
+    op_needs = (before_op, *needs[1:4], before_op and gate_weight is not None)
+    dq = dgate_weight = dnorm_weight = None
+    with without_autocast(q.device.type):
+        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, options)
+        dnormed, dk, du, dv, dgates = run.backward(dout, normed, k, u, v, gates, op_needs)
+        del normed, gates
+        if dnormed is not None:
+            dq, dgate_weight, dnorm_weight = run.prologue_backward(
+                q, gate_weight, norm_weight, options, dnormed.contiguous(), dgates
+            )
+    grads = (dq, dk, du, dv, dgate_weight, dnorm_weight)
+    return [grad.contiguous() for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+
+
+@torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)
+def _forward_fake(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend) -> Tensor:
+    _check(q, k, u, v, gate_weight, norm_weight, gate)
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("flashmhf::gated_mhf_backward", lib=_LIBRARY)
+def _backward_fake(
+    dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_total, norm_eps, backend
+) -> list[Tensor]:
+    inputs = (q, k, u, v, gate_weight, norm_weight)
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+
+
+def _check(q, k, u, v, gate_weight, norm_weight, gate) -> Problem:
+    problem = replace(Problem.of(q, k, u, v), has_gate=gate_weight is not None)
+    if gate not in GATES:
+        raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
+    shapes = {"gate_weight": (problem.H, problem.D, problem.E), "norm_weight": (problem.H, problem.D)}
+    for name, weight in (("gate_weight", gate_weight), ("norm_weight", norm_weight)):
+        if weight is not None and weight.shape != shapes[name]:
+            raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(weight.shape)}")
+        if weight is not None and weight.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {weight.device}")
+    return problem
+
+
+def _save_forward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def _differentiate_forward(ctx, dout: Tensor):
+    needs = list(ctx.needs_input_grad[:6])
+    grads = iter(torch.ops.flashmhf.gated_mhf_backward(dout, *ctx.saved_tensors, needs, *ctx.options))
+    return (*(next(grads) if need else None for need in needs), *(None for _ in ctx.options))
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.needs, *ctx.options = inputs[7:]
+
+
+def _differentiate_backward(ctx, grad_grads: list[Tensor | None]):
+    create_graph = torch.is_grad_enabled()
+    gate, gate_total, norm_eps, _ = ctx.options
+    nothing = (None,) * (1 + len(ctx.options))
+    with torch.enable_grad():
+        # Views, so that one tensor given for two arguments still has a gradient for each.
+        inputs: list[Any] = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
+        dout, arguments = inputs[0], inputs[1:]
+        for i, need in enumerate(ctx.needs):
+            if need and not arguments[i].requires_grad:
+                arguments[i] = arguments[i].detach().requires_grad_()
+        differentiated = [x for x, need in zip(arguments, ctx.needs, strict=True) if need]
+        q, k, u, v, gate_weight, norm_weight = arguments
+        out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps)
+        grads = torch.autograd.grad(out, differentiated, dout, create_graph=True)
+        used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
+        if not used:
+            return (*(None for _ in inputs), *nothing)
+        first, vectors = zip(*used, strict=True)
+        seconds = iter(torch.autograd.grad(first, wanted, vectors, create_graph=create_graph, allow_unused=True))
+    needs = ctx.needs_input_grad[:7]
+    return (*(next(seconds) if need else None for need in needs), *nothing)
+
+
+torch.library.register_autograd(
+    "flashmhf::gated_mhf", _differentiate_forward, setup_context=_save_forward, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "flashmhf::gated_mhf_backward", _differentiate_backward, setup_context=_save_backward, lib=_LIBRARY
+)

@@ -1,0 +1,136 @@
+"""The operator with norm and gate inside: against the formula, under PyTorch's machinery, and what it keeps."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashmhf.ops import backends, flops, reference  # noqa: F401  (flops registers the formulas)
+from flashmhf.ops.gated_mhf import gated_mhf
+
+BACKENDS = ("reference", "blockwise")
+PARTS = {"both": (True, True), "gate": (True, False), "norm": (False, True), "neither": (False, False)}
+OPTIONS = {"gate_total": 2.5, "norm_eps": 1e-3}
+
+
+def leaves(dtype=torch.float64, has_gate=True, has_norm=True, T=(2, 3), H=4, H_kv=2, E=3, F=5, D=6):
+    shapes = [(*T, H, D), *[(H_kv, E, F, D)] * 3, (H, D, E) if has_gate else None, (H, D) if has_norm else None]
+    return [None if shape is None else torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def formula(*inputs, kind="sigmoid"):
+    return reference.gated_forward(*inputs, kind, OPTIONS["gate_total"], OPTIONS["norm_eps"])
+
+
+@pytest.fixture
+def triton_runs_here(monkeypatch):
+    """Every backend's name selects the Triton kernels, which run in the interpreter."""
+    from flashmhf.ops.triton import backend
+
+    monkeypatch.setattr(backends, "select", lambda problem, name: backend)
+
+
+def compare(inputs, backend, kind="sigmoid", tolerance=None):
+    out = gated_mhf(*inputs, gate=kind, backend=backend, **OPTIONS)
+    expected = formula(*inputs, kind=kind)
+    torch.testing.assert_close(out, expected, **(tolerance or {}))
+    wanted = [x for x in inputs if x is not None]
+    vector = torch.randn_like(out)
+    grads = torch.autograd.grad(out, wanted, vector)
+    for grad, want in zip(grads, torch.autograd.grad(expected, wanted, vector), strict=True):
+        torch.testing.assert_close(grad, want, **(tolerance or {}))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_formula(backend, parts, kind, poisoned_memory):
+    compare(leaves(torch.float64, *parts), backend, kind)
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
+def test_is_the_formula_on_triton(parts, triton_runs_here, poisoned_memory):
+    compare(leaves(torch.float32, *parts, D=16, F=20), "auto", tolerance={"rtol": 1e-3, "atol": 1e-3})
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_one_gradient_at_a_time(wanted):
+    inputs = leaves()
+    expected = torch.autograd.grad(formula(*inputs).sum(), inputs[wanted])
+    alone = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    torch.testing.assert_close(torch.autograd.grad(gated_mhf(*alone, **OPTIONS).sum(), alone[wanted]), expected)
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
+def test_opcheck(parts):
+    options = ("sigmoid", 2.5, 1e-3, "blockwise")
+    inputs = leaves(torch.float64, *parts)
+    torch.library.opcheck(torch.ops.flashmhf.gated_mhf.default, (*inputs, *options))
+    plain = [None if x is None else x.detach() for x in inputs]
+    needs = [True, False, True, True, parts[0], parts[1]]
+    arguments = (torch.randn_like(plain[0]), *plain, needs, *options)
+    torch.library.opcheck(torch.ops.flashmhf.gated_mhf_backward.default, arguments)
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_and_second_derivatives(backend, parts):
+    inputs = leaves(torch.float64, *parts, T=(2,), H=2, H_kv=1, E=2, F=3, D=4)
+    present = [x for x in inputs if x is not None]
+
+    def call(*given):
+        rest = iter(given)
+        return gated_mhf(*(None if x is None else next(rest) for x in inputs), backend=backend, **OPTIONS)
+
+    assert torch.autograd.gradcheck(call, present)
+    assert torch.autograd.gradgradcheck(call, present)
+
+
+def test_compile_autocast_and_checkpoint():
+    inputs = leaves(torch.float32)
+    compiled = torch.compile(gated_mhf, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs, **OPTIONS), gated_mhf(*inputs, **OPTIONS))
+    out = checkpoint(lambda *x: gated_mhf(*x, **OPTIONS), *inputs, use_reentrant=False)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    torch.testing.assert_close(grads, torch.autograd.grad(gated_mhf(*inputs, **OPTIONS).sum(), inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gated_mhf(*inputs, **OPTIONS)
+    low = [x.detach().bfloat16() for x in inputs[:4]]
+    assert torch.equal(out, gated_mhf(*low, *inputs[4:], **OPTIONS))
+
+
+def test_keeps_its_inputs_and_nothing_else():
+    inputs, saved = leaves(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        gated_mhf(*inputs)
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in inputs}
+
+
+def test_flops():
+    inputs = leaves(torch.float32)
+    product, gate = 2 * inputs[0].numel() * 3 * 5, 2 * inputs[0].numel() * 3
+    with FlopCounterMode(display=False) as forward:
+        out = gated_mhf(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 3 * product + gate
+    assert backward.get_total_flops() == 8 * product + 2 * gate
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({4: torch.randn(4, 6, 2)}, r"gate_weight: expected shape \(4, 6, 3\), got \(4, 6, 2\)"),
+        ({5: torch.randn(4, 5)}, r"norm_weight: expected shape \(4, 6\), got \(4, 5\)"),
+        ({5: torch.randn(4, 6, device="meta")}, "norm_weight: expected q's device cpu, got meta"),
+    ],
+)
+def test_bad_weights(changes, message):
+    inputs = [changes.get(i, x) for i, x in enumerate(leaves(torch.float32))]
+    with pytest.raises(ValueError, match=message):
+        gated_mhf(*inputs)
+
+
+def test_unknown_gate():
+    with pytest.raises(ValueError, match="gate: expected one of sigmoid, softmax, got 'relu'"):
+        gated_mhf(*leaves(), gate="relu")
