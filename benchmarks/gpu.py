@@ -23,6 +23,7 @@ from flashmhf.benchmarking import NaiveMHF, Shape, interleaved_median_ms, peak_b
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.ops import reference
 from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 from flashmhf.ops.triton.tiles import Tile, device_class, table_rows
@@ -65,23 +66,42 @@ def correctness(bench: Bench) -> list[dict[str, Any]]:
             got = _run_kernel(kernel, inputs, tile)
             exact = _expected([x.double() for x in inputs])
             eager = _expected(inputs)
-            for name, result in got.items():
-                error, budget = _error(result, exact[name]), 2 * _error(eager[name], exact[name]) + _rounding(result)
-                rows.append(
-                    {
-                        "kernel": kernel,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "D": D,
-                        "tile": list(tile),
-                        "sizes": [T, H, H_kv, E, F],
-                        "result": name,
-                        "error": error,
-                        "budget": budget,
-                        "passed": error <= budget,
-                    }
-                )
+            case = {"kernel": kernel, "dtype": dtype, "D": D, "tile": list(tile), "sizes": [T, H, H_kv, E, F]}
+            rows += [_checked(case, name, result, eager[name], exact[name]) for name, result in got.items()]
+    for dtype in DTYPES:
+        for D in (48,) if bench.dry_run else (48, 64, 128, 256):
+            rows += _gated(bench, dtype, D)
     rows.append(_beyond_32_bits(bench))
     return rows
+
+
+def _checked(case: dict[str, Any], name: str, result: Tensor, eager: Tensor, exact: Tensor) -> dict[str, Any]:
+    """One row: the error, and the budget of twice eager PyTorch's plus the rounding of the result."""
+    error, budget = _error(result, exact), 2 * _error(eager, exact) + torch.finfo(result.dtype).eps / 2
+    dtype = str(case["dtype"]).removeprefix("torch.")
+    return {**case, "dtype": dtype, "result": name, "error": error, "budget": budget, "passed": error <= budget}
+
+
+def _gated(bench: Bench, dtype: torch.dtype, D: int) -> list[dict[str, Any]]:
+    """Norm and gate kernels and the operator, composed as the layer composes them."""
+    T, H, E, F = (20, 2, 3, 40) if bench.dry_run else (1000, 4, 5, 200)
+    q, k, u, v, _, dout = bench.inputs(T, H, H, E, F, D, dtype)
+    inputs = [q, k, u, v, bench.randn(H, D, E, dtype=dtype) / D**0.5, bench.randn(H, D, dtype=dtype)]
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    def formula(*leaves: Tensor) -> Tensor:
+        return reference.gated_forward(*leaves, "sigmoid", 1.0, 1e-6)  # type: ignore[call-arg, arg-type]
+
+    backend = "blockwise" if bench.dry_run else "triton"
+    got = run(functools.partial(gated_mhf, backend=backend), dtype)
+    eager, exact = run(formula, dtype), run(formula, torch.float64)
+    case = {"kernel": "gated_mhf", "dtype": dtype, "D": D, "tile": "table", "sizes": [T, H, H, E, F]}
+    names = ("out", "dq", "dk", "du", "dv", "dgate_weight", "dnorm_weight")
+    return [_checked(case, *result) for result in zip(names, got, eager, exact, strict=True)]
 
 
 def _cases(bench: Bench):
@@ -123,10 +143,6 @@ def _error(got: Tensor, exact: Tensor) -> float:
     """Relative Frobenius norm; NaN counts as infinite."""
     error = float((got.double() - exact.double()).norm() / exact.double().norm())
     return error if error == error else float("inf")
-
-
-def _rounding(result: Tensor) -> float:
-    return torch.finfo(result.dtype).eps / 2
 
 
 def _beyond_32_bits(bench: Bench) -> dict[str, Any]:
