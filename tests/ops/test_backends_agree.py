@@ -1,6 +1,7 @@
 """Every backend, forward and all gradients, against the float64 specification under the error budget."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from problems import NAMES, Shape, assert_within_budget, eager_results, exact_re
 from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.problem import Problem
+from flashmhf.ops.triton import tiles
+from flashmhf.ops.triton.forward import plan_forward, splits_for
 
 SHAPES = [
     Shape((7,), 2, 2, 3, 5, 8),
@@ -78,6 +81,26 @@ def check(backend: str, inputs: list) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradients(backend, shape, dtype, gate, poisoned_memory):
     check(backend, make_inputs(shape, dtype, gate))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_memory):
+    if not torch.cuda.is_available():
+        interpret_triton(monkeypatch)
+    monkeypatch.setattr(tiles, "SPLIT_TOKENS", 0)
+    check("triton", make_inputs(shape, torch.float32))
+
+
+def test_splits_leave_nobody_without_rows():
+    for E, F, H, T in itertools.product((1, 3, 15), (1, 40, 384), (1, 6, 16), (1, 16, 17, 128, 129)):
+        q, k = torch.empty(T, H, 128, device="meta"), torch.empty(H, E, F, 128, device="meta")
+        splits = splits_for(q, k)
+        launch = plan_forward(q, k, k, k, None, torch.empty(splits, T, H, 128, device="meta").squeeze(0), splits=splits)
+        per_split, rows = launch.arguments["tiles_per_split"], E * -(-F // launch.arguments["BLOCK_F"])
+        assert (splits - 1) * per_split < rows <= splits * per_split
+        assert splits == 1 or T <= tiles.SPLIT_TOKENS
+        if T == 1 and (E, F, H) == (15, 384, 6):
+            assert launch.grid == (6, 36)  # 216 programs, two for each processor
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 # Arguments that change with the number of tokens and make no better code: one compiled kernel serves every length.
-DO_NOT_SPECIALIZE = ("T", "L", "stride_gateb", "stride_dgateb")
+DO_NOT_SPECIALIZE = ("T", "L", "stride_gateb", "stride_dgateb", "tiles_per_split")
 
 
 @triton.jit

@@ -2,6 +2,9 @@
 
 The output stays in registers; M = Q K^T and N = Q U^T live for one tile of BLOCK_F rows. Programs are numbered head by
 head, so that one head's K, U and V stay in the L2 cache while all tokens pass by.
+
+Few tokens make few programs, and reading the weights is then all the time. So the rows are split over programs, whose
+float32 partial sums a second kernel adds in fixed order.
 """
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
-from flashmhf.ops.triton.tiles import Tile, tile_for
+from flashmhf.ops.triton.tiles import Tile, programs_wanted, tile_for
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -19,8 +22,8 @@ def forward_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
-    out_ptr, stride_outb, stride_outl, stride_outh, stride_outx,
-    T, L, E, F, GROUP,
+    out_ptr, stride_outs, stride_outb, stride_outl, stride_outh, stride_outx,
+    T, L, E, F, GROUP, tiles_per_split,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +44,8 @@ def forward_kernel(
     out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
 
     tiles_f = tl.cdiv(F, BLOCK_F)
-    for tile in tl.range(0, E * tiles_f):
+    first_tile = tl.program_id(1) * tiles_per_split
+    for tile in tl.range(first_tile, min(first_tile + tiles_per_split, E * tiles_f)):
         e = tile // tiles_f
         f = (tile % tiles_f) * BLOCK_F
         first_row = kv_head + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
@@ -58,6 +62,7 @@ def forward_kernel(
         out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
 
     rows_out = token_offsets(offs_t, L, stride_outb, stride_outl, FLAT) + head * stride_outh
+    out_ptr += tl.program_id(1).to(tl.int64) * stride_outs
     tl.store(
         out_ptr + rows_out[:, None] + offs_d[None, :] * stride_outx,
         out.to(out_ptr.dtype.element_ty),
@@ -65,11 +70,38 @@ def forward_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["size", "splits"])
+def combine_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+    """Adds the (splits, size) partial sums in order."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    partial_ptrs = partial_ptr + offs
+    for _ in tl.range(0, splits):
+        total += tl.load(partial_ptrs, mask=mask, other=0.0)
+        partial_ptrs += size
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def plan_forward(
-    q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, tile: Tile | None = None
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    out: Tensor,
+    tile: Tile | None = None,
+    splits: int = 1,
 ) -> Launch:
-    """The launch that writes `flash_mhf(q, k, u, v, gate)` into out, which has q's shape."""
-    H, D = q.shape[-2:]
+    """The launch that writes `flash_mhf(q, k, u, v, gate)` into out.
+
+    out has q's shape; with more than one split it is contiguous (splits, *q.shape) in float32 and gets partial sums.
+    """
+    (_, E, F, D), H = k.shape, q.shape[-2]
+    stride_split = 0
+    if splits > 1:
+        stride_split = out.stride(0)
+        out = out[0]
     tokens = Tokens.of(q, gate, out)
     q_view, gate_view, out_view = tokens.tensors
     if tile is None:
@@ -78,16 +110,40 @@ def plan_forward(
         **token_arguments("q", q_view),
         **weight_arguments(k, u, v),
         **token_arguments("gate", gate_view),
-        **token_arguments("out", out_view),
+        **token_arguments("out", out_view), "stride_outs": stride_split,
         **size_arguments(tokens, q, k, gate, tile),
-    }
-    grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
+        "tiles_per_split": triton.cdiv(E * triton.cdiv(F, tile.block_f), splits),
+    }  # fmt: skip
+    grid = (triton.cdiv(tokens.T, tile.block_t) * H, splits)
     return Launch(forward_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+
+
+def plan_combine(partial: Tensor, out: Tensor) -> Launch:
+    """The launch that adds partial (splits, *out.shape), both contiguous, into out."""
+    arguments = {"partial_ptr": partial, "out_ptr": out, "size": out.numel(), "splits": len(partial), "BLOCK": 512}
+    return Launch(combine_kernel, (triton.cdiv(out.numel(), 512),), arguments, 4, 1)
 
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel() > 0:
+    if out.numel() == 0:
+        return out
+    splits = splits_for(q, k)
+    if splits == 1:
         plan_forward(q, k, u, v, gate, out).run()
+        return out
+    partial = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+    plan_forward(q, k, u, v, gate, partial, splits=splits).run()
+    plan_combine(partial, out).run()
     return out
+
+
+def splits_for(q: Tensor, k: Tensor) -> int:
+    """Over how many programs the rows of one head and token tile are split; no split is left without rows."""
+    (_, E, F, D), H = k.shape, q.shape[-2]
+    T = q.shape[:-2].numel()
+    tile = tile_for("forward", q.device, q.dtype, D, T)
+    row_tiles = E * triton.cdiv(F, tile.block_f)
+    wanted = min(row_tiles, programs_wanted(q.device, T) // (triton.cdiv(T, tile.block_t) * H))
+    return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(wanted, 1)))

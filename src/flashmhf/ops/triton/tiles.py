@@ -13,6 +13,9 @@ import torch
 KERNELS = ("decode", "forward", "backward_tokens", "backward_weights")
 BLOCK_DS = (32, 64, 128, 256)
 FEW_TOKENS = 16  # up to here the forward kernel takes the row named `decode`
+SPLIT_TOKENS = 128  # up to here the forward splits the parameter rows over programs
+# Two programs a processor (multiprocessor, compute unit) of the largest device of the class.
+PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90a": 264, "sm_100": 296, "gfx942": 608}
 
 
 class Tile(NamedTuple):
@@ -62,7 +65,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "backward_weights": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         4: {
-            "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+            "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 8, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
             "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
@@ -105,6 +108,11 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: i
         kernel = "decode"
     column = next(index for index, block_d in enumerate(BLOCK_DS) if block_d >= D)
     return TABLE[device_class(device)][dtype.itemsize][kernel][column]
+
+
+def programs_wanted(device: torch.device, T: int) -> int:
+    """How many programs the forward should start with T tokens, if splitting the parameter rows can give as many."""
+    return PROGRAMS[device_class(device)] if T <= SPLIT_TOKENS else 1
 
 
 def table_rows(device: str, element_bytes: int) -> Iterator[tuple[str, int, Tile]]:
