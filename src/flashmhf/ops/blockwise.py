@@ -20,7 +20,7 @@ from flashmhf.ops.slices import slices
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
-CPU_TILE_ELEMENTS = 2**18  # measured: docs/log.md, "Tile of the blockwise backend"
+CPU_TILE_ELEMENTS = 2**19  # measured: docs/log.md, "Tile of the blockwise backend"
 ACCELERATOR_TILE_ELEMENTS = 2**24
 MIN_TILE_ROWS = 512  # narrower products leave a CPU's matrix unit idle
 
