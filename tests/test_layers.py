@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as nnf
+from torch.profiler import ProfilerActivity, profile
 
 from flashmhf import FlashMHF
 from flashmhf.layers import MHFFN, PKV, DenseMoE, HeadRMSNorm, SwiGLU
@@ -222,6 +223,34 @@ def test_second_derivatives_of_the_layer():
     layer = FlashMHF(8, 2, 2, 3, q_norm=True, init="scaled", dtype=torch.float64)
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_recomputing_q_changes_nothing_but_what_is_kept(options):
+    layer = FlashMHF(32, 4, 3, 20, **options)
+    x, dy = torch.randn(2, 50, 32, requires_grad=True), torch.randn(2, 50, 32)
+    wanted = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x), wanted, dy)
+    layer.recompute_q = True
+    torch.testing.assert_close(torch.autograd.grad(layer(x), wanted, dy), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.requires_grad_(False)(x))
+
+
+def test_recomputing_q_saves_its_memory():
+    """At the end of the forward pass x, S and the output are there; without recomputation q is too."""
+    x = torch.randn(1000, 64, requires_grad=True)
+
+    def kept_bytes(**options) -> int:
+        layer = FlashMHF(64, 4, 3, 40, q_norm=True, **options)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            out = layer(x)
+        assert out.requires_grad
+        events = profiler.profiler.kineto_results.events()
+        return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+    assert kept_bytes() == pytest.approx(3 * x.nbytes, rel=0.02)
+    assert kept_bytes(recompute_q=True) == pytest.approx(2 * x.nbytes, rel=0.02)
 
 
 def test_head_norm_on_its_own():

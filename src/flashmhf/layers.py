@@ -5,11 +5,12 @@ code.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
@@ -60,6 +61,7 @@ class FlashMHF(nn.Module):
         gate_scale: multiplies the gate's logits. Default: 1, or num_heads with init="scaled".
         output_scale: multiplies the gated sum over sub-networks. Default: 1, or num_subnetworks for a gated
             layer with init="scaled".
+        recompute_q: keep x and the output alone between forward and backward, and project x again in the backward.
         backend: of the operator, see `flash_mhf`.
 
     Parameters: in_proj, out_proj (Linear), k, u, v (H_kv, E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
@@ -87,6 +89,7 @@ class FlashMHF(nn.Module):
         score_scale: float | None = None,
         gate_scale: float | None = None,
         output_scale: float | None = None,
+        recompute_q: bool = False,
         backend: str = "auto",
         device=None,
         dtype=None,
@@ -112,6 +115,7 @@ class FlashMHF(nn.Module):
         self.subnetwork_size = subnetwork_size
         self.gate = gate
         self.init = init
+        self.recompute_q = recompute_q
         self.backend = check_name(backend)
         scales = default_scales(init, num_heads, num_subnetworks, gate)
         self.score_scale = scales.score if score_scale is None else score_scale
@@ -147,6 +151,15 @@ class FlashMHF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
+        if self.recompute_q and torch.is_grad_enabled():
+            out = checkpoint(self._sub_networks, x, use_reentrant=False, context_fn=_save_operator_output)
+        else:
+            out = self._sub_networks(x)
+        out = out.flatten(-2)
+        return out if self.out_proj is None else self.out_proj(out)
+
+    def _sub_networks(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> S (..., H, D), all that comes before out_proj."""
         norm_weight: Tensor | None = None if self.q_norm is None else self.q_norm.weight
         if norm_weight is not None and self.score_scale != 1.0:
             norm_weight = norm_weight * self.score_scale
@@ -162,10 +175,7 @@ class FlashMHF(nn.Module):
             norm_eps=0.0 if self.q_norm is None else self.q_norm.eps,
             backend=self.backend,
         )
-        if self.gate is None and self.output_scale != 1.0:
-            out = out * self.output_scale
-        out = out.flatten(-2)
-        return out if self.out_proj is None else self.out_proj(out)
+        return out * self.output_scale if self.gate is None and self.output_scale != 1.0 else out
 
     def _query(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that."""
@@ -339,6 +349,11 @@ def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | 
     if gate is None:
         return Scales(float(num_heads), 1.0, 1.0)
     return Scales(float(num_heads), float(num_heads), float(num_subnetworks))
+
+
+def _save_operator_output() -> Any:
+    """Of what a checkpointed layer computes, the operator's output is saved and the rest computed again."""
+    return create_selective_checkpoint_contexts([torch.ops.flashmhf.gated_mhf.default])
 
 
 def _init_projections(*projections: nn.Linear | None) -> None:

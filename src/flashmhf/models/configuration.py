@@ -32,6 +32,7 @@ class FlashMHFConfig(LlamaConfig):
         mlp_bias: biases in the layer's projections.
         score_scale, gate_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so
             that a checkpoint means the same with every later version.
+        recompute_q: keep less between forward and backward, see `flashmhf.FlashMHF`.
         init: "reference" or "scaled".
         backend: of the operator, see `flashmhf.flash_mhf`.
         reference_config: config.json of the reference code's checkpoint that this model was converted from; kept so
@@ -58,6 +59,7 @@ class FlashMHFConfig(LlamaConfig):
     score_scale: float | None = None
     gate_scale: float | None = None
     output_scale: float | None = None
+    recompute_q: bool = False
     init: str = "reference"
     backend: str = "auto"
     reference_config: dict[str, Any] | None = None

@@ -40,6 +40,7 @@ def build_ffn(config: FlashMHFConfig) -> nn.Module:
         "score_scale": config.score_scale,
         "gate_scale": config.gate_scale,
         "output_scale": config.output_scale,
+        "recompute_q": config.recompute_q,
         "backend": config.backend,
     }
     if config.ffn_type == "dense_moe":
