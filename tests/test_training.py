@@ -61,6 +61,17 @@ def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_finished_run_is_evaluated_again_and_nothing_else(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--max-steps", "3", "--save-steps", "3", "--report-to", "tensorboard")
+    first = start(run, Path("run"), *flags)
+    curves = sorted(Path("run/runs").rglob("events.*"))
+    again = start(run, Path("run"), *flags, resume=True)
+    assert (again["steps"], again["validation_loss"]) == (3, first["validation_loss"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(Path("run/runs").rglob("events.*")) == curves != []
+
+
 def test_going_on_from_a_trained_model(run, tmp_path):
     start(run, tmp_path / "first", "--max-steps", "20", "--eval-strategy", "no")
     again = Run(str(tmp_path / "first"), run.data, "bytes", 32, validation_tokens=2048)

@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from flashmhf.data import Corpus, TokenBlocks, load_corpus, stream_blocks, tokenize
@@ -95,9 +96,15 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
         output_dir=output_dir,
     )
     try:
-        (arguments,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        arguments, unknown = parser.parse_args_into_dataclasses(
+            flags, look_for_args_file=False, return_remaining_strings=True
+        )
     except (ValueError, ImportError) as error:
         raise InputError(str(error).splitlines()[0]) from error
+    if unknown:
+        raise InputError(
+            f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
+        )
     return arguments
 
 
@@ -145,6 +152,9 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
             trainer.train(resume_from_checkpoint=checkpoint)
     else:
         trainer.state = finished
+        trainer.remove_callback(
+            TensorBoardCallback
+        )  # it learns its folder when training begins, and has that run's curves
     if stop.signal is None:
         trainer.save_model()
         validation = trainer.evaluate()

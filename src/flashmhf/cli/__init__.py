@@ -49,5 +49,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"flashmhf: {' '.join(message.split())}", file=sys.stderr)
+    if message:  # empty where help was printed instead
+        print(f"flashmhf: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
