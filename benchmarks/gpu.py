@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command of less than nine minutes.
 
-    python benchmarks/gpu.py [--sections correctness,op,layer] [--output benchmarks/results/gpu-NAME]
+    python benchmarks/gpu.py [--sections correctness,op,layer,decode] [--output benchmarks/results/gpu-NAME]
 
 Writes OUTPUT.json and OUTPUT.md after every section, so that a run that is cut short keeps what it has; sections that
 OUTPUT.json already holds for this commit are not run again. `--dry-run` builds every case on the CPU at toy sizes.
@@ -262,7 +262,65 @@ def _layer_call(module: nn.Module, x: Tensor, dy: Tensor, measured_pass: str) ->
     return lambda: torch.autograd.grad(module(x), leaves, dy)
 
 
-SECTIONS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {"correctness": correctness, "op": op, "layer": layer}
+def decode(bench: Bench) -> list[dict[str, Any]]:
+    """A few tokens through whole layers under CUDA graphs: time, and the bandwidth of reading the weights once.
+
+    The yardstick is the device's own copy of 1 GiB, bytes read and written, in the same run.
+    """
+    rows = []
+    source = torch.empty(2**10 if bench.dry_run else 2**28, device=bench.device)
+    target = torch.empty_like(source)
+    for name, shape in bench.shapes.items():
+        options: dict[str, Any] = {"dtype": torch.float32 if bench.dry_run else torch.bfloat16, "device": bench.device}
+        flash = FlashMHF(
+            shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, init="scaled", **options
+        )
+        layers = {"swiglu": SwiGLU(shape.hidden_size, shape.swiglu_size, **options), "flashmhf": flash}
+        for T in (1, 3) if bench.dry_run else (1, 2, 4, 8, 16, 32, 64, 128):
+            x = bench.randn(T, shape.hidden_size, dtype=options["dtype"])
+            calls: dict[str, Callable[[], Any]] = {"copy": functools.partial(target.copy_, source)}
+            calls |= {variant: _graphed(bench, functools.partial(module, x)) for variant, module in layers.items()}
+            times = interleaved_median_ms(calls, bench.device, bench.repeats)
+            copy = 2 * source.nbytes / times["copy"] / 1e6
+            for variant, module in layers.items():
+                gb_s = sum(p.nbytes for p in module.parameters()) / times[variant] / 1e6
+                rows.append(
+                    {
+                        "shape": name,
+                        "tokens": T,
+                        "variant": variant,
+                        "us": 1e3 * times[variant],
+                        "weights_gb_s": gb_s,
+                        "ratio_to_copy": gb_s / copy,
+                        "speedup_over_swiglu": times["swiglu"] / times[variant],
+                    }
+                )
+    return rows
+
+
+@torch.no_grad()
+def _graphed(bench: Bench, call: Callable[[], Tensor]) -> Callable[[], Any]:
+    """The call as the replay of a CUDA graph, so that launches cost nothing."""
+    if bench.dry_run:
+        return torch.no_grad()(call)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+SECTIONS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
+    "correctness": correctness,
+    "op": op,
+    "layer": layer,
+    "decode": decode,
+}
 
 
 def markdown(result: dict[str, Any]) -> str:
