@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmhf.benchmarking import peak_bytes
-from flashmhf.ops import blockwise
+from flashmhf.ops import blockwise, reference
 
 
 @given(
@@ -53,3 +53,21 @@ def test_memory_is_bounded_by_a_block_of_tokens():
 
     few, many = extra_bytes(2048), extra_bytes(16384)
     assert many < 1.2 * few
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_tokens_gate_is_not_rounded(dtype):
+    """With one token and one sub-network the gate is a factor of everything, and so would its rounding error be."""
+    eps = torch.finfo(dtype).eps
+    q, dout = torch.randn(1, 1, 128, dtype=dtype), torch.randn(1, 1, 128, dtype=dtype)
+    k, u, v = (torch.randn(1, 1, 4096, 128, dtype=dtype) / 11 for _ in range(3))
+    for gate in (0.75 + eps / 5, 0.75 - eps / 5):  # 0.75 when rounded
+        gate_THE = torch.full((1, 1, 1), gate)
+        inputs = (q, k, u, v, gate_THE)
+        needs = (True,) * 5
+        got = [blockwise.forward(*inputs), *blockwise.backward(dout, *inputs, needs)]
+        exact = [x.double() for x in inputs]
+        want = [reference.forward(*exact), *reference.backward(dout.double(), *exact, needs)]
+        for mine, truth in zip(got[:5], want[:5], strict=True):
+            factor = (mine.double() * truth).sum() / truth.square().sum()
+            assert abs(factor - 1) < eps / 8, (mine.shape, factor - 1, eps)

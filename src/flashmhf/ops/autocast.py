@@ -4,16 +4,23 @@ import contextlib
 
 import torch
 
+# Asked for once: torch.compile of torch 2.11 cannot trace the question.
+AUTOCAST_DEVICE_TYPES = frozenset(
+    device_type
+    for device_type in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "ipu", "maia")
+    if torch.amp.is_autocast_available(device_type)
+)
+
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for, or None where it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in AUTOCAST_DEVICE_TYPES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast switched off."""
-    if torch.amp.is_autocast_available(device_type):
+    if device_type in AUTOCAST_DEVICE_TYPES:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

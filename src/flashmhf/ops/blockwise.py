@@ -4,7 +4,7 @@ The work is cut into tiles of (parameter heads, tokens, parameter rows). A tile'
 is allocated once and reused; the backward pass recomputes them. The G = H / H_kv heads of a group share their
 parameters, so they count as G times as many tokens of one parameter head, and the sums over a group happen inside the
 matrix products. Sums over tiles are float32 for 16-bit inputs; the gate is rounded to the inputs' dtype, as the
-activations are.
+activations are, except for so few tokens that its error would not average out.
 """
 
 import math
@@ -22,6 +22,7 @@ __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
 CPU_TILE_ELEMENTS = 2**19  # measured: docs/log.md, "Tile of the blockwise backend"
 ACCELERATOR_TILE_ELEMENTS = 2**24
+EXACT_GATE_TOKENS = 16
 MIN_TILE_ROWS = 512  # narrower products leave a CPU's matrix unit idle
 
 
@@ -33,7 +34,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     for heads in plan.heads():
         for tokens in plan.tokens():
             q_block = plan.rows_of(q, heads, tokens)
-            gate_block = None if gate is None else plan.rows_of(gate, heads, tokens).to(q.dtype)
+            gate_block = None if gate is None else plan.gate_of(gate, heads, tokens, q.dtype)
             out_block = _zero_sums(q, q_block.shape)
             for subnetworks, width in plan.parameter_rows():
                 k_rows, u_rows, v_rows = (weight[heads, subnetworks, width].flatten(1, 2) for weight in (k, u, v))
@@ -63,7 +64,7 @@ def backward(
         weight_sums = [None if grad is None else _zero_sums(q, grad[heads].shape) for grad in dweights]
         for tokens in plan.tokens():
             q_block, dout_block = plan.rows_of(q, heads, tokens), plan.rows_of(dout, heads, tokens)
-            gate_block = None if gate is None else plan.rows_of(gate, heads, tokens).to(q.dtype)
+            gate_block = None if gate is None else plan.gate_of(gate, heads, tokens, q.dtype)
             dq_sum = None if dq is None else _zero_sums(q, q_block.shape)
             dgate_sum = None if dgate is None or gate_block is None else _zero_sums(q, gate_block.shape)
             for subnetworks, width in plan.parameter_rows():
@@ -168,6 +169,11 @@ class Plan:
         x_TKGX = x.reshape(self.T, self.H_kv, self.G, x.shape[-1])
         return x_TKGX[tokens, heads].transpose(0, 1).flatten(1, 2).contiguous()
 
+    def gate_of(self, gate: Tensor, heads: slice, tokens: slice, dtype: torch.dtype) -> Tensor:
+        """A block of the gate, in `dtype` unless there are few tokens."""
+        block = self.rows_of(gate, heads, tokens)
+        return block.to(dtype if self.T > EXACT_GATE_TOKENS else torch.promote_types(dtype, torch.float32))
+
     def store(self, x: Tensor | None, heads: slice, tokens: slice, block: Tensor | None) -> None:
         """Writes a block (heads, tokens x G, X) into the contiguous x (..., H, X)."""
         if x is not None and block is not None:
@@ -194,8 +200,12 @@ class _Workspace:
 
 def _apply_gate(tile: Tensor, gate_block: Tensor | None, subnetworks: slice) -> None:
     if gate_block is not None:
-        gate = gate_block[..., subnetworks]
-        tile.unflatten(-1, (gate.shape[-1], -1)).mul_(gate.unsqueeze(-1))
+        gate = gate_block[..., subnetworks].unsqueeze(-1)
+        tile = tile.unflatten(-1, (gate.shape[-2], -1))
+        if gate.dtype == tile.dtype:
+            tile.mul_(gate)
+        else:
+            tile.copy_(tile.to(gate.dtype) * gate)
 
 
 def _zero_sums(like: Tensor, shape: tuple[int, ...]) -> Tensor:

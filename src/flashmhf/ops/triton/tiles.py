@@ -1,7 +1,7 @@
 """Tile sizes: a pure function over a committed table. Nothing is tuned when a kernel runs.
 
-Each row compiles without a spill on its device (`python benchmarks/compile_kernels.py` prints registers, shared memory
-and matrix instructions into docs/kernels.md). Which rows are fastest has not been measured on a GPU yet.
+Each row compiles without a spill on its device, with Triton 3.6.0 and 3.7.1. `benchmarks/compile_kernels.py` prints
+registers, shared memory and matrix instructions into docs/kernels.md. Which rows are fastest is unmeasured so far.
 """
 
 import functools
@@ -32,13 +32,13 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
     "sm_80": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 8, 2)),
+            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
             "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
         },
@@ -47,12 +47,12 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 8, 2)),
             "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 8, 2)),
-            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 2)),
+            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
             "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
         },
@@ -66,7 +66,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 8, 2)),
-            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
             "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
         },
@@ -74,13 +74,13 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
     "sm_100": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), Tile(128, 32, 8, 2)),
+            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
             "backward_tokens": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
             "backward_weights": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
             "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
         },
