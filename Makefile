@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # SwiGLU against FlashMHF on the text of the Python standard library: about five minutes on two cores.
 demo: setup
 	$(BIN)/flashmhf compare --variants swiglu,flashmhf --data stdlib --output-dir $(DEMO) \
-	  --context-length 256 --per-device-train-batch-size 8 --max-steps 350 --learning-rate 4e-3 \
+	  --context-length 256 --per-device-train-batch-size 8 --max-steps 350 --learning-rate 1e-3 \
 	  --eval-steps 70 --save-steps 350 --validation-tokens 65536
 
 test: setup lint types

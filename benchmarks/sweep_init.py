@@ -56,6 +56,8 @@ TRIALS = [
     Trial("mhffn", 0.64, 2.5, 4e-3),
     Trial("pkv", 1.0, 0.1, 4e-3),
     Trial("pkv", 1.0, 1.0, 4e-3),
+    Trial("pkv", 0.1, 0.1, 4e-3),
+    Trial("dense_moe", 0.64, 2.5, 4e-3),
     Trial("swiglu", 0.64, 2.5, 1e-3),
     Trial("flashmhf", 0.64, 2.5, 1e-3),
     Trial("flashmhf", 0.64, 2.5, gate_scale=1.0),
@@ -70,7 +72,6 @@ TRIALS = [
     Trial("pkv", 1.0, 0.1, 1e-3),
     Trial("pkv", 1.0, 1.0, 1e-3),
     Trial("flashmhf", 0.64, 2.5, 1e-3, gate_scale=1.0),
-    Trial("flashmhf", 0.64, 2.5, 1e-3, q_norm=False),
 ]
 
 
