@@ -21,7 +21,10 @@ STEPS, BATCH, CONTEXT = 300, 8, 256
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run. `score_rms` and `output_gain` are the constants of `layers.py`; a scale of None is scaled's."""
+    """One training run. `score_rms` and `output_gain` are the constants of `layers/initialisation.py`.
+
+    A scale of None is that of `scaled`.
+    """
 
     variant: str
     score_rms: float | None = None
@@ -77,15 +80,15 @@ TRIALS = [
 
 def run_trial(trial: Trial, data: str) -> dict:
     """Trains one model and returns its row."""
-    from flashmhf import layers
+    from flashmhf.layers import initialisation
     from flashmhf.models import FlashMHFConfig
     from flashmhf.training import Run, parse_arguments, train
 
     torch.set_num_threads(1)
     if trial.score_rms is not None:
-        layers.SCALED_SCORE_RMS = layers.SCALED_PKV_KEY_RMS = trial.score_rms
+        initialisation.SCALED_SCORE_RMS = initialisation.SCALED_PKV_KEY_RMS = trial.score_rms
     if trial.output_gain is not None:
-        layers.SCALED_OUTPUT_GAIN = layers.SCALED_PKV_VALUE_STD = trial.output_gain
+        initialisation.SCALED_OUTPUT_GAIN = initialisation.SCALED_PKV_VALUE_STD = trial.output_gain
     config = FlashMHFConfig.from_preset(
         f"{trial.variant}-tiny",
         init=trial.init,

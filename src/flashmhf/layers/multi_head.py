@@ -1,28 +1,29 @@
-"""FlashMHF as an `nn.Module`, and the feed-forward layers that it is compared with, on plain arguments.
+"""FlashMHF as an `nn.Module` on plain arguments, and its corners MH-FFN and Dense-MoE.
 
-All of them map (..., hidden_size) to (..., hidden_size). MH-FFN and Dense-MoE are corners of FlashMHF and share its
-code.
+They map (..., hidden_size) to (..., hidden_size).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from flashmhf.layers import initialisation
+from flashmhf.layers.initialisation import (
+    INITS,
+    REFERENCE_GAIN,
+    REFERENCE_STD,
+    check_choice,
+    check_multiple,
+    check_positive,
+    default_scales,
+    init_projections,
+)
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.prologue import GATES
-
-INITS = ("reference", "scaled")
-REFERENCE_STD = 0.02
-REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
-SCALED_SCORE_RMS = 0.64  # of M and N at initialisation, for inputs of unit RMS
-SCALED_PKV_KEY_RMS = 1.0  # of PKV's logits
-SCALED_PKV_VALUE_STD = 1.0
-SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection
 
 
 class HeadRMSNorm(nn.Module):
@@ -96,17 +97,17 @@ class FlashMHF(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_positive(
+        check_positive(
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_subnetworks=num_subnetworks,
             subnetwork_size=subnetwork_size,
             num_kv_heads=num_kv_heads,
         )
-        _check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
-        _check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        _check_choice("gate", gate, (*GATES, None))
-        _check_choice("init", init, INITS)
+        check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
+        check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
+        check_choice("gate", gate, (*GATES, None))
+        check_choice("init", init, INITS)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -139,12 +140,12 @@ class FlashMHF(nn.Module):
             nn.init.ones_(self.q_norm.weight)
         if self.gate_weight is not None:
             nn.init.trunc_normal_(self.gate_weight, std=REFERENCE_STD)
-        _init_projections(self.in_proj, self.out_proj)
+        init_projections(self.in_proj, self.out_proj)
         score_std = output_std = REFERENCE_STD
         if self.init == "scaled":
             q_rms = 1.0 if self.q_norm is not None or self.in_proj is None else REFERENCE_GAIN
-            score_std = SCALED_SCORE_RMS / (self.score_scale * q_rms * math.sqrt(self.head_dim))
-            output_std = SCALED_OUTPUT_GAIN / math.sqrt(self.num_subnetworks * self.subnetwork_size)
+            score_std = initialisation.SCALED_SCORE_RMS / (self.score_scale * q_rms * math.sqrt(self.head_dim))
+            output_std = initialisation.SCALED_OUTPUT_GAIN / math.sqrt(self.num_subnetworks * self.subnetwork_size)
         nn.init.normal_(self.k, std=score_std)
         nn.init.normal_(self.u, std=score_std)
         nn.init.normal_(self.v, std=output_std)
@@ -215,166 +216,6 @@ class DenseMoE(FlashMHF):
         super().__init__(hidden_size, 1, num_subnetworks, subnetwork_size, projections=False, **options)
 
 
-class PKV(nn.Module):
-    """Attention over learned keys and values: each head of the projected input attends to `num_slots` parameter rows.
-
-    Args:
-        hidden_size, num_heads, bias, init, device, dtype: as in FlashMHF.
-        num_slots: parameter rows a head.
-
-    Parameters: in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
-
-    Source: the baseline "PKV" of arXiv 2512.06989.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_slots: int,
-        *,
-        bias: bool = False,
-        init: str = "reference",
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        _check_positive(hidden_size=hidden_size, num_heads=num_heads, num_slots=num_slots)
-        _check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
-        _check_choice("init", init, INITS)
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.num_slots = num_slots
-        self.init = init
-        factory = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(hidden_size, hidden_size, bias=bias, **factory)
-        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias, **factory)
-        shape = (num_heads, num_slots, self.head_dim)
-        self.k, self.v = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(2))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises every parameter anew, as `init` says."""
-        _init_projections(self.in_proj, self.out_proj)
-        key_std = value_std = REFERENCE_STD
-        if self.init == "scaled":
-            key_std = SCALED_PKV_KEY_RMS / REFERENCE_GAIN  # the logits' fan-in is undone by their 1 / sqrt(head_dim)
-            value_std = SCALED_PKV_VALUE_STD
-        nn.init.normal_(self.k, std=key_std)
-        nn.init.normal_(self.v, std=value_std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> (..., hidden_size)."""
-        T = x.shape[:-1].numel()
-        q_1HTD = self.in_proj(x).view(1, T, self.num_heads, self.head_dim).transpose(1, 2)
-        k_1HSD, v_1HSD = (weight.to(q_1HTD.dtype).unsqueeze(0) for weight in (self.k, self.v))
-        out_1HTD = nnf.scaled_dot_product_attention(q_1HTD, k_1HSD, v_1HSD)
-        return self.out_proj(out_1HTD.transpose(1, 2).reshape(x.shape))
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_slots={self.num_slots}, init={self.init!r}"
-
-
-class SwiGLU(nn.Module):
-    """The feed-forward layer of Llama, with its parameter names.
-
-    Args:
-        hidden_size: width of input and output.
-        intermediate_size: d_ff.
-        bias: biases in all three projections.
-        init: "reference": normal with std 0.02 (as transformers' Llama); "scaled" by fan-in, larger on the way out.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        bias: bool = False,
-        init: str = "reference",
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        _check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        _check_choice("init", init, INITS)
-        self.init = init
-        options = {"bias": bias, "device": device, "dtype": dtype}
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises every parameter anew, as `init` says."""
-        score_std = output_std = REFERENCE_STD
-        if self.init == "scaled":
-            score_std = SCALED_SCORE_RMS / math.sqrt(self.gate_proj.in_features)
-            output_std = SCALED_OUTPUT_GAIN / math.sqrt(self.down_proj.in_features)
-        for projection, std in (
-            (self.gate_proj, score_std),
-            (self.up_proj, score_std),
-            (self.down_proj, output_std),
-        ):
-            nn.init.normal_(projection.weight, std=std)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> (..., hidden_size)."""
-        return self.down_proj(nnf.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    def extra_repr(self) -> str:
-        return f"init={self.init!r}"
-
-
-class Scales(NamedTuple):
-    """Factors of a FlashMHF layer's scores M and N, of its gate's logits, and of its output."""
-
-    score: float
-    gate: float
-    output: float
-
-
-def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | None) -> Scales:
-    """The scales of a FlashMHF layer that was given none.
-
-    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score, or a logit of the
-    gate, num_heads times less than in a SwiGLU; and the gate divides the output, and with it each step's effect, by
-    num_subnetworks. The scales of "scaled" undo both.
-    """
-    if init == "reference":
-        return Scales(1.0, 1.0, 1.0)
-    if gate is None:
-        return Scales(float(num_heads), 1.0, 1.0)
-    return Scales(float(num_heads), float(num_heads), float(num_subnetworks))
-
-
 def _save_operator_output() -> Any:
     """Of what a checkpointed layer computes, the operator's output is saved and the rest computed again."""
     return create_selective_checkpoint_contexts([torch.ops.flashmhf.gated_mhf.default])
-
-
-def _init_projections(*projections: nn.Linear | None) -> None:
-    for projection in projections:
-        if projection is not None:
-            nn.init.xavier_uniform_(projection.weight, gain=REFERENCE_GAIN)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-
-
-def _check_multiple(name: str, size: int, divisor_name: str, divisor: int) -> None:
-    if size % divisor != 0:
-        raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {size}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")

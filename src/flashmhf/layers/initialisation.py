@@ -1,0 +1,59 @@
+"""How the layers begin: standard deviations, scales, and the checks of their arguments."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+INITS = ("reference", "scaled")
+REFERENCE_STD = 0.02
+REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
+SCALED_SCORE_RMS = 0.64  # of M and N at initialisation, for inputs of unit RMS
+SCALED_PKV_KEY_RMS = 1.0  # of PKV's logits
+SCALED_PKV_VALUE_STD = 1.0
+SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection
+
+
+class Scales(NamedTuple):
+    """Factors of a FlashMHF layer's scores M and N, of its gate's logits, and of its output."""
+
+    score: float
+    gate: float
+    output: float
+
+
+def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | None) -> Scales:
+    """The scales of a FlashMHF layer that was given none.
+
+    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score, or a logit of the
+    gate, num_heads times less than in a SwiGLU; and the gate divides the output, and with it each step's effect, by
+    num_subnetworks. The scales of "scaled" undo both.
+    """
+    if init == "reference":
+        return Scales(1.0, 1.0, 1.0)
+    if gate is None:
+        return Scales(float(num_heads), 1.0, 1.0)
+    return Scales(float(num_heads), float(num_heads), float(num_subnetworks))
+
+
+def init_projections(*projections: nn.Linear | None) -> None:
+    for projection in projections:
+        if projection is not None:
+            nn.init.xavier_uniform_(projection.weight, gain=REFERENCE_GAIN)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+
+def check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_multiple(name: str, size: int, divisor_name: str, divisor: int) -> None:
+    if size % divisor != 0:
+        raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {size}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
