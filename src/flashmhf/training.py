@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import resource
-import signal
-import statistics
 import sys
 import time
 import zipfile
@@ -20,8 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -34,6 +30,7 @@ from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
 from flashmhf.models.loading import check_safetensors, load_config, load_model, read_json
 from flashmhf.tokenization import load_tokenizer
+from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +132,8 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
         train_blocks, validation_blocks, bytes_per_token = _blocks(run, corpus, tokenizer)
     if arguments.process_index == 0:
         write_json(output_dir / RUN_FILE, asdict(run))
-    stop = _StopOnSignal()
-    trainer = _Trainer(
+    stop = StopOnSignal()
+    trainer = SpeedTrainer(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
@@ -146,7 +143,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
-        trainer.add_callback(_Progress)
+        trainer.add_callback(Progress)
     if finished is None:
         with stop:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -169,7 +166,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
         "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
         "validation_loss": validation_loss,
         "bits_per_byte": None if validation_loss is None else validation_loss / math.log(2) / bytes_per_token,
-        "tokens_per_second": _median_speed(trainer),
+        "tokens_per_second": median_speed(trainer),
         "peak_memory_mib": peak_memory_mib(),
         "elapsed_s": time.perf_counter() - started,
         "interrupted_by": stop.signal,
@@ -280,78 +277,6 @@ def _blocks(
     return train, torch.utils.data.Subset(validation, range(min(most, len(validation)))), bytes_per_token
 
 
-def _median_speed(trainer: Trainer) -> float | None:
-    speeds = [row["tokens_per_second"] for row in trainer.state.log_history if "tokens_per_second" in row]
-    return statistics.median(speeds) if speeds else None
-
-
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise InputError(message)
-
-
-class _Trainer(Trainer):
-    """Logs the speed of the training steps alone, without validation and saving."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._step_seconds = 0.0
-        self._tokens_logged = 0
-
-    def training_step(self, *args: Any, **options: Any):
-        started = time.perf_counter()
-        loss = super().training_step(*args, **options)
-        self._step_seconds += time.perf_counter() - started
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        tokens = self.state.num_input_tokens_seen
-        if "loss" in logs and self._step_seconds > 0 and tokens > self._tokens_logged:
-            logs["tokens_per_second"] = (tokens - self._tokens_logged) / self._step_seconds
-            self._step_seconds, self._tokens_logged = 0.0, tokens
-        super().log(logs)
-
-
-class _Progress(ProgressCallback):
-    """The Trainer's progress bar with one short line a log entry."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.training_bar is None or not state.is_world_process_zero or not logs:
-            return
-        names = {"loss": "loss", "eval_loss": "validation loss", "tokens_per_second": "tokens/s"}
-        parts = [f"{label} {logs[name]:,.4g}" for name, label in names.items() if name in logs]
-        if parts:
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
-
-
-class _StopOnSignal(TrainerCallback):
-    """Within its context SIGINT and SIGTERM end training after the step under way, with a checkpoint."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopOnSignal":
-        for number in self.SIGNALS:
-            self._handlers[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.signal is not None:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.signal = number
-        self._restore()
-        logger.warning("%s: saving a checkpoint after this step", signal.Signals(number).name)
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""What transformers' Trainer lacks: the speed of the training steps alone, short progress lines, an orderly stop."""
+
+import logging
+import signal
+import statistics
+import sys
+import time
+from typing import Any
+
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+class SpeedTrainer(Trainer):
+    """Logs the speed of the training steps alone, without validation and saving."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._step_seconds = 0.0
+        self._tokens_logged = 0
+
+    def training_step(self, *args: Any, **options: Any):
+        started = time.perf_counter()
+        loss = super().training_step(*args, **options)
+        self._step_seconds += time.perf_counter() - started
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        tokens = self.state.num_input_tokens_seen
+        if "loss" in logs and self._step_seconds > 0 and tokens > self._tokens_logged:
+            logs["tokens_per_second"] = (tokens - self._tokens_logged) / self._step_seconds
+            self._step_seconds, self._tokens_logged = 0.0, tokens
+        super().log(logs)
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with one short line a log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is None or not state.is_world_process_zero or not logs:
+            return
+        names = {"loss": "loss", "eval_loss": "validation loss", "tokens_per_second": "tokens/s"}
+        parts = [f"{label} {logs[name]:,.4g}" for name, label in names.items() if name in logs]
+        if parts:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
+
+
+class StopOnSignal(TrainerCallback):
+    """Within its context SIGINT and SIGTERM end training after the step under way, with a checkpoint."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        for number in self.SIGNALS:
+            self._handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._restore()
+        logger.warning("%s: saving a checkpoint after this step", signal.Signals(number).name)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def median_speed(trainer: Trainer) -> float | None:
+    speeds = [row["tokens_per_second"] for row in trainer.state.log_history if "tokens_per_second" in row]
+    return statistics.median(speeds) if speeds else None
