@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--sections correctness,op,layer,decode] [--output benchmarks/results/gpu-NAME]
 
-Writes OUTPUT.json and OUTPUT.md after every section, so that a run that is cut short keeps what it has; sections that
+Writes OUTPUT.json, .md and .png after every section, so that a run that is cut short keeps what it has; sections that
 OUTPUT.json already holds for this commit are not run again. `--dry-run` builds every case on the CPU at toy sizes.
 """
 
@@ -27,6 +27,7 @@ from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 from flashmhf.ops.triton.tiles import Tile, device_class, table_rows
+from gpu_plots import plot
 
 SHAPES = {"370m": Shape(1024, 8, 7, 384), "1.3b": Shape(2048, 16, 15, 384)}
 TOY = Shape(64, 2, 2, 24)
@@ -63,16 +64,24 @@ def correctness(bench: Bench) -> list[dict[str, Any]]:
             if bench.dry_run:
                 T, E, F = 20, 2, 40
             inputs = bench.inputs(T, H, H_kv, E, F, D, dtype)
-            got = _run_kernel(kernel, inputs, tile)
+            case = {"kernel": kernel, "dtype": dtype, "D": D, "tile": list(tile), "sizes": [T, H, H_kv, E, F]}
+            try:
+                got = _run_kernel(kernel, inputs, tile)
+            except Exception as error:  # whatever the compiler or the driver says, the other rows are worth their time
+                rows.append(_failed(case | {"dtype": str(dtype).removeprefix("torch.")}, error) | {"passed": False})
+                continue
             exact = _expected([x.double() for x in inputs])
             eager = _expected(inputs)
-            case = {"kernel": kernel, "dtype": dtype, "D": D, "tile": list(tile), "sizes": [T, H, H_kv, E, F]}
             rows += [_checked(case, name, result, eager[name], exact[name]) for name, result in got.items()]
     for dtype in DTYPES:
         for D in (48,) if bench.dry_run else (48, 64, 128, 256):
             rows += _gated(bench, dtype, D)
     rows.append(_beyond_32_bits(bench))
     return rows
+
+
+def _failed(case: dict[str, Any], error: Exception) -> dict[str, Any]:
+    return {**case, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
 
 
 def _checked(case: dict[str, Any], name: str, result: Tensor, eager: Tensor, exact: Tensor) -> dict[str, Any]:
@@ -234,6 +243,13 @@ def layer(bench: Bench) -> list[dict[str, Any]]:
             dy = torch.randn_like(x)
             for measured_pass in ("forward", "forward+backward"):
                 calls = {variant: _layer_call(module, x, dy, measured_pass) for variant, module in layers.items()}
+                for variant in list(calls):
+                    try:
+                        calls[variant]()
+                    except Exception as error:  # too large, or not compilable: the others are still compared
+                        case = {"shape": name, "tokens": T, "pass": measured_pass, "variant": variant}
+                        rows.append(_failed(case, error))
+                        del calls[variant]
                 times = interleaved_median_ms(calls, bench.device, bench.repeats)
                 for variant, call in calls.items():
                     rows.append(
@@ -338,8 +354,9 @@ def markdown(result: dict[str, Any]) -> str:
             lines += [f"{len(rows) - len(failed)} of {len(rows)} results within the error budget.", ""]
             rows = failed
         if rows:
-            lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-            lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+            lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -371,6 +388,7 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1))
         arguments.output.with_suffix(".md").write_text(markdown(result))
+        plot(result["sections"], arguments.output.with_suffix(".png"))
         print(f"{name}: {len(rows)} rows in {time.perf_counter() - started:.0f} s", flush=True)
     failed = [row for row in result["sections"].get("correctness", {}).get("rows", []) if not row["passed"]]
     if failed:
