@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashmhf.benchmarking import NaiveMHF, Shape, interleaved_median_ms, peak_bytes, provenance
+from flashmhf.benchmarking import (
+    NaiveMHF,
+    Shape,
+    gradient_bytes,
+    interleaved_median_ms,
+    peak_bytes,
+    provenance,
+    timed_call,
+)
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.ops import reference
 from flashmhf.ops.flash_mhf import flash_mhf
@@ -242,7 +250,7 @@ def layer(bench: Bench) -> list[dict[str, Any]]:
             x = bench.randn(T, shape.hidden_size, dtype=options["dtype"]).requires_grad_()
             dy = torch.randn_like(x)
             for measured_pass in ("forward", "forward+backward"):
-                calls = {variant: _layer_call(module, x, dy, measured_pass) for variant, module in layers.items()}
+                calls = {variant: timed_call(module, (x,), dy, measured_pass) for variant, module in layers.items()}
                 for variant in list(calls):
                     try:
                         calls[variant]()
@@ -251,6 +259,7 @@ def layer(bench: Bench) -> list[dict[str, Any]]:
                         rows.append(_failed(case, error))
                         del calls[variant]
                 times = interleaved_median_ms(calls, bench.device, bench.repeats)
+                returned = gradient_bytes if measured_pass != "forward" else (lambda module: 0)
                 for variant, call in calls.items():
                     rows.append(
                         {
@@ -260,22 +269,10 @@ def layer(bench: Bench) -> list[dict[str, Any]]:
                             "variant": variant,
                             "ms": times[variant],
                             "speedup_over_swiglu": times["swiglu"] / times[variant],
-                            "peak_mib": peak_bytes(call, bench.device) / 2**20,
+                            "peak_mib": (peak_bytes(call, bench.device) - returned(layers[variant])) / 2**20,
                         }
                     )
     return rows
-
-
-def _layer_call(module: nn.Module, x: Tensor, dy: Tensor, measured_pass: str) -> Callable[[], Any]:
-    leaves = [x, *module.parameters()]
-    if measured_pass == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return module(x)
-
-        return forward
-    return lambda: torch.autograd.grad(module(x), leaves, dy)
 
 
 def decode(bench: Bench) -> list[dict[str, Any]]:

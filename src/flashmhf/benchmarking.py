@@ -180,12 +180,12 @@ def _measure(
 ) -> list[Measurement]:
     rows = []
     for measured_pass in PASSES:
-        calls = {name: _call(*variant, measured_pass) for name, variant in variants.items()}
+        calls = {name: timed_call(*variant, measured_pass) for name, variant in variants.items()}
         device = next(iter(variants.values()))[2].device
         medians = interleaved_median_ms(calls, device, repeats)
         reference = next(iter(medians.values()))
         for name, call in calls.items():
-            peak = peak_bytes(call, device) - (_gradient_bytes(variants[name][0]) if measured_pass != "forward" else 0)
+            peak = peak_bytes(call, device) - (gradient_bytes(variants[name][0]) if measured_pass != "forward" else 0)
             rows.append(
                 Measurement(
                     name,
@@ -201,9 +201,10 @@ def _measure(
     return rows
 
 
-def _call(
+def timed_call(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor, measured_pass: str
 ) -> Callable[[], Any]:
+    """What is timed: one of PASSES of a function or module."""
     if measured_pass == "forward":
 
         def run() -> Any:
@@ -221,7 +222,8 @@ def _call(
     return run
 
 
-def _gradient_bytes(function: Callable[..., Tensor]) -> int:
+def gradient_bytes(function: Callable[..., Tensor]) -> int:
+    """Of all parameters."""
     parameters = function.parameters() if isinstance(function, nn.Module) else ()
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 

@@ -22,7 +22,9 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        tensor = next(x for x in self.arguments.values() if isinstance(x, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 @dataclass(frozen=True)
