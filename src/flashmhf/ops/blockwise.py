@@ -30,15 +30,16 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     plan = Plan.of(q, k)
-    workspace = _Workspace(q, buffers=2)
+    workspace = _Workspace(q.device)
+    sum_dtype = _sum_dtype(q)
     for heads in plan.heads():
         for tokens in plan.tokens():
-            q_block = plan.rows_of(q, heads, tokens)
-            gate_block = None if gate is None else plan.gate_of(gate, heads, tokens, q.dtype)
-            out_block = _zero_sums(q, q_block.shape)
+            q_block = plan.block_of(q, heads, tokens, workspace, "q")
+            gate_block = plan.gate_of(gate, heads, tokens, workspace, q.dtype)
+            out_block = workspace.zeros("out", q_block.shape, sum_dtype)
             for subnetworks, width in plan.parameter_rows():
                 k_rows, u_rows, v_rows = (weight[heads, subnetworks, width].flatten(1, 2) for weight in (k, u, v))
-                m, n = workspace.tiles(q_block, k_rows)
+                m, n = workspace.tiles("mn", q_block, k_rows)
                 torch.bmm(q_block, k_rows.mT, out=m)
                 torch.bmm(q_block, u_rows.mT, out=n)
                 p = torch.ops.aten.silu_(m).mul_(n)
@@ -59,14 +60,22 @@ def backward(
     )
     dq, *dweights, dgate = grads
     plan = Plan.of(q, k)
-    workspace = _Workspace(q, buffers=4)
+    workspace = _Workspace(q.device)
+    sum_dtype = _sum_dtype(q)
     for heads in plan.heads():
-        weight_sums = [None if grad is None else _zero_sums(q, grad[heads].shape) for grad in dweights]
+        weight_sums = [
+            None if grad is None else workspace.zeros(name, grad[heads].shape, sum_dtype)
+            for name, grad in zip(("dk", "du", "dv"), dweights, strict=True)
+        ]
         for tokens in plan.tokens():
-            q_block, dout_block = plan.rows_of(q, heads, tokens), plan.rows_of(dout, heads, tokens)
-            gate_block = None if gate is None else plan.gate_of(gate, heads, tokens, q.dtype)
-            dq_sum = None if dq is None else _zero_sums(q, q_block.shape)
-            dgate_sum = None if dgate is None or gate_block is None else _zero_sums(q, gate_block.shape)
+            q_block = plan.block_of(q, heads, tokens, workspace, "q")
+            dout_block = plan.block_of(dout, heads, tokens, workspace, "dout")
+            gate_block = plan.gate_of(gate, heads, tokens, workspace, q.dtype)
+            dq_sum = dgate_sum = None
+            if dq is not None:
+                dq_sum = workspace.zeros("dq", q_block.shape, sum_dtype)
+            if dgate is not None and gate_block is not None:
+                dgate_sum = workspace.zeros("dgate", gate_block.shape, sum_dtype)
             for subnetworks, width in plan.parameter_rows():
                 _backward_tile(
                     workspace,
@@ -81,7 +90,6 @@ def backward(
         for grad, weight_sum in zip(dweights, weight_sums, strict=True):
             if grad is not None and weight_sum is not None:
                 grad[heads] = weight_sum
-        del weight_sums, weight_sum  # before the next heads' are allocated
     return grads
 
 
@@ -98,7 +106,7 @@ def _backward_tile(
     k, u, v = rows
     dq_sum, dgate_sum = block_sums
     dk_sum, du_sum, dv_sum = row_sums
-    m, n, a, p = workspace.tiles(q, k)
+    m, n, a, p = workspace.tiles("mnap", q, k)
     torch.bmm(q, k.mT, out=m)
     torch.bmm(q, u.mT, out=n)
     torch.ops.aten.silu.out(m, out=a)
@@ -164,15 +172,28 @@ class Plan:
             for width in slices(self.F, self.block_width):
                 yield subnetworks, width
 
-    def rows_of(self, x: Tensor, heads: slice, tokens: slice) -> Tensor:
-        """Copies a block of (..., H, X) to (heads, tokens x G, X)."""
-        x_TKGX = x.reshape(self.T, self.H_kv, self.G, x.shape[-1])
-        return x_TKGX[tokens, heads].transpose(0, 1).flatten(1, 2).contiguous()
+    def block_of(
+        self,
+        x: Tensor,
+        heads: slice,
+        tokens: slice,
+        workspace: "_Workspace",
+        name: str,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Copies a block of x (..., H, X) to (heads, tokens x G, X)."""
+        x_KTGX = x.reshape(self.T, self.H_kv, self.G, x.shape[-1])[tokens, heads].transpose(0, 1)
+        return workspace.empty(name, x_KTGX.shape, dtype or x.dtype).copy_(x_KTGX).flatten(1, 2)
 
-    def gate_of(self, gate: Tensor, heads: slice, tokens: slice, dtype: torch.dtype) -> Tensor:
+    def gate_of(
+        self, gate: Tensor | None, heads: slice, tokens: slice, workspace: "_Workspace", dtype: torch.dtype
+    ) -> Tensor | None:
         """A block of the gate, in `dtype` unless there are few tokens."""
-        block = self.rows_of(gate, heads, tokens)
-        return block.to(dtype if self.T > EXACT_GATE_TOKENS else torch.promote_types(dtype, torch.float32))
+        if gate is None:
+            return None
+        if self.T <= EXACT_GATE_TOKENS:
+            dtype = torch.promote_types(dtype, torch.float32)
+        return self.block_of(gate, heads, tokens, workspace, "gate", dtype)
 
     def store(self, x: Tensor | None, heads: slice, tokens: slice, block: Tensor | None) -> None:
         """Writes a block (heads, tokens x G, X) into the contiguous x (..., H, X)."""
@@ -182,20 +203,26 @@ class Plan:
 
 
 class _Workspace:
-    """Buffers for the tiles of one call: fresh memory for every tile would be page-faulted in again and again."""
+    """The buffers of one call, by name: fresh memory for every block would be page-faulted in again and again."""
 
-    def __init__(self, like: Tensor, buffers: int) -> None:
-        self._like = like
-        self._buffers = buffers
-        self._memory: Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: dict[str, Tensor] = {}
 
-    def tiles(self, x_block: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """One uninitialised (heads, tokens x G, rows) tile a buffer; the first call must ask for the largest."""
-        shape = (*x_block.shape[:-1], rows.shape[1])
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised; the contents of an earlier buffer of the same name are lost."""
         size = math.prod(shape)
-        if self._memory is None:
-            self._memory = torch.empty((self._buffers, size), dtype=self._like.dtype, device=self._like.device)
-        return tuple(buffer[:size].view(shape) for buffer in self._memory)
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return self._memory[name][:size].view(shape)
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.empty(name, shape, dtype).zero_()
+
+    def tiles(self, names: str, x_block: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """One uninitialised (heads, tokens x G, rows) tile for each letter of `names`."""
+        shape = (*x_block.shape[:-1], rows.shape[1])
+        return tuple(self.empty(name, shape, x_block.dtype) for name in names)
 
 
 def _apply_gate(tile: Tensor, gate_block: Tensor | None, subnetworks: slice) -> None:
@@ -208,9 +235,8 @@ def _apply_gate(tile: Tensor, gate_block: Tensor | None, subnetworks: slice) -> 
             tile.copy_(tile.to(gate.dtype) * gate)
 
 
-def _zero_sums(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
-    return torch.zeros(shape, dtype=dtype, device=like.device)
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
