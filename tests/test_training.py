@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_a_finished_run_is_evaluated_again_and_nothing_else(run, tmp_path, monke
     assert (again["steps"], again["validation_loss"]) == (3, first["validation_loss"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(Path("run/runs").rglob("events.*")) == curves != []
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
+    flags = ("--max-steps", "6", "--save-steps", "2", "--eval-strategy", "no")
+    save, written = torch.save, []
+
+    def save_until_full(content, file, *args, **options):
+        written.append(file)
+        if "checkpoint-4" in str(file):
+            Path(file).write_bytes(b"torn")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+        save(content, file, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_full)
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: not explained away
+            start(run, tmp_path / "other", *flags)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match=r"output-dir: the disk .* is full; --resume goes on from checkpoint-2$"):
+            start(run, tmp_path / "run", *flags)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert start(run, tmp_path / "run", *flags, resume=True)["steps"] == 6
 
 
 def test_going_on_from_a_trained_model(run, tmp_path):

@@ -1,12 +1,16 @@
-"""What transformers' Trainer lacks: the speed of the training steps alone, short progress lines, an orderly stop."""
+"""What transformers' Trainer lacks: the speed of the training steps alone, short progress lines, an orderly stop, the peak of
+memory.
+"""
 
 import logging
+import resource
 import signal
 import statistics
 import sys
 import time
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -82,3 +86,11 @@ class StopOnSignal(TrainerCallback):
 def median_speed(trainer: Trainer) -> float | None:
     speeds = [row["tokens_per_second"] for row in trainer.state.log_history if "tokens_per_second" in row]
     return statistics.median(speeds) if speeds else None
+
+
+def peak_memory_mib() -> float:
+    """The most memory so far: allocated on the GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,12 +1,13 @@
 """Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
 
+import contextlib
 import json
 import logging
 import math
-import resource
-import sys
+import shutil
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +31,12 @@ from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
 from flashmhf.models.loading import check_safetensors, load_config, load_model, read_json
 from flashmhf.tokenization import load_tokenizer
-from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed
+from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+DISK_FULL_BYTES = 2**20
 VOCABULARY_MULTIPLE = 64
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -145,7 +147,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     if not arguments.disable_tqdm:
         trainer.add_callback(Progress)
     if finished is None:
-        with stop:
+        with stop, _explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=checkpoint)
     else:
         trainer.state = finished
@@ -172,14 +174,6 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
         "interrupted_by": stop.signal,
         "output_dir": str(output_dir),
     }
-
-
-def peak_memory_mib() -> float:
-    """The most memory so far: allocated on the GPU where there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -217,6 +211,25 @@ def _finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerSt
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
     return state if state.global_step >= target else None
+
+
+@contextlib.contextmanager
+def _explain_full_disk(output_dir: Path) -> Iterator[None]:
+    """Where writing failed for want of space: removes the checkpoint that is torn, and says so in one line."""
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and the operating system each have their own
+        if shutil.disk_usage(output_dir).free > DISK_FULL_BYTES:
+            raise
+        newest = get_last_checkpoint(str(output_dir))
+        if newest is not None:
+            try:
+                check_checkpoint(Path(newest))
+            except InputError:
+                shutil.rmtree(newest)
+        kept = get_last_checkpoint(str(output_dir))
+        then = f"--resume goes on from {Path(kept).name}" if kept else "no checkpoint had been written yet"
+        raise OSError(f"output-dir: the disk that holds {output_dir} is full; {then}") from error
 
 
 def check_checkpoint(folder: Path) -> None:
