@@ -1,6 +1,4 @@
-"""What transformers' Trainer lacks: the speed of the training steps alone, short progress lines, an orderly stop, the peak of
-memory.
-"""
+"""What transformers' Trainer lacks: the speed of training steps alone, short progress lines, an orderly stop, peak memory."""
 
 import logging
 import resource
