@@ -1,4 +1,4 @@
-"""What transformers' Trainer lacks: the speed of training steps alone, short progress lines, an orderly stop, peak memory."""
+"""What the Trainer lacks: the speed of training steps alone, short progress lines, an orderly stop, peak memory."""
 
 import logging
 import resource
