@@ -17,8 +17,8 @@ SMALL = Shape(hidden_size=48, num_heads=2, num_subnetworks=2, subnetwork_size=32
 
 
 def test_naive_layer_is_the_same_function():
-    layer = FlashMHF(32, 4, 3, 20, init="scaled", dtype=torch.float64)
-    x = torch.randn(7, 32, dtype=torch.float64)
+    layer = FlashMHF(32, 4, 3, 20, init="scaled")
+    x = torch.randn(7, 32)
     torch.testing.assert_close(NaiveMHF(layer)(x), layer(x))
 
 

@@ -59,8 +59,8 @@ def test_memory_is_bounded_by_a_block_of_tokens():
 def test_one_tokens_gate_is_not_rounded(dtype):
     """With one token and one sub-network the gate is a factor of everything, and so would its rounding error be."""
     eps = torch.finfo(dtype).eps
-    q, dout = torch.randn(1, 1, 128, dtype=dtype), torch.randn(1, 1, 128, dtype=dtype)
-    k, u, v = (torch.randn(1, 1, 4096, 128, dtype=dtype) / 11 for _ in range(3))
+    q, dout = torch.randn(1, 1, 512, dtype=dtype), torch.randn(1, 1, 512, dtype=dtype)
+    k, u, v = (torch.randn(1, 1, 4096, 512, dtype=dtype) / 22 for _ in range(3))
     for gate in (0.75 + eps / 5, 0.75 - eps / 5):  # 0.75 when rounded
         gate_THE = torch.full((1, 1, 1), gate)
         inputs = (q, k, u, v, gate_THE)
@@ -70,4 +70,4 @@ def test_one_tokens_gate_is_not_rounded(dtype):
         want = [reference.forward(*exact), *reference.backward(dout.double(), *exact, needs)]
         for mine, truth in zip(got[:5], want[:5], strict=True):
             factor = (mine.double() * truth).sum() / truth.square().sum()
-            assert abs(factor - 1) < eps / 8, (mine.shape, factor - 1, eps)
+            assert abs(factor - 1) < eps / 6, (mine.shape, factor - 1, eps)
