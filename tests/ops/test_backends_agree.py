@@ -94,7 +94,7 @@ def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_
 def test_splits_leave_nobody_without_rows():
     for E, F, H, T in itertools.product((1, 3, 15), (1, 40, 384), (1, 6, 16), (1, 16, 17, 128, 129)):
         q, k = torch.empty(T, H, 128, device="meta"), torch.empty(H, E, F, 128, device="meta")
-        splits = splits_for(q, k)
+        splits = splits_for(q, k, tiles.tile_for("forward", q.device, q.dtype, 128, T))
         launch = plan_forward(q, k, k, k, None, torch.empty(splits, T, H, 128, device="meta").squeeze(0), splits=splits)
         per_split, rows = launch.arguments["tiles_per_split"], E * -(-F // launch.arguments["BLOCK_F"])
         assert (splits - 1) * per_split < rows <= splits * per_split

@@ -26,7 +26,7 @@ app.command("generate")(generate.generate)
 app.command("compare", context_settings=train.CONTEXT)(compare.compare)
 app.command("convert")(convert.convert)
 app.command("tokenizer")(tokenizer.tokenizer)
-app.add_typer(bench.app, name="bench")
+app.command("bench", no_args_is_help=True)(bench.bench)
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
 """flashmhf bench: time and memory of operator and layer."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
 
-app = typer.Typer(no_args_is_help=True, help="Time and memory against the layers that FlashMHF replaces.")
-
 Tokens = Annotated[str, typer.Option(help="Numbers of tokens, with commas.")]
 Dtypes = Annotated[str, typer.Option(help="Of float32, bfloat16, float16, with commas.")]
-Variants = Annotated[str, typer.Option(help="The first is what the ratios refer to.")]
+Variants = Annotated[
+    str | None,
+    typer.Option(
+        help="The first is what the ratios refer to. Default: swiglu,naive,flashmhf, or reference,blockwise for op."
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
 HiddenSize = Annotated[int, typer.Option(min=1)]
 Output = Annotated[
@@ -19,11 +22,14 @@ Output = Annotated[
 ]
 
 
-@app.command("layer")
-def layer(
+DEFAULT_VARIANTS = {"layer": "swiglu,naive,flashmhf", "op": "reference,blockwise"}
+
+
+def bench(
+    kind: Annotated[Literal["layer", "op"], typer.Argument(help="Whole layers, or the operator on its backends.")],
     tokens: Tokens = "4096",
     dtypes: Dtypes = "float32,bfloat16",
-    variants: Variants = "swiglu,naive,flashmhf",
+    variants: Variants = None,
     repeats: Repeats = 7,
     hidden_size: HiddenSize = 768,
     num_heads: HiddenSize = 6,
@@ -33,31 +39,7 @@ def layer(
     output: Output = None,
     json: Json = False,
 ) -> None:
-    """Whole layers: FlashMHF against SwiGLU of equal FLOPs and a naive multi-head FFN."""
-    sizes = (hidden_size, num_heads, num_subnetworks, subnetwork_size)
-    _bench("layer", sizes, tokens, dtypes, variants, repeats, device, output, json)
-
-
-@app.command("op")
-def op(
-    tokens: Tokens = "4096",
-    dtypes: Dtypes = "float32,bfloat16",
-    variants: Variants = "reference,blockwise",
-    repeats: Repeats = 7,
-    hidden_size: HiddenSize = 768,
-    num_heads: HiddenSize = 6,
-    num_subnetworks: HiddenSize = 8,
-    subnetwork_size: HiddenSize = 256,
-    device: Device = None,
-    output: Output = None,
-    json: Json = False,
-) -> None:
-    """The operator alone, backend against backend."""
-    sizes = (hidden_size, num_heads, num_subnetworks, subnetwork_size)
-    _bench("op", sizes, tokens, dtypes, variants, repeats, device, output, json)
-
-
-def _bench(kind, sizes, tokens, dtypes, variants, repeats, device, output, json) -> None:
+    """Time and memory: FlashMHF against SwiGLU of equal FLOPs and a naive layer, or backend against backend."""
     with results_only():
         import torch
 
@@ -65,13 +47,13 @@ def _bench(kind, sizes, tokens, dtypes, variants, repeats, device, output, json)
         from flashmhf.errors import InputError
         from flashmhf.ops.backends import backends
 
-        names = tuple(variants.split(","))
+        names = tuple((variants or DEFAULT_VARIANTS[kind]).split(","))
         known = ("swiglu", "naive", "flashmhf") if kind == "layer" else tuple(backends())
         for name in names:
             if name not in known:
                 raise InputError(f"variants: expected some of {', '.join(known)}, got {name!r}")
         run = benchmarking.bench_layer if kind == "layer" else benchmarking.bench_op
-        shape = benchmarking.Shape(*sizes)
+        shape = benchmarking.Shape(hidden_size, num_heads, num_subnetworks, subnetwork_size)
         picked = pick_device(device)
         rows = []
         for dtype in dtypes.split(","):

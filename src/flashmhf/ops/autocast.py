@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch import Tensor
 
 # Asked for once: torch.compile of torch 2.11 cannot trace the question.
 AUTOCAST_DEVICE_TYPES = frozenset(
@@ -17,6 +18,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type in AUTOCAST_DEVICE_TYPES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs in the dtype that autocast asks for; where it is off, and those in float64, as they are."""
+    dtype = autocast_dtype(inputs[0].device.type)
+    if dtype is None:
+        return inputs
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashmhf.ops import backends, reference
 from flashmhf.ops.problem import Problem
+from flashmhf.ops.second_derivatives import differentiate_gradients
 
 _LIBRARY = torch.library.Library("flashmhf", "DEF")
 _LIBRARY.define(
@@ -70,20 +71,11 @@ def _save_backward(ctx, inputs, output) -> None:
 
 
 def _differentiate_backward(ctx, grad_grads: list[Tensor | None]):
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that one tensor given for two arguments still has a gradient for each.
-        inputs: list[Any] = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+    def gradients(inputs: list[Any]) -> list[Tensor]:
         dout, q, k, u, v, gate = inputs
-        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
-        grads = [grad for grad in reference.backward(dout, q, k, u, v, gate, tuple(ctx.needs)) if grad is not None]
-        used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
-        if not used:
-            return (*(None for _ in inputs), None, None)
-        first, vectors = zip(*used, strict=True)
-        seconds = iter(torch.autograd.grad(first, wanted, vectors, create_graph=create_graph, allow_unused=True))
-    needs = ctx.needs_input_grad[:6]
-    return (*(next(seconds) if need else None for need in needs), None, None)
+        return [grad for grad in reference.backward(dout, q, k, u, v, gate, tuple(ctx.needs)) if grad is not None]
+
+    return (*differentiate_gradients(ctx.saved_tensors, ctx.needs_input_grad[:6], grad_grads, gradients), None, None)
 
 
 torch.library.register_autograd(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops import custom_op  # noqa: F401  (registers the operator)
-from flashmhf.ops.autocast import autocast_dtype
+from flashmhf.ops.autocast import cast_inputs
 
 
 def flash_mhf(
@@ -30,7 +30,5 @@ def flash_mhf(
 
     Source: arXiv 2512.06989, section 3; `ops/reference.py` is the formula.
     """
-    dtype = autocast_dtype(q.device.type)
-    if dtype is not None:
-        q, k, u, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, u, v))
+    q, k, u, v = cast_inputs(q, k, u, v)
     return torch.ops.flashmhf.flash_mhf(q, k, u, v, gate, backend)

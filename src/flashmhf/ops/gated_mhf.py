@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops import backends, reference
-from flashmhf.ops.autocast import autocast_dtype, without_autocast
+from flashmhf.ops.autocast import cast_inputs, without_autocast
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.prologue import GATES, Prologue
+from flashmhf.ops.second_derivatives import differentiate_gradients
 
 _LIBRARY = torch.library.Library("flashmhf", "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate_weight, Tensor? norm_weight"
@@ -54,9 +55,7 @@ def gated_mhf(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was given.
     """
-    dtype = autocast_dtype(q.device.type)
-    if dtype is not None:
-        q, k, u, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, u, v))
+    q, k, u, v = cast_inputs(q, k, u, v)
     return torch.ops.flashmhf.gated_mhf(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend)
 
 
@@ -133,28 +132,20 @@ def _save_backward(ctx, inputs, output) -> None:
 
 
 def _differentiate_backward(ctx, grad_grads: list[Tensor | None]):
-    create_graph = torch.is_grad_enabled()
     gate, gate_total, norm_eps, _ = ctx.options
-    nothing = (None,) * (1 + len(ctx.options))
-    with torch.enable_grad():
-        # Views, so that one tensor given for two arguments still has a gradient for each.
-        inputs: list[Any] = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
-        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
-        dout, arguments = inputs[0], inputs[1:]
+
+    def gradients(inputs: list[Any]) -> tuple[Tensor, ...]:
+        dout, *arguments = inputs
         for i, need in enumerate(ctx.needs):
             if need and not arguments[i].requires_grad:
                 arguments[i] = arguments[i].detach().requires_grad_()
         differentiated = [x for x, need in zip(arguments, ctx.needs, strict=True) if need]
         q, k, u, v, gate_weight, norm_weight = arguments
         out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps)
-        grads = torch.autograd.grad(out, differentiated, dout, create_graph=True)
-        used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
-        if not used:
-            return (*(None for _ in inputs), *nothing)
-        first, vectors = zip(*used, strict=True)
-        seconds = iter(torch.autograd.grad(first, wanted, vectors, create_graph=create_graph, allow_unused=True))
-    needs = ctx.needs_input_grad[:7]
-    return (*(next(seconds) if need else None for need in needs), *nothing)
+        return torch.autograd.grad(out, differentiated, dout, create_graph=True)
+
+    seconds = differentiate_gradients(ctx.saved_tensors, ctx.needs_input_grad[:7], grad_grads, gradients)
+    return (*seconds, None, *(None for _ in ctx.options))
 
 
 torch.library.register_autograd(

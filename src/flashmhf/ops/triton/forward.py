@@ -129,21 +129,21 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    splits = splits_for(q, k)
+    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
+    splits = splits_for(q, k, tile)
     if splits == 1:
-        plan_forward(q, k, u, v, gate, out).run()
+        plan_forward(q, k, u, v, gate, out, tile).run()
         return out
     partial = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
-    plan_forward(q, k, u, v, gate, partial, splits=splits).run()
+    plan_forward(q, k, u, v, gate, partial, tile, splits).run()
     plan_combine(partial, out).run()
     return out
 
 
-def splits_for(q: Tensor, k: Tensor) -> int:
+def splits_for(q: Tensor, k: Tensor, tile: Tile) -> int:
     """Over how many programs the rows of one head and token tile are split; no split is left without rows."""
-    (_, E, F, D), H = k.shape, q.shape[-2]
+    (_, E, F, _), H = k.shape, q.shape[-2]
     T = q.shape[:-2].numel()
-    tile = tile_for("forward", q.device, q.dtype, D, T)
     row_tiles = E * triton.cdiv(F, tile.block_f)
     wanted = min(row_tiles, programs_wanted(q.device, T) // (triton.cdiv(T, tile.block_t) * H))
     return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(wanted, 1)))

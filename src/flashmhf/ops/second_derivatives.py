@@ -1,0 +1,35 @@
+"""Second derivatives of the operators, through the reference: on every backend alike, at its cost in memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiate_gradients(
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_grads: Sequence[Tensor | None],
+    gradients: Callable[[list[Any]], Sequence[Tensor]],
+) -> tuple[Tensor | None, ...]:
+    """The backward of a backward operator.
+
+    Args:
+        saved: its tensor inputs.
+        needs: which of them want a gradient.
+        grad_grads: the gradients of its results.
+        gradients: its results once more, differentiably, from tensors in the place of `saved`.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that one tensor given for two arguments still has a gradient for each.
+        inputs = [None if x is None else x.view_as(x) for x in saved]
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+        grads = gradients(list(inputs))
+        used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
+        if not used:
+            return (None,) * len(inputs)
+        first, vectors = zip(*used, strict=True)
+        seconds = iter(torch.autograd.grad(first, wanted, vectors, create_graph=create_graph, allow_unused=True))
+    return tuple(next(seconds) if need else None for need in needs)
