@@ -9,12 +9,13 @@ Each seed is another interleaving of the partitions and another moment for every
 What a pass proves, for the sizes and seeds that ran: the numerics (float32 sums, 16-bit rounding where the kernel
 rounds), the tails, addresses within their tensors, no int32 overflow, no deadlock, the arrivals and bytes of each
 mbarrier phase, no uninitialised shared memory read, no accumulator touched in flight, no shared tile touched by two
-operations that no mbarrier, wait or fence orders (whatever the interleaving was), nothing left in flight at the end.
+operations that no mbarrier, wait or fence orders (it need not have gone wrong), nothing left in flight at the end.
 
 What it does not prove: that the kernel compiles, its layouts, bank conflicts, registers, speed, what the compiler or
 ptxas make of it, ordering finer than whole operations, races between the warps of one partition (the compiler's own
 barriers), on global memory or between programs: they run one after the other, in random order. Sums and exp2 round as
-torch does. It is stricter than Hopper in one place: bytes must be expected before the loads that bring them are issued.
+torch does. A bulk store is in global memory once its wait returns; Gluon's wait only says that shared memory was read.
+It is stricter than Hopper in one place: bytes must be expected before the loads that bring them are issued.
 """
 
 import builtins

@@ -63,7 +63,10 @@ class Descriptor:
         self.tensor = tensor.as_strided(tuple(host.shape), tuple(host.strides))
 
     def check(self, coord, shared: SharedMemory) -> list[int]:
-        if shared.shape != self.block_shape or shared.dtype != self.dtype:
+        shapes = [shared.shape, self.block_shape]
+        while shapes[1][0] == 1 and len(shapes[1]) > len(shapes[0]):
+            shapes[1] = shapes[1][1:]
+        if shapes[0] != shapes[1] or shared.dtype != self.dtype:
             raise EmulationError(
                 f"{where()}: {shared.label} is {shared.dtype} {shared.shape}, the box {self.dtype} {self.block_shape}"
             )
@@ -99,7 +102,7 @@ def async_copy_global_to_shared(
     )
 
     def land() -> None:
-        result.write(desc.read(coord))
+        result.write(desc.read(coord).view(result.shape))
         access.time = signal.land(desc.nbytes)
 
     machine().issue("TMA load", land, tracked=False)
@@ -111,7 +114,7 @@ def bulk_store(desc: Descriptor, coord, source: SharedMemory, write: Callable, v
 
     def land() -> None:
         inside, part = desc.overlap(coord)
-        write(desc.tensor[inside], source.data[part])
+        write(desc.tensor[inside], source.data.reshape(desc.block_shape)[part])
 
     operation = machine().issue("TMA store", land)
     agent = ("TMA store", machine().current)
@@ -150,32 +153,13 @@ class Accumulator:
         self.taken = True
         return self
 
-    def __getattr__(self, name: str):
+    def refuse(self, *_):
         issued = f"issued at {self.operation.where}" if self.operation else "of warpgroup_mma_init"
         raise EmulationError(f"{where()}: an accumulator {issued} is used before a warpgroup_mma_wait returned it")
 
-
-def _refuse(self, *_):
-    return self.__getattr__("value")
-
-
-for _name in (
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "rtruediv",
-    "neg",
-    "lt",
-    "gt",
-    "le",
-    "ge",
-    "getitem",
-):
-    setattr(Accumulator, f"__{_name}__", _refuse)
+    __getattr__ = __getitem__ = __str__ = refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = refuse
+    __lt__ = __le__ = __gt__ = __ge__ = refuse
 
 
 def warpgroup_mma_init(value: Value) -> Accumulator:
@@ -183,7 +167,8 @@ def warpgroup_mma_init(value: Value) -> Accumulator:
 
 
 def warpgroup_mma(a, b: SharedMemory, acc, *, use_acc=True, is_async: bool = False, **_):
-    if a.shape[1] != b.shape[0] or [a.shape[0], b.shape[1]] != acc.shape or a.dtype != b.dtype:
+    shapes_fit = a.shape[1] == b.shape[0] and [a.shape[0], b.shape[1]] == acc.shape
+    if not shapes_fit or a.dtype != b.dtype or a.dtype not in (gl.bfloat16, gl.float16):
         raise EmulationError(f"{where()}: {a.dtype} {a.shape} @ {b.dtype} {b.shape} + {acc.shape}")
     start = acc.take().data_in_flight if isinstance(acc, Accumulator) else acc.data
     use_acc = bool(use_acc)

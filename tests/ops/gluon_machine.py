@@ -104,6 +104,7 @@ class Machine:
         self.partitions = [self.current]
         self.pending: list[Operation] = []
         self.eagerness = 10 ** self.random.uniform(-2, 1)  # of operations to land, against partitions to go on
+        self.barriers: list[Barrier] = []
         self.failure: BaseException | None = None
 
     def new_partition(self, name: str, num_warps: int) -> Partition:
@@ -215,11 +216,11 @@ class Machine:
                 )
 
     def finish(self) -> None:
-        self.check_retired(self.current)
-        if self.pending:
-            raise EmulationError(
-                f"the kernel ends before the {self.pending[0].kind} of {self.pending[0].where} has landed"
-            )
+        me = self.current
+        self.check_retired(me)
+        for barrier in self.barriers:
+            if me.clock.get(("loads", barrier), 0) < barrier.issued:
+                raise EmulationError(f"the kernel ends with a TMA load onto {barrier.label} that no wait has seen")
 
 
 RUNNING: list[Machine] = []
@@ -237,9 +238,10 @@ class Barrier:
         self.label, self.count = label, count
         self.pending, self.bytes, self.phase = count, 0, 0
         self.awaited = 0  # bytes expected for which no load has been issued
-        self.loads = 0  # landed so far
+        self.issued, self.loads = 0, 0  # loads issued, and landed
         self.gathered: dict = {}  # clocks of who arrived
         self.released: dict = {}  # of the completed phases
+        machine().barriers.append(self)
 
     def arrive(self, count: int) -> None:
         me = machine().current
@@ -259,6 +261,7 @@ class Barrier:
         self.arrive(1)
 
     def promise(self, nbytes: int) -> None:
+        self.issued += 1
         self.awaited -= nbytes
         if self.awaited < 0:
             raise EmulationError(f"{where()}: loads bring {-self.awaited} bytes more than {self.label} expects")

@@ -53,7 +53,7 @@ class Allocation:
             if not (new.writes or old.writes) or not self.overlap(old.region, new.region):
                 continue
             if not old.ordered_before(new.partition):
-                state = "is still in flight" if old.in_flight() else "is not ordered before it"
+                state = "is still in flight" if old.in_flight() else "is not ordered before it by a wait"
                 raise EmulationError(f"race on {label}: {new}, while {old} {state}")
             if new.asynchronous and old.writes and not old.asynchronous and not old.fenced:
                 raise EmulationError(f"no fence_async_shared on {label}: {new}, after {old}")

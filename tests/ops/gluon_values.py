@@ -105,7 +105,7 @@ def as_value(value) -> Value:
         return value
     if isinstance(value, bool | int | float):
         return scalar(value)
-    raise EmulationError(f"{where()}: {value!r} is no value to compute with")
+    raise EmulationError(f"{where()}: {value} is no value to compute with")
 
 
 def common_dtype(a, b, divide: bool) -> torch.dtype:
@@ -216,6 +216,7 @@ class Pointer:
 
 
 def load(pointer: Pointer, mask=None, other=None, **_) -> Value:
+    """Without `other`, what the mask leaves out is undefined: NaN."""
     flat, offsets, mask = pointer.place(mask)
     undefined = math.nan if flat.is_floating_point() else 0
     fill = as_value(undefined if other is None else other).data.to(flat.dtype)
