@@ -19,15 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashmhf.benchmarking import (
-    NaiveMHF,
-    Shape,
-    gradient_bytes,
-    interleaved_median_ms,
-    peak_bytes,
-    provenance,
-    timed_call,
-)
+from flashmhf.benchmarking import Shape, provenance
+from flashmhf.benchmarking.measuring import gradient_bytes, interleaved_median_ms, peak_bytes, timed_call
+from flashmhf.benchmarking.variants import NaiveMHF
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.ops import reference
 from flashmhf.ops.flash_mhf import flash_mhf

@@ -1,14 +1,14 @@
-"""What the benchmark compares and counts."""
+"""What the benchmarks compare and count."""
 
-import subprocess
-import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashmhf.benchmarking import NaiveMHF, Shape, bench_layer, bench_op, peak_bytes
+from flashmhf.benchmarking import LAYERS, Shape, bench_decode, bench_layer, bench_op, peak_bytes, table
+from flashmhf.benchmarking.model import bench_generation, bench_training
+from flashmhf.benchmarking.variants import Checkpointed, Chunked, NaiveMHF, build_layers
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.ops import flops  # noqa: F401  (registers the operator's formula)
 
@@ -16,10 +16,41 @@ CPU = torch.device("cpu")
 SMALL = Shape(hidden_size=48, num_heads=2, num_subnetworks=2, subnetwork_size=32)
 
 
-def test_naive_layer_is_the_same_function():
-    layer = FlashMHF(32, 4, 3, 20, init="scaled")
-    x = torch.randn(7, 32)
-    torch.testing.assert_close(NaiveMHF(layer)(x), layer(x))
+def chunks_of(elements: int):
+    def build(layer: FlashMHF) -> Chunked:
+        chunked = Chunked(layer, mib=1)
+        chunked.elements = elements
+        return chunked
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [NaiveMHF, Checkpointed, chunks_of(1), chunks_of(200), chunks_of(1000), chunks_of(10**6)],
+    ids=["naive", "checkpointed", "a token", "some tokens", "two heads", "everything"],
+)
+def test_variants_are_the_same_function_with_the_same_gradients(variant):
+    layer = FlashMHF(32, 4, 3, 20, init="scaled", dtype=torch.float64)
+    x, dy = (torch.randn(7, 32, dtype=torch.float64) for _ in range(2))
+    x.requires_grad_()
+    results = []
+    for module in (layer, variant(layer)):
+        out = module(x)
+        results.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], dy)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # the naive gate is float32
+
+
+def test_every_layer_runs():
+    names = tuple(name for name in LAYERS if name != "swiglu-liger" and not name.endswith("-compiled"))
+    for layer in build_layers(SMALL, names, torch.float32, CPU).values():
+        assert layer(torch.randn(5, 48)).shape == (5, 48)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="variants: expected the package liger-kernel"):
+        bench_layer(SMALL, 4, torch.float32, CPU, 1, ("swiglu", "swiglu-liger"))
 
 
 def test_swiglu_has_equal_flops():
@@ -50,22 +81,46 @@ def test_peak_counts_what_is_alive_at_once():
 def test_first_variant_is_what_ratios_refer_to():
     for bench, variants in ((bench_layer, ("swiglu", "naive", "flashmhf")), (bench_op, ("reference", "blockwise"))):
         rows = bench(SMALL, 20, torch.float32, CPU, 1, variants)
-        assert [row.variant for row in rows] == [*variants, *variants]
-        assert [row.ratio for row in rows if row.variant == variants[0]] == [1.0, 1.0]
-        assert all(row.peak_mib > 0 and row.median_ms > 0 for row in rows)
+        assert [row["variant"] for row in rows] == [*variants, *variants]
+        assert [row["ratio"] for row in rows if row["variant"] == variants[0]] == [1.0, 1.0]
+        assert all(row["peak_mib"] > 0 and row["median_ms"] > 0 for row in rows)
+
+
+def test_a_variant_that_fails_leaves_the_others(monkeypatch):
+    def fail(self, x):
+        raise torch.OutOfMemoryError("tried\nto allocate")
+
+    monkeypatch.setattr(NaiveMHF, "forward", fail)
+    rows = bench_layer(SMALL, 20, torch.float32, CPU, 1, ("naive", "swiglu"), passes=("forward",))
+    assert rows[0]["failed"] == "OutOfMemoryError: tried to allocate"
+    assert rows[1]["median_ms"] > 0
+    assert rows[1]["ratio"] is None
+    assert table(rows).count("\n") == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_memory_against_swiglu_and_naive(dtype):
     rows = bench_layer(Shape(), 4096, dtype, CPU, 1, ("swiglu", "naive", "flashmhf"))
-    peak = {row.variant: row.peak_mib for row in rows if row.measured_pass == "forward+backward"}
+    peak = {row["variant"]: row["peak_mib"] for row in rows if row["measured_pass"] == "forward+backward"}
     assert peak["flashmhf"] <= peak["swiglu"] / 4
     assert peak["flashmhf"] <= peak["naive"] / 10
 
 
-@pytest.mark.slow
-def test_every_case_of_the_gpu_script_builds(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks/gpu.py"
-    command = [sys.executable, str(script), "--dry-run", "--output", str(tmp_path / "gpu")]
-    subprocess.run(command, check=True, capture_output=True)
-    assert "results within the error budget" in (tmp_path / "gpu.md").read_text()
+def test_decode_reports_the_rate_of_reading_the_weights():
+    rows = bench_decode(SMALL, 2, torch.float32, CPU, 3, ("swiglu", "flashmhf"))
+    for row in rows:
+        (layer,) = build_layers(SMALL, (row["variant"],), torch.float32, CPU).values()
+        weights = sum(parameter.nbytes for parameter in layer.parameters())
+        assert row["weights_gb_s"] == pytest.approx(weights / row["median_us"] / 1e3)
+        assert row["ratio_to_copy"] == pytest.approx(row["weights_gb_s"] / row["copy_gb_s"])
+
+
+def test_models_train_and_generate():
+    names = ("swiglu-tiny", "flashmhf-tiny")
+    for row in bench_training(names, 2, 16, torch.bfloat16, CPU, 1):
+        assert row["tokens_per_s"] == pytest.approx(32e3 / row["median_ms"])
+        assert row["mfu_of_matmul"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
+        assert row["peak_mib"] > 12 * 3e6 / 2**20  # parameters and two moments alone
+    for cache in ("dynamic", "static"):
+        for row in bench_generation(names, 2, 8, 4, torch.float32, CPU, 1, cache=cache):
+            assert row["tokens_per_s"] == pytest.approx(8e3 / row["median_ms"])

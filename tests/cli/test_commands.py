@@ -148,6 +148,22 @@ def test_bench_layer_and_op(command, tmp_path):
     assert "| blockwise |" in command("bench", "op", *sizes).out
 
 
+def test_bench_decode_and_model(command, model_file):
+    sizes = ["--hidden-size", "32", "--num-heads", "2", "--num-subnetworks", "2", "--subnetwork-size", "16"]
+    decode = command("bench", "decode", *sizes, "--dtypes", "float32", "--repeats", "1", "--json")
+    assert decode.code == 0
+    assert [row["tokens"] for row in decode.json["rows"]] == [t for t in (1, 2, 4, 8, 16, 32, 64, 128) for _ in "ab"]
+    sizes = ["--batch-size", "2", "--context-length", "16", "--new-tokens", "3"]
+    models = ["--models", f"swiglu-tiny,{model_file}"]
+    model = command("bench", "model", *models, *sizes, "--dtypes", "float32", "--repeats", "1", "--json")
+    assert model.code == 0
+    assert model.json["new_tokens"] == 3
+    assert [row["task"].split(",")[0] for row in model.json["rows"]] == ["training"] * 2 + ["generation"] * 2
+    refused = command("bench", "model", *models, "--context-length", "127", "--repeats", "1", "--dtypes", "float32")
+    assert (refused.code, refused.out) == (2, "")
+    assert "context-length: expected at most the model's 128, got 159" in refused.last_line
+
+
 BAD = {
     "info of nothing": (["info", "flashmhf-2t"], "model: expected a preset"),
     "no such command": (["launch"], "No such command 'launch'"),
@@ -165,8 +181,19 @@ BAD = {
     "generate from nothing": (["generate", "nowhere"], "model: expected a folder with config.json"),
     "convert nothing": (["convert", "nowhere", "x"], "SRC: expected a folder with config.json"),
     "bench unknown variant": (["bench", "op", "--variants", "cuda"], "variants: expected some of"),
-    "bench unknown dtype": (["bench", "op", "--dtypes", "int8"], "dtypes: expected float32, bfloat16 or float16"),
+    "bench unknown dtype": (["bench", "op", "--dtypes", "int8"], "dtypes: expected some of float32, bfloat16, float16"),
     "bench tokens": (["bench", "op", "--tokens", "many"], "tokens: expected whole numbers above 0, got 'many'"),
+    "bench kind": (["bench", "attention"], "'attention' is not one of 'op', 'layer', 'decode', 'model'"),
+    "bench liger": (["bench", "layer", "--variants", "swiglu-liger"], "variants: expected the package liger-kernel"),
+    "bench decode of a model": (
+        ["bench", "decode", "--models", "x"],
+        "models: expected nothing with bench decode, got 'x'",
+    ),
+    "bench model with tokens": (
+        ["bench", "model", "--tokens", "9"],
+        "tokens: expected nothing with bench model, got '9'",
+    ),
+    "bench unknown model": (["bench", "model", "--models", "gpt-9"], "model: expected a preset"),
     "temperature": (["generate", "x", "--temperature", "-1"], "temperature"),
 }
 

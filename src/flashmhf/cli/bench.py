@@ -1,75 +1,160 @@
-"""flashmhf bench: time and memory of operator and layer."""
+"""flashmhf bench: time and memory of operator, layer and model."""
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
+from flashmhf.errors import InputError
 
-Tokens = Annotated[str, typer.Option(help="Numbers of tokens, with commas.")]
+Runs = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]  # a title, and what measures it
+Kind = Literal["op", "layer", "decode", "model"]
+KIND_HELP = "The operator on its backends; whole layers; whole layers at few tokens; training and generation of models."
+Tokens = Annotated[
+    str | None,
+    typer.Option(help="Numbers of tokens, with commas. Default: 4096, or 1,2,4,8,16,32,64,128 for decode."),
+]
 Dtypes = Annotated[str, typer.Option(help="Of float32, bfloat16, float16, with commas.")]
 Variants = Annotated[
     str | None,
     typer.Option(
-        help="The first is what the ratios refer to. Default: swiglu,naive,flashmhf, or reference,blockwise for op."
+        help="The first is what the ratios refer to. Default: swiglu,naive,flashmhf, or swiglu,flashmhf for decode, "
+        "or reference,blockwise for op."
     ),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
-HiddenSize = Annotated[int, typer.Option(min=1)]
+Size = Annotated[int, typer.Option(min=1, help="Of op, layer and decode.")]
+Models = Annotated[
+    str | None, typer.Option(help="Of model: presets, files, folders. Default: swiglu-tiny,flashmhf-tiny.")
+]
+ModelSize = Annotated[int | None, typer.Option(min=1, help="Of model: sequences at a time. Default: 4.")]
+ContextLength = Annotated[
+    int | None, typer.Option(min=2, help="Of model: tokens of a sequence in training, and of a prompt. Default: 256.")
+]
+NewTokens = Annotated[int | None, typer.Option(min=1, help="Of model: tokens to generate. Default: 32.")]
 Output = Annotated[
     str | None, typer.Option(help="Also write the rows, with machine, versions and commit, to this JSON.")
 ]
 
-
-DEFAULT_VARIANTS = {"layer": "swiglu,naive,flashmhf", "op": "reference,blockwise"}
+DEFAULT_TOKENS = {"op": "4096", "layer": "4096", "decode": "1,2,4,8,16,32,64,128"}
+DEFAULT_VARIANTS = {"op": "reference,blockwise", "layer": "swiglu,naive,flashmhf", "decode": "swiglu,flashmhf"}
+DEFAULT_MODEL: dict[str, Any] = {
+    "models": "swiglu-tiny,flashmhf-tiny",
+    "batch_size": 4,
+    "context_length": 256,
+    "new_tokens": 32,
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
-    kind: Annotated[Literal["layer", "op"], typer.Argument(help="Whole layers, or the operator on its backends.")],
-    tokens: Tokens = "4096",
+    kind: Annotated[Kind, typer.Argument(help=KIND_HELP)],
+    tokens: Tokens = None,
     dtypes: Dtypes = "float32,bfloat16",
     variants: Variants = None,
     repeats: Repeats = 7,
-    hidden_size: HiddenSize = 768,
-    num_heads: HiddenSize = 6,
-    num_subnetworks: HiddenSize = 8,
-    subnetwork_size: HiddenSize = 256,
+    hidden_size: Size = 768,
+    num_heads: Size = 6,
+    num_subnetworks: Size = 8,
+    subnetwork_size: Size = 256,
+    models: Models = None,
+    batch_size: ModelSize = None,
+    context_length: ContextLength = None,
+    new_tokens: NewTokens = None,
     device: Device = None,
     output: Output = None,
     json: Json = False,
 ) -> None:
-    """Time and memory: FlashMHF against SwiGLU of equal FLOPs and a naive layer, or backend against backend."""
+    """Time and memory of FlashMHF against SwiGLU of equal FLOPs and others, or of one backend against another."""
+    of_layers = {"tokens": tokens, "variants": variants}
+    of_models = {
+        "models": models, "batch_size": batch_size, "context_length": context_length, "new_tokens": new_tokens
+    }  # fmt: skip
+    _refuse(kind, of_layers if kind == "model" else of_models)
     with results_only():
-        import torch
+        from flashmhf.benchmarking import Shape, provenance, table
 
-        from flashmhf import benchmarking
-        from flashmhf.errors import InputError
-        from flashmhf.ops.backends import backends
-
-        names = tuple((variants or DEFAULT_VARIANTS[kind]).split(","))
-        known = ("swiglu", "naive", "flashmhf") if kind == "layer" else tuple(backends())
-        for name in names:
-            if name not in known:
-                raise InputError(f"variants: expected some of {', '.join(known)}, got {name!r}")
-        run = benchmarking.bench_layer if kind == "layer" else benchmarking.bench_op
-        shape = benchmarking.Shape(hidden_size, num_heads, num_subnetworks, subnetwork_size)
-        picked = pick_device(device)
-        rows = []
-        for dtype in dtypes.split(","):
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise InputError(f"dtypes: expected float32, bfloat16 or float16, got {dtype!r}")
-            for count in tokens.split(","):
-                if not count.isdigit() or int(count) < 1:
-                    raise InputError(f"tokens: expected whole numbers above 0, got {count!r}")
-                typer.echo(f"{kind}: {count} tokens, {dtype}", err=True)
-                try:
-                    rows += run(shape, int(count), getattr(torch, dtype), picked, repeats, names)
-                except ValueError as error:
-                    raise InputError(str(error)) from error
-        result = {**benchmarking.provenance(), "shape": vars(shape), "rows": benchmarking.as_dicts(rows)}
+        names = _choices("dtypes", dtypes, DTYPES)
+        common = {"device": pick_device(device), "repeats": repeats}
+        sizes: dict[str, Any]
+        if kind == "model":
+            sizes = DEFAULT_MODEL | {name: given for name, given in of_models.items() if given is not None}
+            rows = _measure(kind, _model_runs(names, common, **sizes))
+        else:
+            shape = Shape(hidden_size, num_heads, num_subnetworks, subnetwork_size)
+            sizes = {"shape": vars(shape)}
+            rows = _measure(kind, _layer_runs(kind, shape, tokens, variants, names, common))
+        result = {**provenance(), **sizes, "rows": rows}
         if output is not None:
             from flashmhf.training import write_json
 
             write_json(Path(output), result)
-    emit(result, benchmarking.markdown(rows), json)
+    emit(result, table(rows), json)
+
+
+def _measure(kind: str, runs: Runs) -> list[dict[str, Any]]:
+    rows = []
+    for title, run in runs:
+        typer.echo(f"{kind}: {title}", err=True)
+        try:
+            rows += run()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return rows
+
+
+def _layer_runs(
+    kind: str, shape: Any, tokens: str | None, variants: str | None, dtypes: list[str], common: dict[str, Any]
+) -> Runs:
+    """What `op`, `layer` and `decode` have to measure."""
+    import torch
+
+    from flashmhf.benchmarking import LAYERS, bench_decode, bench_layer, bench_op
+    from flashmhf.ops.backends import backends
+
+    measure: dict[str, Callable[..., list[dict[str, Any]]]] = {
+        "op": bench_op, "layer": bench_layer, "decode": bench_decode
+    }  # fmt: skip
+    known = tuple(backends()) if kind == "op" else tuple(LAYERS)
+    chosen = tuple(_choices("variants", variants or DEFAULT_VARIANTS[kind], known))
+    counts = (tokens or DEFAULT_TOKENS[kind]).split(",")
+    for count in counts:
+        if not count.isdigit() or int(count) < 1:
+            raise InputError(f"tokens: expected whole numbers above 0, got {count!r}")
+    for dtype, count in itertools.product(dtypes, counts):
+        case = {"tokens": int(count), "dtype": getattr(torch, dtype), "variants": chosen}
+        yield f"{count} tokens, {dtype}", functools.partial(measure[kind], shape, **case, **common)
+
+
+def _model_runs(
+    dtypes: list[str], common: dict[str, Any], models: str, batch_size: int, context_length: int, new_tokens: int
+) -> Runs:
+    """What `model` has to measure."""
+    import torch
+
+    from flashmhf.benchmarking.model import bench_generation, bench_training
+
+    for dtype in dtypes:
+        case = (tuple(models.split(",")), batch_size, context_length)
+        options = {"dtype": getattr(torch, dtype), **common}
+        yield f"training, {dtype}", functools.partial(bench_training, *case, **options)
+        yield f"generation, {dtype}", functools.partial(bench_generation, *case, new_tokens, **options)
+
+
+def _refuse(kind: str, options: dict[str, Any]) -> None:
+    """Options of other kinds are said to be useless, not passed over."""
+    for name, given in options.items():
+        if given is not None:
+            raise InputError(f"{name.replace('_', '-')}: expected nothing with bench {kind}, got {given!r}")
+
+
+def _choices(option: str, given: str, known: tuple[str, ...]) -> list[str]:
+    names = given.split(",")
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option}: expected some of {', '.join(known)}, got {name!r}")
+    return names

@@ -1,0 +1,43 @@
+"""A few tokens through whole layers, as in generation: reading the weights is then all the time."""
+
+import functools
+
+import torch
+
+from flashmhf.benchmarking.measuring import Row, copy_call, graphed, interleaved_median_ms
+from flashmhf.benchmarking.variants import Shape, build_layers
+
+
+def bench_decode(
+    shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int, variants: tuple[str, ...]
+) -> list[Row]:
+    """Time, and the rate of reading the weights once as a ratio to the device's own copy in the same run.
+
+    On a GPU each layer is the replay of a CUDA graph. A large copy comes before every timed call, so that weights come
+    from memory and not from a cache, as they do in a model of many layers.
+
+    Args:
+        variants: names of `LAYERS`; the first is what ratios refer to.
+    """
+    layers = build_layers(shape, variants, dtype, device)
+    x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=device)
+    copy, copied_bytes = copy_call(device)
+    calls = {name: graphed(functools.partial(layer, x), device)[0] for name, layer in layers.items()}
+    times = interleaved_median_ms({"copy": copy, **calls}, device, repeats, before_each=copy)
+    copy_gb_s = copied_bytes / times["copy"] / 1e6
+    rows = []
+    for name, layer in layers.items():
+        weights_gb_s = sum(parameter.nbytes for parameter in layer.parameters()) / times[name] / 1e6
+        rows.append(
+            {
+                "variant": name,
+                "tokens": tokens,
+                "dtype": str(dtype).removeprefix("torch."),
+                "median_us": 1e3 * times[name],
+                "ratio": times[name] / times[variants[0]],
+                "weights_gb_s": weights_gb_s,
+                "copy_gb_s": copy_gb_s,
+                "ratio_to_copy": weights_gb_s / copy_gb_s,
+            }
+        )
+    return rows

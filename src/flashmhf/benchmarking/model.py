@@ -1,0 +1,169 @@
+"""Whole language models: a training step, and generation.
+
+Training is what `flashmhf train --bf16` does: float32 parameters, matrix products in the lower precision, AdamW. Models
+generate with parameters in that precision. Parameters, prompts and batches are random.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from flashmhf.accounting import account
+from flashmhf.benchmarking.measuring import Row, interleaved_median_ms, matmul_call, peak_bytes
+from flashmhf.errors import InputError
+from flashmhf.models.loading import load_config
+from flashmhf.ops.roofline import GPUS, Gpu
+
+
+def bench_training(
+    names: tuple[str, ...],
+    batch_size: int,
+    context_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+) -> list[Row]:
+    """Forward, loss, backward and AdamW: tokens a second, utilisation of the measured and the maker's peak, memory.
+
+    Model FLOPs are three times those of the forward pass; what a backward pass computes again does not count.
+
+    Args:
+        names: presets, JSON files or folders; the first is what ratios refer to.
+        batch_size, context_length: sequences of a step, tokens of each.
+    """
+    steps = {name: TrainingStep(load_config(name), batch_size, context_length, dtype, device) for name in names}
+    matmul, matmul_flops = matmul_call(device, dtype)
+    times = interleaved_median_ms({"matmul": matmul, **steps}, device, repeats)
+    matmul_tflops = matmul_flops / times["matmul"] / 1e9
+    gpu = data_sheet(device)
+    rows = []
+    for name, step in steps.items():
+        tokens = batch_size * context_length
+        flops = tokens * account(step.config, context_length)["training_flops_per_token"]
+        tflops = flops / times[name] / 1e9
+        rows.append(
+            {
+                **_common("training", name, batch_size, context_length, dtype),
+                "median_ms": times[name],
+                "ratio": times[name] / times[names[0]],
+                "tokens_per_s": 1e3 * tokens / times[name],
+                "tflops": tflops,
+                "matmul_tflops": matmul_tflops,
+                "mfu_of_matmul": tflops / matmul_tflops,
+                "mfu_of_data_sheet": None if gpu is None else tflops / _promised_tflops(gpu, dtype),
+                "peak_mib": (step.state_bytes() + peak_bytes(step, device)) / 2**20,
+            }
+        )
+    return rows
+
+
+def bench_generation(
+    names: tuple[str, ...],
+    batch_size: int,
+    prompt_length: int,
+    new_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    *,
+    cache: str = "dynamic",
+) -> list[Row]:
+    """The likeliest continuation of random prompts: new tokens a second, the prompt's pass included, and peak memory.
+
+    Args:
+        names: presets, JSON files or folders; the first is what ratios refer to.
+        cache: transformers' `cache_implementation`; with "static" it compiles the model on a GPU.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    weights = {}
+    for name in names:
+        config = load_config(name)
+        _check_length(config, prompt_length + new_tokens)
+        model = _build(config, dtype, device).eval()
+        prompt = torch.randint(config.vocab_size, (batch_size, prompt_length), device=device)
+        weights[name] = sum(parameter.nbytes for parameter in model.parameters())
+        calls[name] = functools.partial(
+            model.generate,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,  # never ends early
+            pad_token_id=0,
+            cache_implementation=cache,
+        )
+    times = interleaved_median_ms(calls, device, repeats)
+    return [
+        {
+            **_common(f"generation, {cache} cache", name, batch_size, prompt_length, dtype),
+            "new_tokens": new_tokens,
+            "median_ms": times[name],
+            "ratio": times[name] / times[names[0]],
+            "tokens_per_s": 1e3 * batch_size * new_tokens / times[name],
+            "peak_mib": (weights[name] + peak_bytes(calls[name], device)) / 2**20,
+        }
+        for name in names
+    ]
+
+
+class TrainingStep:
+    """A model, its optimizer and a batch; a call is one step."""
+
+    def __init__(
+        self, config: PreTrainedConfig, batch_size: int, context_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        _check_length(config, context_length)
+        self.config = config
+        self.model = _build(config, torch.float32, device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.batch = torch.randint(config.vocab_size, (batch_size, context_length), device=device)
+        self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+    def __call__(self) -> None:
+        with self.autocast():
+            loss = self.model(self.batch, labels=self.batch, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_bytes(self) -> int:
+        """Of parameters and optimizer, which outlast a step."""
+        moments = (x for state in self.optimizer.state.values() for x in state.values())
+        return sum(x.nbytes for x in (*self.model.parameters(), *moments))
+
+
+def data_sheet(device: torch.device) -> Gpu | None:
+    """What the maker promises of a device, if it is one of `GPUS`."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)
+
+
+def _promised_tflops(gpu: Gpu, dtype: torch.dtype) -> float:
+    return gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def _check_length(config: PreTrainedConfig, length: int) -> None:
+    if length > config.max_position_embeddings:
+        raise InputError(f"context-length: expected at most the model's {config.max_position_embeddings}, got {length}")
+
+
+def _common(task: str, name: str, batch_size: int, context_length: int, dtype: torch.dtype) -> Row:
+    return {
+        "task": task,
+        "model": name,
+        "batch_size": batch_size,
+        "context_length": context_length,
+        "dtype": str(dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,125 @@
+"""The layers that are compared, by name: FlashMHF, and what one would use or write instead, with equal FLOPs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flashmhf.benchmarking.chunked import chunked_mhf
+from flashmhf.layers import FlashMHF, SwiGLU
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the layers under test; the defaults are the paper's 128M model."""
+
+    hidden_size: int = 768
+    num_heads: int = 6
+    num_subnetworks: int = 8
+    subnetwork_size: int = 256
+
+    @property
+    def swiglu_size(self) -> int:
+        """Width of the SwiGLU with the same matrix FLOPs: its 3 d d_ff against 3 d d_ff + 2 d^2."""
+        return self.num_subnetworks * self.subnetwork_size + 2 * self.hidden_size // 3
+
+
+class NaiveMHF(nn.Module):
+    """The layer as one writes it down first: every head's activations in memory, matrix products in the best layout."""
+
+    def __init__(self, layer: FlashMHF) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        q_THD = layer._query(x)
+        gate_THE = torch.einsum("thd,hde->the", q_THD, layer._gate_weight()).float().sigmoid()
+        gate_HTE = (gate_THE / gate_THE.sum(-1, keepdim=True) * layer.output_scale).transpose(0, 1).to(x.dtype)
+        k_HRD, u_HRD, v_HRD = (weight.flatten(1, 2) for weight in (layer.k, layer.u, layer.v))
+        out_HTD = self.sub_networks(q_THD.transpose(0, 1), k_HRD, u_HRD, v_HRD, gate_HTE)
+        return layer.out_proj(out_HTD.transpose(0, 1).flatten(1))
+
+    def sub_networks(self, q_HTD: Tensor, k_HRD: Tensor, u_HRD: Tensor, v_HRD: Tensor, gate_HTE: Tensor) -> Tensor:
+        """The operator, heads in front, E x F = R."""
+        p_HTR = nnf.silu(q_HTD @ k_HRD.mT) * (q_HTD @ u_HRD.mT)
+        p_HTR = (p_HTR.unflatten(-1, (gate_HTE.shape[-1], -1)) * gate_HTE.unsqueeze(-1)).flatten(-2)
+        return p_HTR @ v_HRD
+
+
+class Chunked(NaiveMHF):
+    """The layer with `chunked_mhf`; `mib` bounds one of a chunk's activations."""
+
+    def __init__(self, layer: FlashMHF, mib: int) -> None:
+        super().__init__(layer)
+        self.elements = mib * 2**20 // layer.k.element_size()
+
+    def sub_networks(self, q_HTD: Tensor, k_HRD: Tensor, u_HRD: Tensor, v_HRD: Tensor, gate_HTE: Tensor) -> Tensor:
+        return chunked_mhf(q_HTD, k_HRD, u_HRD, v_HRD, gate_HTE, self.elements)
+
+
+class LigerSwiGLU(SwiGLU):
+    """SwiGLU with liger-kernel's fused activation, which keeps the two projections and recomputes their product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # type: ignore[import-not-found]
+
+        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class Checkpointed(nn.Module):
+    """A layer whose activations are recomputed in the backward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def _flash(shape: Shape, options: dict[str, Any]) -> FlashMHF:
+    return FlashMHF(
+        shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, init="scaled", **options
+    )
+
+
+def _swiglu(shape: Shape, options: dict[str, Any]) -> SwiGLU:
+    return SwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", **options)
+
+
+def _liger(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    if find_spec("liger_kernel") is None:
+        raise ValueError("variants: expected the package liger-kernel for 'swiglu-liger', got none")
+    return LigerSwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", **options)
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    torch.compiler.reset()  # what it remembers, and how often it compiles again, is counted by code and not by module
+    return cast(nn.Module, torch.compile(module, dynamic=False))
+
+
+# How each is built. A chunk's activations stay in a large L2 cache, or with `chunked-large` give cuBLAS more at once.
+LAYERS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
+    "swiglu": _swiglu,
+    "swiglu-compiled": lambda *arguments: _compiled(_swiglu(*arguments)),
+    "swiglu-liger": _liger,
+    "swiglu-checkpointed": lambda *arguments: Checkpointed(_swiglu(*arguments)),
+    "naive": lambda *arguments: NaiveMHF(_flash(*arguments)),
+    "chunked": lambda *arguments: Chunked(_flash(*arguments), mib=8),
+    "chunked-large": lambda *arguments: Chunked(_flash(*arguments), mib=128),
+    "flashmhf": _flash,
+    "flashmhf-compiled": lambda *arguments: _compiled(_flash(*arguments)),
+}
+
+
+def build_layers(
+    shape: Shape, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> dict[str, nn.Module]:
+    """The named layers, each with random parameters of its own."""
+    return {name: LAYERS[name](shape, {"dtype": dtype, "device": device}) for name in names}
