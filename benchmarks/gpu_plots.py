@@ -10,18 +10,24 @@ from matplotlib import pyplot as plt
 
 # Section -> (quantity, what distinguishes the lines, what every panel shows by itself).
 PANELS: dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
-    "op": [("ratio_to_cublas", ("dtype", "pass"), ("shape",))],
-    "layer": [("speedup_over_swiglu", ("variant",), ("shape", "pass")), ("peak_mib", ("variant",), ("shape", "pass"))],
-    "decode": [("speedup_over_swiglu", ("variant",), ("shape",)), ("ratio_to_copy", ("variant",), ("shape",))],
+    "op": [("ratio_to_cublas", ("backend", "dtype", "measured_pass"), ("shape",))],
+    "layer": [
+        ("ratio", ("variant",), ("shape", "measured_pass")),
+        ("peak_mib", ("variant",), ("shape", "measured_pass")),
+    ],
+    "decode": [("ratio", ("variant",), ("shape",)), ("ratio_to_copy", ("variant",), ("shape",))],
+    "growth": [("median_ms", ("variant",), ("shape",)), ("peak_bytes_per_token", ("variant",), ("shape",))],
 }
+LABELS = {"ratio": "time / SwiGLU's"}
+LOGARITHMIC = ("peak_mib", "median_ms")
 
 
 def plot(sections: dict[str, Any], file: Path) -> None:
     """Writes a PNG of every section that has panels."""
     panels = []
     for name, kinds in PANELS.items():
-        rows = [row for row in sections.get(name, {}).get("rows", []) if "failed" not in row]
         for quantity, line_keys, panel_keys in kinds:
+            rows = [row for row in sections.get(name, {}).get("rows", []) if row.get(quantity) is not None]
             for panel in sorted({tuple(row[key] for key in panel_keys) for row in rows}):
                 chosen = [row for row in rows if tuple(row[key] for key in panel_keys) == panel]
                 panels.append((f"{name}: {', '.join(panel)}", quantity, line_keys, chosen))
@@ -36,9 +42,9 @@ def plot(sections: dict[str, Any], file: Path) -> None:
         for label in dict.fromkeys(tuple(row[key] for key in line_keys) for row in rows):
             line = [row for row in rows if tuple(row[key] for key in line_keys) == label]
             axis.plot([row["tokens"] for row in line], [row[quantity] for row in line], "o-", label=", ".join(label))
-        axis.set(title=title, xlabel="tokens", ylabel=quantity.replace("_", " "))
+        axis.set(title=title, xlabel="tokens", ylabel=LABELS.get(quantity, quantity.replace("_", " ")))
         axis.set_xscale("log", base=2)
-        if quantity == "peak_mib":
+        if quantity in LOGARITHMIC:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
