@@ -99,10 +99,6 @@ class SharedMemory:
     def numel(self) -> int:
         return self.data.numel()
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
-
     def _view(self, change, suffix: str = "") -> "SharedMemory":
         data, written = change(self.data), change(self.written)
         return SharedMemory(self.allocation, data, written, self.dtype, self.layout, self.label + suffix)
@@ -159,10 +155,6 @@ class SharedMemory:
         if writes and not asynchronous:
             me.unfenced.append(new)
         return new
-
-    def fill(self, value: Value) -> None:
-        """allocate_shared_memory(..., value): nobody can know it yet."""
-        self.store(value)
 
     def init_barrier(self, count: int) -> None:
         self.allocation.barriers[self.data.storage_offset()] = Barrier(self.label, count)

@@ -20,7 +20,8 @@ SEEDS = range(5)
 
 
 @gluon.jit
-def producer(k_desc, u_desc, v_desc, sk, su, sv, full, empty, tiles, BLOCK_F: gl.constexpr, STAGES: gl.constexpr):
+def producer(k_desc, u_desc, v_desc, sk, su, sv, full, empty, tiles, STAGES: gl.constexpr):
+    BLOCK_F: gl.constexpr = k_desc.block_shape[0]
     for tile in range(tiles):
         stage = tile % STAGES
         mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
@@ -37,12 +38,13 @@ def silu(x):
 
 @gluon.jit
 def consumer(sq, sk, su, sv, so, full, empty, o_desc, row, tiles, STAGES: gl.constexpr, WARPS: gl.constexpr):
+    BLOCK_T: gl.constexpr = sq.shape[0]
     BLOCK_F: gl.constexpr = sk.shape[1]
     BLOCK_D: gl.constexpr = sk.shape[2]
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_F, 16])
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_D, 16])
-    zero = gl.zeros([sq.shape[0], BLOCK_F], gl.float32, score)
-    acc = warpgroup_mma_init(gl.zeros([sq.shape[0], BLOCK_D], gl.float32, out))
+    zero = gl.zeros([BLOCK_T, BLOCK_F], gl.float32, score)
+    acc = warpgroup_mma_init(gl.zeros([BLOCK_T, BLOCK_D], gl.float32, out))
     for i in range(tiles):
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
@@ -84,7 +86,7 @@ def forward(q_desc, k_desc, u_desc, v_desc, o_desc, tiles, STAGES: gl.constexpr,
     gl.warp_specialize(
         [
             (consumer, (sq, sk, su, sv, so, full, empty, o_desc, row, tiles, STAGES, WARPS)),
-            (producer, (k_desc, u_desc, v_desc, sk, su, sv, full, empty, tiles, BLOCK_F, STAGES)),
+            (producer, (k_desc, u_desc, v_desc, sk, su, sv, full, empty, tiles, STAGES)),
         ],
         [1],
         [24],

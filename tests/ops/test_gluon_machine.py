@@ -52,9 +52,9 @@ def reader(tile, ready, out_ptr, LAYOUT: gl.constexpr):
 def exchange(x_desc, out_ptr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = gl.allocate_shared_memory(gl.float32, [64, 64], x_desc.layout)
-    ready = mbarrier.allocate_mbarrier()
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
-    gl.warp_specialize([(reader, (tile, ready, out_ptr, layout)), (writer, (tile, ready, layout))], [1], [24])
+    gl.warp_specialize([(reader, (tile, ready, out_ptr, layout)), (writer, (tile, ready, layout))], [4], [24])
 
 
 def descriptor(tensor: torch.Tensor, *box: int) -> TensorDescriptor:
@@ -123,8 +123,8 @@ EXCHANGE_MUTATIONS = {
         "race on tile: a store writes it .*, while a TMA load writes it .* is still in flight",
     ),
     "a load left behind": (
-        "[1], [24])",
-        "[1], [24])" + OTHER_TILE + LOAD,
+        "[4], [24])",
+        "[4], [24])" + OTHER_TILE + LOAD,
         "a TMA load onto ready that no wait has seen",
     ),
 }
