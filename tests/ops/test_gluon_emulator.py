@@ -1,6 +1,9 @@
 """The emulator runs a warp-specialised forward right, and names what is wrong with each way to break it."""
 
 import pytest
+
+pytest.importorskip("triton")
+
 import torch
 from gluon_emulator import EmulationError, emulate
 from gluon_mutants import mutated

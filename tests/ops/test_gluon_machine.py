@@ -1,6 +1,9 @@
 """The emulated machine: mbarriers, bulk stores and sums, and the order of what two partitions do."""
 
 import pytest
+
+pytest.importorskip("triton")
+
 import torch
 from gluon_emulator import EmulationError, emulate, tma_reduce_add
 from gluon_machine import RUNNING, Barrier, Machine

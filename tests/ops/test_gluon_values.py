@@ -1,6 +1,9 @@
 """Emulated values have Triton's types, and refuse what Gluon leaves undefined."""
 
 import pytest
+
+pytest.importorskip("triton")
+
 import torch
 from gluon_machine import EmulationError
 from gluon_values import Pointer, Value, atomic_add, load, scalar, store
