@@ -201,3 +201,9 @@ def test_mutations_are_caught(name):
     for seed in SEEDS:
         with pytest.raises(EmulationError, match=message):
             run_forward(kernel, seed=seed)
+
+
+def test_a_ring_of_one_stage_deadlocks():
+    """A stage is released only while the next tile is in work."""
+    with pytest.raises(EmulationError, match=r"deadlock(.|\n)*waits on full\[0\](.|\n)*waits on empty\[0\]"):
+        run_forward(stages=1)
