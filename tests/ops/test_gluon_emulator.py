@@ -159,7 +159,11 @@ MUTATIONS = {
         "mbarrier.arrive(empty.index(stage), count=1)",
         r"race on sv\[[01]\]: (a TMA load writes it .*, while a wgmma reads|a wgmma reads it .*, while a TMA load)",
     ),
-    "too few bytes": ("3 * k_desc", "2 * k_desc", r"loads bring \d+ bytes more than full\[0\] expects"),
+    "too few bytes": (
+        "3 * k_desc",
+        "2 * k_desc",
+        r"loads bring \d+ bytes more than full\[0\] expects|sv\[0\] is uninitialised",
+    ),
     "too many bytes": ("3 * k_desc", "4 * k_desc", r"deadlock(.|\n)*full\[0\] .* 0 of 1 arrivals and 8192 bytes"),
     "no fence": ("    fence_async_shared()\n", "", r"no fence_async_shared on so: a TMA store reads it"),
     "no wait for an accumulator": (WAIT_SCORES, "n = warpgroup_mma_wait(num_outstanding=0, deps=[n])", IN_FLIGHT),
