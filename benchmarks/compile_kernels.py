@@ -49,6 +49,7 @@ SHARED_LIMITS = {
     "gfx942": 65536,
 }  # bytes a program
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
+GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))]
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
@@ -80,6 +81,9 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
             return plan_prologue_forward(q, gate_weight, norm_weight, options, out, gate)
         sums = (torch.empty(64, *weight.shape, device="meta") for weight in (gate_weight, norm_weight))
         return plan_prologue_backward(q, gate_weight, norm_weight, options, out, dgate, *sums)
+    if kernel == "backward_one_pass":
+        added_dq, added_dgate = torch.empty(T, H, D, device="meta"), torch.empty(T, H, E, device="meta")
+        return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile, added_dq, added_dgate)
     return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
 
 
@@ -100,8 +104,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
     for index, (name, (kind, value)) in enumerate(specialization(launch, target).items()):
         signature[name] = kind
         if kind == "constexpr":
-            constants[name] = launch.arguments[name]
-        elif value is not None:
+            constants[name], value = launch.arguments[name], ""  # as the launcher has it, which then finds the result
+        if value is not None:
             attributes[(index,)] = make_backend(target).parse_attr(value)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -145,13 +149,10 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Tile]) -> Compiled | str
         return repr(error)[:80]
 
 
-def search(target: str, dims: list[int], dtypes: list[torch.dtype]) -> None:
+def search(target: str, kernels: list[str], dims: list[int], dtypes: list[torch.dtype]) -> None:
     """Prints what every tile of a grid costs on one target."""
     cases = [
-        (target, kernel, D, dtype, Tile(block_t, block_f, warps, stages))
-        for kernel, D, dtype, block_t, block_f, warps, stages in itertools.product(
-            KERNELS, dims, dtypes, (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2)
-        )
+        (target, kernel, D, dtype, tile) for kernel, D, dtype, tile in itertools.product(kernels, dims, dtypes, GRID)
     ]
     with ProcessPoolExecutor() as pool:
         for (_, kernel, D, dtype, tile), result in zip(cases, pool.map(compile_row, cases, chunksize=4), strict=True):
@@ -200,11 +201,12 @@ def document() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", choices=TARGETS)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--dims", type=int, nargs="+", default=list(BLOCK_DS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     arguments = parser.parse_args()
     if arguments.search:
-        search(arguments.search, arguments.dims, [getattr(torch, name) for name in arguments.dtypes])
+        search(arguments.search, arguments.kernels, arguments.dims, [getattr(torch, name) for name in arguments.dtypes])
         return
     before, _, rest = DOCUMENT.read_text().partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]

@@ -31,6 +31,15 @@ LARGER = [
     Shape((19,), 1, 1, 1, 1000, 256),
     Shape((3,), 2, 2, 2, 50, 300),
 ]
+# (T, H / H_kv, E, F, D): every pair of values of T (0 1 17 300), group (1 2 4), E (1 3 15), F (1 40 200 384) and
+# D (24 80 96 128) occurs.
+ODD = [
+    (17, 2, 3, 384, 96), (300, 4, 1, 384, 128), (0, 4, 3, 40, 24), (0, 1, 15, 1, 96), (1, 2, 15, 200, 128),
+    (17, 4, 1, 1, 80), (1, 1, 3, 384, 80), (1, 4, 1, 40, 96), (300, 2, 15, 40, 80), (300, 1, 1, 200, 24),
+    (17, 2, 15, 384, 24), (300, 2, 3, 1, 128), (300, 1, 15, 200, 24), (0, 2, 1, 200, 80), (17, 1, 15, 40, 128),
+    (17, 2, 3, 200, 96), (1, 2, 1, 1, 24), (0, 2, 15, 384, 128),
+    (1, 4, 15, 200, 96), (300, 4, 3, 1, 96),
+]  # fmt: skip
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,6 +100,45 @@ def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_
     check("triton", make_inputs(shape, torch.float32))
 
 
+@pytest.fixture
+def one_pass(monkeypatch):
+    """Lets the backend `triton` run its one-pass backward on the CPU."""
+    if not torch.cuda.is_available():
+        interpret_triton(monkeypatch)
+    rows = itertools.product(tiles.ONE_PASS, tiles.BLOCK_DS)
+    monkeypatch.setattr(tiles, "ONE_PASS_FASTER", frozenset(rows))
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
+@pytest.mark.parametrize("shape", [*SHAPES, Shape((70,), 4, 2, 1, 70, 64)], ids=str)
+def test_triton_backward_in_one_pass(shape, gate, one_pass):
+    check("triton", make_inputs(shape, torch.float16, gate))
+
+
+def test_one_pass_gives_way(one_pass, monkeypatch, caplog):
+    device, row = torch.device("cpu"), tiles.ONE_PASS["sm_80"][2]
+    assert tiles.one_pass_tile(device, torch.float16, 128) == row
+    assert tiles.one_pass_tile(device, torch.float32, 128) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert tiles.one_pass_tile(device, torch.float16, 128) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
+    for version, runs in (("3.3.1", True), ("3.4.0", False), ("3.7.0+git1", False), ("3.7.1", True)):
+        monkeypatch.setattr(tiles.triton, "__version__", version)
+        tiles.miscompiles_transposed_results.cache_clear()
+        assert (tiles.one_pass_tile(device, torch.float16, 128) is not None) == runs, version
+    tiles.miscompiles_transposed_results.cache_clear()
+    assert [record.args for record in caplog.records] == [("3.4.0",), ("3.7.0+git1",)]
+
+
+def test_no_hopper_row_that_triton_is_known_to_miscompile():
+    """64 rows and 4 warps (fla-org/flash-linear-attention issue 984)."""
+    rows = [tile for element_bytes in (2, 4) for _, _, tile in tiles.table_rows("sm_90a", element_bytes)]
+    assert not [tile for tile in rows if tile.num_warps == 4 and 64 in tile[:2] and tile.block_t != 16]
+
+
 def test_splits_leave_nobody_without_rows():
     for E, F, H, T in itertools.product((1, 3, 15), (1, 40, 384), (1, 6, 16), (1, 16, 17, 128, 129)):
         q, k = torch.empty(T, H, 128, device="meta"), torch.empty(H, E, F, 128, device="meta")
@@ -109,6 +157,21 @@ def test_splits_leave_nobody_without_rows():
 @pytest.mark.parametrize("shape", LARGER, ids=str)
 def test_larger_shapes(backend, shape, dtype, gate, poisoned_memory):
     check(backend, make_inputs(shape, dtype, gate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("T", "group", "E", "F", "D"), ODD)
+def test_odd_shapes_triton(T, group, E, F, D, dtype, monkeypatch, poisoned_memory):
+    if not torch.cuda.is_available():
+        interpret_triton(monkeypatch)
+    check("triton", make_inputs(Shape((T,), group, 1, E, F, D), dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("T", "group", "E", "F", "D"), ODD)
+def test_odd_shapes_in_one_pass(T, group, E, F, D, one_pass):
+    check("triton", make_inputs(Shape((T,), group, 1, E, F, D), torch.float16))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

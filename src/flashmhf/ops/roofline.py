@@ -74,6 +74,16 @@ def backward_weights_work(problem: Problem) -> Work:
     return Work(6 * _product_flops(problem), 2 * tokens + gate + 3 * weights, 3 * weights)
 
 
+def backward_one_pass_work(problem: Problem) -> Work:
+    """Eight products; dQ and the gate's gradient are added to float32 sums in memory by every tile of parameter rows.
+
+    Counted once each, as if the cache took all additions; rounding the sums reads and writes them once more.
+    """
+    tokens, gate, weights = _bytes(problem)
+    sums = tokens * 4 // problem.dtype.itemsize + gate
+    return Work(8 * _product_flops(problem), 2 * tokens + gate + 3 * weights + sums, 3 * weights + sums + tokens + gate)
+
+
 def backward_work(problem: Problem) -> Work:
     """Both kernels of the backward pass: eleven products, of which three are M, N and dA once more."""
     return backward_tokens_work(problem) + backward_weights_work(problem)
@@ -82,13 +92,13 @@ def backward_work(problem: Problem) -> Work:
 def cache_read_bytes(kernel: str, problem: Problem, block_t: int, block_f: int) -> int:
     """Bytes that the programs of `kernel` load with a tile of block_t tokens and block_f parameter rows."""
     tokens, gate, weights = _bytes(problem)
-    if kernel == "backward_weights":
+    if kernel in ("backward_weights", "backward_one_pass"):
         programs = problem.E * _tiles(problem.F, block_f)  # each walks over all tokens of its heads
         return programs * 2 * tokens + _tiles(problem.F, block_f) * gate + 3 * weights
-    heads_per_weights = problem.H // problem.H_kv
+    group = problem.H // problem.H_kv  # heads that share parameters are as many times as many tokens
     streams = {"forward": 1, "backward_tokens": 2}[kernel]  # q, or q and dout
     tiles_f = _tiles(problem.F, block_f)  # the gate's column is loaded for each tile
-    return streams * tokens + tiles_f * gate + _tiles(problem.T, block_t) * heads_per_weights * 3 * weights
+    return streams * tokens + tiles_f * gate + _tiles(problem.T * group, block_t) * 3 * weights
 
 
 def _product_flops(problem: Problem) -> int:

@@ -2,6 +2,10 @@
 
 With A = SiLU(M) * N and dA = dO V^T:  dR_e = rowsum(dA * A), dN = R dA SiLU(M), dM = R dA N SiLU'(M),
 dQ = dM K + dN U, dK = dM^T Q, dU = dN^T Q, dV = (R A)^T dO. No atomics: the same inputs give the same bits.
+
+That is eleven products. In one pass the second kernel does all of it in eight: it adds its share of dQ and of the
+gate's gradient to float32 buffers, atomically, so that sums are rounded in another order each time. `tiles.one_pass_tile` says
+where that is worth it; `torch.use_deterministic_algorithms(True)` rules it out.
 """
 
 import torch
@@ -9,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
-from flashmhf.ops.triton.tiles import Tile, tile_for
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, rows_of_group, token_offsets
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, token_tiles, weight_arguments
+from flashmhf.ops.triton.tiles import Tile, one_pass_tile, tile_for
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -22,19 +26,21 @@ def backward_tokens_kernel(
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
     dq_ptr, stride_dqb, stride_dql, stride_dqh, stride_dqx,
     dgate_ptr, stride_dgateb, stride_dgatel, stride_dgateh, stride_dgatex,
-    T, L, E, F, GROUP,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    T, L, E, F,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_Q: tl.constexpr, NEEDS_GATE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_T tokens of one head and walks over the parameter rows, as the forward does."""
     EVEN_D: tl.constexpr = D == BLOCK_D
-    tiles_t = tl.cdiv(T, BLOCK_T)
-    head = (tl.program_id(0) // tiles_t).to(tl.int64)
-    offs_t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tiles_t = tl.cdiv(T * GROUP, BLOCK_T)
+    kv_head = (tl.program_id(0) // tiles_t).to(tl.int64)
+    rows = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t, offs_h = rows_of_group(rows, T, GROUP)
+    head = kv_head * GROUP + offs_h
     offs_f = tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_t = offs_t < T
+    mask_t = rows < T * GROUP
     mask_d = offs_d < D
 
     rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
@@ -44,7 +50,6 @@ def backward_tokens_kernel(
     q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
     dout = load_tile(dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D)
     offs_w = offs_f[:, None] * stride_wf + offs_d[None, :] * stride_wd
-    kv_head = (head // GROUP) * stride_wh
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     dr = tl.zeros((BLOCK_T,), tl.float32)
 
@@ -52,7 +57,7 @@ def backward_tokens_kernel(
     for tile in tl.range(0, E * tiles_f):
         e = tile // tiles_f
         f = (tile % tiles_f) * BLOCK_F
-        first_row = kv_head + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
+        first_row = kv_head * stride_wh + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
         mask_f = f + offs_f < F
         k = load_tile(k_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
         u = load_tile(u_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
@@ -92,14 +97,17 @@ def backward_weights_kernel(
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
     dk_ptr, du_ptr, dv_ptr,
-    T, L, E, F, GROUP,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    dq_ptr, stride_dqb, stride_dql, stride_dqh, stride_dqx,
+    dgate_ptr, stride_dgateb, stride_dgatel, stride_dgateh, stride_dgatex,
+    T, L, E, F,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_K: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_V: tl.constexpr,
+    ADDS_Q: tl.constexpr, ADDS_GATE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_F rows of one sub-network and walks over all tokens of the heads that share them.
 
-    Tiles are transposed (rows are parameters), so that no dot reads the transpose of another dot's result.
+    Tiles are transposed (rows are parameters), so that only the optional dQ reads the transpose of a dot's result.
     """
     EVEN_D: tl.constexpr = D == BLOCK_D
     tiles_f = tl.cdiv(F, BLOCK_F)
@@ -141,16 +149,28 @@ def backward_weights_kernel(
             if HAS_GATE:
                 p *= r[None, :]
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        if NEEDS_K or NEEDS_U:
+        if NEEDS_K or NEEDS_U or ADDS_Q or ADDS_GATE:
             da = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            if ADDS_GATE:
+                rows_dgate = token_offsets(t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
+                dr = tl.sum(da * silu * n, axis=0)
+                tl.atomic_add(dgate_ptr + rows_dgate + e * stride_dgatex, dr, mask=mask_t, sem="relaxed")
             if HAS_GATE:
                 da *= r[None, :]
+            if NEEDS_K or ADDS_Q:
+                dm = (da * n * (sigmoid + silu * (1.0 - sigmoid))).to(q.dtype)
+            if NEEDS_U or ADDS_Q:
+                dn = (da * silu).to(q.dtype)
             if NEEDS_K:
-                dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
-                dk = tl.dot(dm.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = tl.dot(dm, q, dk, input_precision=PRECISION)
             if NEEDS_U:
-                dn = da * silu
-                du = tl.dot(dn.to(q.dtype), q, du, input_precision=PRECISION)
+                du = tl.dot(dn, q, du, input_precision=PRECISION)
+            if ADDS_Q:
+                dq = tl.dot(tl.trans(dm), k, input_precision=PRECISION)
+                dq = tl.dot(tl.trans(dn), u, dq, input_precision=PRECISION)
+                rows_dq = token_offsets(t, L, stride_dqb, stride_dql, FLAT) + head * stride_dqh
+                dq_ptrs = dq_ptr + rows_dq[:, None] + offs_d[None, :] * stride_dqx
+                tl.atomic_add(dq_ptrs, dq, mask=mask_t[:, None] & mask_d[None, :], sem="relaxed")
 
     # The gradients are contiguous (H_kv, E, F, D).
     offs_dw = ((kv_head * E + e) * F + offs_f)[:, None] * D + offs_d[None, :]
@@ -175,7 +195,7 @@ def plan_backward_tokens(
     tile: Tile | None = None,
 ) -> Launch:
     """The launch that writes dq and dgate, of which one may be None."""
-    H, D = q.shape[-2:]
+    (H_kv, _, _, D), H = k.shape, q.shape[-2]
     tokens = Tokens.of(q, dout, gate, dq, dgate)
     q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
     if tile is None:
@@ -190,7 +210,7 @@ def plan_backward_tokens(
         **size_arguments(tokens, q, k, gate, tile),
         "NEEDS_Q": dq is not None, "NEEDS_GATE": dgate is not None,
     }  # fmt: skip
-    grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
+    grid = (token_tiles(tokens.T, H, H_kv, tile),)
     return Launch(backward_tokens_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
@@ -205,11 +225,13 @@ def plan_backward_weights(
     du: Tensor | None,
     dv: Tensor | None,
     tile: Tile | None = None,
+    added_dq: Tensor | None = None,
+    added_dgate: Tensor | None = None,
 ) -> Launch:
-    """The launch that writes dk, du and dv, each contiguous or None."""
+    """The launch that writes dk, du and dv, each contiguous or None; one-pass: and adds to float32 dq and dgate."""
     H_kv, E, F, D = k.shape
-    tokens = Tokens.of(q, dout, gate)
-    q_view, dout_view, gate_view = tokens.tensors
+    tokens = Tokens.of(q, dout, gate, added_dq, added_dgate)
+    q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
     if tile is None:
         tile = tile_for("backward_weights", q.device, q.dtype, D, tokens.T)
     arguments = {
@@ -218,8 +240,11 @@ def plan_backward_weights(
         **weight_arguments(k, u, v),
         **token_arguments("gate", gate_view),
         "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
+        **token_arguments("dq", dq_view),
+        **token_arguments("dgate", dgate_view),
         **size_arguments(tokens, q, k, gate, tile),
         "NEEDS_K": dk is not None, "NEEDS_U": du is not None, "NEEDS_V": dv is not None,
+        "ADDS_Q": dq_view is not None, "ADDS_GATE": dgate_view is not None,
     }  # fmt: skip
     grid = (H_kv * E * triton.cdiv(F, tile.block_f),)
     return Launch(backward_weights_kernel, grid, arguments, tile.num_warps, tile.num_stages)
@@ -235,8 +260,20 @@ def backward(
     )
     if q.numel() == 0:
         return dq, *(None if x is None else x.zero_() for x in (dk, du, dv)), dgate
-    if dq is not None or dgate is not None:
+    of_tokens = dq is not None or dgate is not None
+    of_weights = dk is not None or du is not None or dv is not None
+    if of_tokens and of_weights and (tile := one_pass_tile(q.device, q.dtype, q.shape[-1])):
+        added_dq, added_dgate = (
+            None if x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dq, dgate)
+        )
+        plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile, added_dq, added_dgate).run()
+        return _rounded(added_dq, dq), dk, du, dv, _rounded(added_dgate, dgate)
+    if of_tokens:
         plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate).run()
-    if dk is not None or du is not None or dv is not None:
+    if of_weights:
         plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv).run()
     return dq, dk, du, dv, dgate
+
+
+def _rounded(total: Tensor | None, result: Tensor | None) -> Tensor | None:
+    return None if total is None or result is None else result.copy_(total)

@@ -16,6 +16,14 @@ def token_offsets(offs_t, L, stride_b, stride_l, FLAT: tl.constexpr):
 
 
 @triton.jit
+def rows_of_group(rows, T, GROUP: tl.constexpr):
+    """Token and head within the group of each row: the heads of a group lie behind one another, as more tokens."""
+    if GROUP == 1:
+        return rows, 0
+    return rows % T, rows // T
+
+
+@triton.jit
 def load_tile(ptrs, mask_rows, mask_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr):
     """A (rows, BLOCK_D) tile with zeros outside the masks; no mask where the sizes need none."""
     if EVEN_ROWS and EVEN_D:

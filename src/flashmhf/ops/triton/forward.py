@@ -1,7 +1,8 @@
 """The forward kernel: one program owns BLOCK_T tokens of one head and walks over the E x F parameter rows.
 
 The output stays in registers; M = Q K^T and N = Q U^T live for one tile of BLOCK_F rows. Programs are numbered head by
-head, so that one head's K, U and V stay in the L2 cache while all tokens pass by.
+head, so that one head's K, U and V stay in the L2 cache while all tokens pass by. The heads that share parameters are,
+to a program, that many times as many tokens: what it loads serves them all.
 
 Few tokens make few programs, and reading the weights is then all the time. So the rows are split over programs, whose
 float32 partial sums a second kernel adds in fixed order.
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, rows_of_group, token_offsets
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, token_tiles, weight_arguments
 from flashmhf.ops.triton.tiles import Tile, programs_wanted, tile_for
 
 
@@ -23,24 +24,25 @@ def forward_kernel(
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
     out_ptr, stride_outs, stride_outb, stride_outl, stride_outh, stride_outx,
-    T, L, E, F, GROUP, tiles_per_split,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    T, L, E, F, tiles_per_split,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     EVEN_D: tl.constexpr = D == BLOCK_D
-    tiles_t = tl.cdiv(T, BLOCK_T)
-    head = (tl.program_id(0) // tiles_t).to(tl.int64)
-    offs_t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tiles_t = tl.cdiv(T * GROUP, BLOCK_T)
+    kv_head = (tl.program_id(0) // tiles_t).to(tl.int64)
+    rows = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t, offs_h = rows_of_group(rows, T, GROUP)
+    head = kv_head * GROUP + offs_h
     offs_f = tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_t = offs_t < T
+    mask_t = rows < T * GROUP
     mask_d = offs_d < D
 
     rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
     q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
     rows_gate = token_offsets(offs_t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
     offs_w = offs_f[:, None] * stride_wf + offs_d[None, :] * stride_wd
-    kv_head = (head // GROUP) * stride_wh
     out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
 
     tiles_f = tl.cdiv(F, BLOCK_F)
@@ -48,7 +50,7 @@ def forward_kernel(
     for tile in tl.range(first_tile, min(first_tile + tiles_per_split, E * tiles_f)):
         e = tile // tiles_f
         f = (tile % tiles_f) * BLOCK_F
-        first_row = kv_head + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
+        first_row = kv_head * stride_wh + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf
         mask_f = f + offs_f < F
         k = load_tile(k_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
         u = load_tile(u_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
@@ -97,7 +99,7 @@ def plan_forward(
 
     out has q's shape; with more than one split it is contiguous (splits, *q.shape) in float32 and gets partial sums.
     """
-    (_, E, F, D), H = k.shape, q.shape[-2]
+    (H_kv, E, F, D), H = k.shape, q.shape[-2]
     stride_split = 0
     if splits > 1:
         stride_split = out.stride(0)
@@ -105,7 +107,7 @@ def plan_forward(
     tokens = Tokens.of(q, gate, out)
     q_view, gate_view, out_view = tokens.tensors
     if tile is None:
-        tile = tile_for("forward", q.device, q.dtype, D, tokens.T)
+        tile = tile_for("forward", q.device, q.dtype, D, tokens.T * H // H_kv)
     arguments = {
         **token_arguments("q", q_view),
         **weight_arguments(k, u, v),
@@ -114,7 +116,7 @@ def plan_forward(
         **size_arguments(tokens, q, k, gate, tile),
         "tiles_per_split": triton.cdiv(E * triton.cdiv(F, tile.block_f), splits),
     }  # fmt: skip
-    grid = (triton.cdiv(tokens.T, tile.block_t) * H, splits)
+    grid = (token_tiles(tokens.T, H, H_kv, tile), splits)
     return Launch(forward_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
@@ -129,7 +131,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
+    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-1].numel() // k.shape[0])
     splits = splits_for(q, k, tile)
     if splits == 1:
         plan_forward(q, k, u, v, gate, out, tile).run()
@@ -142,8 +144,8 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
 
 def splits_for(q: Tensor, k: Tensor, tile: Tile) -> int:
     """Over how many programs the rows of one head and token tile are split; no split is left without rows."""
-    (_, E, F, _), H = k.shape, q.shape[-2]
+    (H_kv, E, F, _), H = k.shape, q.shape[-2]
     T = q.shape[:-2].numel()
     row_tiles = E * triton.cdiv(F, tile.block_f)
-    wanted = min(row_tiles, programs_wanted(q.device, T) // (triton.cdiv(T, tile.block_t) * H))
+    wanted = min(row_tiles, programs_wanted(q.device, T) // token_tiles(T, H, H_kv, tile))
     return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(wanted, 1)))

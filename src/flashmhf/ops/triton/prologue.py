@@ -21,6 +21,14 @@ WEIGHT_PROGRAMS = 512  # about: of the backward, all heads together
 
 
 @triton.jit
+def logits_of(q, w):
+    """Products exact in float32: matrix instructions where q and w are of one 16-bit dtype."""
+    if q.dtype == w.dtype:
+        return tl.dot(q, w, input_precision="ieee")
+    return tl.dot(q.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
 def gate_of(logits, mask_e, SOFTMAX: tl.constexpr, MIN_SUM: tl.constexpr):
     """Scores, and their sum, clamped: a share is their quotient."""
     if SOFTMAX:
@@ -68,7 +76,7 @@ def prologue_forward_kernel(
     if HAS_GATE:
         offs_w = (head * D + offs_d[:, None]) * E + offs_e[None, :]
         w = tl.load(gate_weight_ptr + offs_w, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
-        logits = tl.dot(q.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        logits = logits_of(q, w)
         scores, score_sum = gate_of(logits, mask_e, SOFTMAX, MIN_SUM)
         rows_gate = token_offsets(offs_t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
         tl.store(
@@ -98,7 +106,7 @@ def prologue_backward_kernel(
     offs_w = (head * D + offs_d[:, None]) * E + offs_e[None, :]
     mask_w = mask_d[:, None] & mask_e[None, :]
     if HAS_GATE:
-        w = tl.load(gate_weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+        w = tl.load(gate_weight_ptr + offs_w, mask=mask_w, other=0.0)
         dw = tl.zeros((BLOCK_D, BLOCK_E), tl.float32)
     if HAS_NORM:
         weight = tl.load(norm_weight_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -112,13 +120,14 @@ def prologue_backward_kernel(
         rows_dq = token_offsets(offs_t, L, stride_dqb, stride_dql, FLAT) + head * stride_dqh
         dq_ptrs = dq_ptr + rows_dq[:, None] + offs_d[None, :] * stride_dqx
         dx = load_tile(dq_ptrs, mask_t, mask_d, False, EVEN_D).to(tl.float32)
-        normed = q.to(tl.float32)
+        normed = q
         if HAS_NORM:
-            inverse_rms = tl.rsqrt(tl.sum(normed * normed, axis=1) / D + eps)
-            unit = normed * inverse_rms[:, None]
-            normed = (unit * weight[None, :]).to(q.dtype).to(tl.float32)
+            x = q.to(tl.float32)
+            inverse_rms = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+            unit = x * inverse_rms[:, None]
+            normed = (unit * weight[None, :]).to(q.dtype)
         if HAS_GATE:
-            logits = tl.dot(normed, w, input_precision="ieee")
+            logits = logits_of(normed, w)
             scores, score_sum = gate_of(logits, mask_e, SOFTMAX, MIN_SUM)
             share = scores / score_sum[:, None]
             rows_gate = token_offsets(offs_t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
@@ -135,7 +144,7 @@ def prologue_backward_kernel(
                 dlogits = (dshare - through_sum[:, None]) * share * (1.0 - scores)
             # Like the operator's own gradients, these meet the inputs' dtype in the matrix units.
             low = dlogits.to(q.dtype)
-            dw = tl.dot(tl.trans(normed.to(q.dtype)), low, dw, input_precision="ieee")
+            dw = tl.dot(tl.trans(normed), low, dw, input_precision="ieee")
             dx = tl.dot(low, tl.trans(w.to(q.dtype)), dx, input_precision="ieee")
         if HAS_NORM:
             dweight += tl.sum(dx * unit, axis=0)

@@ -5,12 +5,17 @@ registers, shared memory and matrix instructions into docs/kernels.md. Which row
 """
 
 import functools
+import logging
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import triton
 
-KERNELS = ("decode", "forward", "backward_tokens", "backward_weights")
+logger = logging.getLogger(__name__)
+
+KERNELS = ("decode", "forward", "backward_tokens", "backward_weights", "backward_one_pass")
 BLOCK_DS = (32, 64, 128, 256)
 FEW_TOKENS = 16  # up to here the forward kernel takes the row named `decode`
 SPLIT_TOKENS = 128  # up to here the forward splits the parameter rows over programs
@@ -102,12 +107,59 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
 }
 
 
+# Device class -> one tile for each of BLOCK_DS of the one-pass backward with 2-byte elements; None: all of them spill.
+ONE_PASS: dict[str, tuple[Tile | None, ...]] = {
+    "sm_80": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1), None),
+    "sm_86": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), None),
+    "sm_90a": (Tile(64, 64, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), None),
+    "sm_100": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), None),
+    "gfx942": (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), None),
+}
+# (device class, one of BLOCK_DS) where one pass measured faster than the two kernels. Nothing has been measured so far.
+ONE_PASS_FASTER: frozenset[tuple[str, int]] = frozenset()
+
+
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: int) -> Tile:
     """The tile of `kernel` ("forward", "backward_tokens" or "backward_weights") at head dim D and T tokens."""
     if kernel == "forward" and T <= FEW_TOKENS:
         kernel = "decode"
-    column = next(index for index, block_d in enumerate(BLOCK_DS) if block_d >= D)
-    return TABLE[device_class(device)][dtype.itemsize][kernel][column]
+    return TABLE[device_class(device)][dtype.itemsize][kernel][_column(D)]
+
+
+def _column(D: int) -> int:
+    return next(index for index, block_d in enumerate(BLOCK_DS) if block_d >= D)
+
+
+def one_pass_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | None:
+    """The tile of the one-pass backward, or None where the two kernels are to run."""
+    name, column = device_class(device), _column(D)
+    if dtype.itemsize != 2 or (name, BLOCK_DS[column]) not in ONE_PASS_FASTER:
+        return None
+    if torch.are_deterministic_algorithms_enabled() or miscompiles_transposed_results(name):
+        return None
+    return ONE_PASS[name][column]
+
+
+@functools.cache
+def miscompiles_transposed_results(name: str) -> bool:
+    """Whether this Triton may compile the one-pass form wrongly for a device class; says so once if it does.
+
+    It multiplies the transpose of another product's result (fla-org/flash-linear-attention issue 640, pull 983), which
+    no other kernel here does.
+    """
+    affected = name == "sm_90a" and (3, 4, 0) <= triton_version() < (3, 7, 1)
+    if affected:
+        logger.warning(
+            "Triton %s can miscompile the one-pass backward for Hopper: two kernels run in its place. Triton 3.7.1 or "
+            "later mends it.",
+            triton.__version__,
+        )
+    return affected
+
+
+def triton_version() -> tuple[int, ...]:
+    """Of the installed Triton, as numbers."""
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 
 
 def programs_wanted(device: torch.device, T: int) -> int:
@@ -117,9 +169,13 @@ def programs_wanted(device: torch.device, T: int) -> int:
 
 def table_rows(device: str, element_bytes: int) -> Iterator[tuple[str, int, Tile]]:
     """Every (kernel, head dim, tile) that ships for a device class."""
-    for kernel, tiles in TABLE[device][element_bytes].items():
+    kernels: dict[str, tuple[Tile | None, ...]] = {**TABLE[device][element_bytes]}
+    if element_bytes == 2:
+        kernels["backward_one_pass"] = ONE_PASS[device]
+    for kernel, tiles in kernels.items():
         for block_d, tile in zip(BLOCK_DS, tiles, strict=True):
-            yield kernel, block_d, tile
+            if tile is not None:
+                yield kernel, block_d, tile
 
 
 @functools.cache
