@@ -15,6 +15,7 @@ from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.triton.tiles import Tile, device_class, table_rows
 from gpu_bench import Bench, Case, name_of
+from gpu_compile import compile_ahead
 from gpu_kernels import check_kernel, checked, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -26,15 +27,11 @@ TOY_SIZES = ((20, 4, 2, 2, 40),)
 
 def correctness(bench: Bench) -> Iterator[Case]:
     """Every row of the tile table for this device: forward and all gradients under the error budget, NaN-poisoned."""
-    for dtype in DTYPES:
-        if bench.dry_run and dtype == torch.bfloat16:
-            continue  # Triton's interpreter multiplies bfloat16 wrongly
-        for kernel, block_d, tile in table_rows(device_class(bench.device), dtype.itemsize):
-            if bench.dry_run and block_d > 32:
-                continue
-            for D in (block_d, block_d * 3 // 4):  # and one that is no power of two
-                check = functools.partial(_check_row, bench, kernel, dtype, D, tile)
-                yield f"{kernel} {name_of(dtype)} D={D}", check
+    rows = list(_shipped(bench))
+    compile_once = functools.cache(functools.partial(_compile_all, bench, rows))
+    for kernel, dtype, D, tile in rows:
+        check = functools.partial(_check_row, bench, kernel, dtype, D, tile, compile_once)
+        yield f"{kernel} {name_of(dtype)} D={D}", check
     for backend in bench.backends:
         for dtype in DTYPES:
             for D in (48,) if bench.dry_run else (48, 64, 128, 256):
@@ -42,10 +39,35 @@ def correctness(bench: Bench) -> Iterator[Case]:
         yield f"beyond 32 bits {backend}", functools.partial(_beyond_32_bits, bench, backend)
 
 
-def _check_row(bench: Bench, kernel: str, dtype: torch.dtype, D: int, tile: Tile) -> list[Row]:
-    sizes = FEW_TOKENS_SIZES if kernel == "decode" else SIZES
+def _shipped(bench: Bench) -> Iterator[tuple[str, torch.dtype, int, Tile]]:
+    """Kernel, dtype, head dim and tile: each row at its own head dim, and at one that is no power of two."""
+    for dtype in DTYPES:
+        if bench.dry_run and dtype == torch.bfloat16:
+            continue  # Triton's interpreter multiplies bfloat16 wrongly
+        for kernel, block_d, tile in table_rows(device_class(bench.device), dtype.itemsize):
+            if not bench.dry_run or block_d == 32:
+                yield kernel, dtype, block_d, tile
+                yield kernel, dtype, block_d * 3 // 4, tile
+
+
+def _sizes(bench: Bench, kernel: str) -> tuple[tuple[int, int, int, int, int], ...]:
+    if bench.dry_run:
+        return TOY_SIZES
+    return FEW_TOKENS_SIZES if kernel == "decode" else SIZES
+
+
+def _compile_all(bench: Bench, rows: list[tuple[str, torch.dtype, int, Tile]]) -> None:
+    if not bench.dry_run:
+        cases = [(kernel, size, D, dtype, tile) for kernel, dtype, D, tile in rows for size in _sizes(bench, kernel)]
+        compile_ahead(device_class(bench.device), cases)  # what fails here fails again when it is launched
+
+
+def _check_row(
+    bench: Bench, kernel: str, dtype: torch.dtype, D: int, tile: Tile, compile_once: Callable[[], None]
+) -> list[Row]:
+    compile_once()
     rows = []
-    for size in TOY_SIZES if bench.dry_run else sizes:
+    for size in _sizes(bench, kernel):
         rows += check_kernel(kernel, bench.inputs(*size, D, dtype), tile)
     return rows
 

@@ -1,6 +1,7 @@
 """Every kernel by name, ready to run with a tile of one's choice, and what its results should be."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,70 +11,65 @@ from flashmhf.benchmarking import Row
 from flashmhf.ops import reference
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_combine, plan_forward, splits_for
+from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.tiles import Tile
 from gpu_bench import name_of
 
-Run = Callable[[], dict[str, Tensor]]  # launches, and returns the results by name
+
+@dataclass
+class Prepared:
+    """A kernel with its inputs, its tile and room for its results. A call launches it and returns the results."""
+
+    launches: list[Launch]
+    results: dict[str, Tensor]
+    sums: dict[str, Tensor] = field(default_factory=dict)  # float32; the kernel adds to them
+
+    def __call__(self) -> dict[str, Tensor]:
+        for total in self.sums.values():
+            total.zero_()
+        for launch in self.launches:
+            launch.run()
+        for name, total in self.sums.items():
+            self.results[name].copy_(total)
+        return self.results
 
 
-def _forward(inputs: list[Tensor], tile: Tile) -> Run:
+def _forward(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, _ = inputs
     out, splits = poisoned(q), splits_for(q, k, tile)
     if splits == 1:
-        launches = [plan_forward(q, k, u, v, gate, out, tile)]
-    else:
-        partial = poisoned(q.new_empty(splits, *q.shape, dtype=torch.float32))
-        launches = [plan_forward(q, k, u, v, gate, partial, tile, splits), plan_combine(partial, out)]
-
-    def run() -> dict[str, Tensor]:
-        for launch in launches:
-            launch.run()
-        return {"out": out}
-
-    return run
+        return Prepared([plan_forward(q, k, u, v, gate, out, tile)], {"out": out})
+    partial = poisoned(q.new_empty(splits, *q.shape, dtype=torch.float32))
+    launches = [plan_forward(q, k, u, v, gate, partial, tile, splits), plan_combine(partial, out)]
+    return Prepared(launches, {"out": out})
 
 
-def _backward_tokens(inputs: list[Tensor], tile: Tile) -> Run:
+def _backward_tokens(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
     launch = plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate, tile)
-
-    def run() -> dict[str, Tensor]:
-        launch.run()
-        return {"dq": dq, "dgate": dgate}
-
-    return run
+    return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
-def _backward_weights(inputs: list[Tensor], tile: Tile) -> Run:
+def _backward_weights(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dk, du, dv = (poisoned(weight) for weight in (k, u, v))
     launch = plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile)
-
-    def run() -> dict[str, Tensor]:
-        launch.run()
-        return {"dk": dk, "du": du, "dv": dv}
-
-    return run
+    return Prepared([launch], {"dk": dk, "du": du, "dv": dv})
 
 
-def _backward_one_pass(inputs: list[Tensor], tile: Tile) -> Run:
+def _backward_one_pass(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
-    dk, du, dv = (poisoned(weight) for weight in (k, u, v))
-    dq, dgate = (poisoned(x.float()) for x in (q, gate))
-    launch = plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile, dq, dgate)
-
-    def run() -> dict[str, Tensor]:
-        dq.zero_()
-        dgate.zero_()
-        launch.run()
-        return {"dq": dq.to(q.dtype), "dgate": dgate, "dk": dk, "du": du, "dv": dv}
-
-    return run
+    names = ("dq", "dgate", "dk", "du", "dv")
+    results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
+    dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
+    sums = {name: torch.empty_like(results[name], dtype=torch.float32) for name in ("dq", "dgate")}
+    launch = plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile, *sums.values())
+    return Prepared([launch], results, sums)
 
 
-# A kernel of the tile table -> a function of inputs (q, k, u, v, gate, dout) and tile.
-KERNELS: dict[str, Callable[[list[Tensor], Tile], Run]] = {
+# A kernel of the tile table -> what prepares it for inputs (q, k, u, v, gate, dout) and a tile.
+KERNELS: dict[str, Callable[[list[Tensor], Tile], Prepared]] = {
     "decode": _forward,
     "forward": _forward,
     "backward_tokens": _backward_tokens,

@@ -1,4 +1,4 @@
-"""What was measured so far: OUTPUT.json, .md and .png. A later run of the same code on the same machine completes it."""
+"""What was measured so far: OUTPUT.json, .md and .png. A later run of that code on that machine completes it."""
 
 import gc
 import json

@@ -12,26 +12,22 @@ import argparse
 import functools
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gpu_kernels
-from compile_kernels import SHARED_LIMITS, Compiled, compile_row
+from compile_kernels import GRID, SHARED_LIMITS, Compiled
 from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.layer import describe
 from flashmhf.benchmarking.measuring import copy_call, interleaved_median_ms
 from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, device_class, table_rows
 from gpu_bench import Bench, Case, OutOfTimeError, check_device, name_of
+from gpu_compile import compile_ahead
 from gpu_record import Record
 
-GRID = [
-    Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))
-]  # as compile_kernels.py --search
 TOY_GRID = [Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)]
 HIDDEN_SIZE, E, F = 1024, 7, 384  # the 370M model's
 TOKENS = {"decode": (1, 4, 16)}
@@ -82,7 +78,7 @@ def _fitting(bench: Bench, kernel: str, dtype: torch.dtype, D: int) -> list[Tile
     if bench.dry_run:
         return TOY_GRID
     target = device_class(bench.device)
-    results = list(_compilers().map(compile_row, [(target, kernel, D, dtype, tile) for tile in GRID]))
+    results = compile_ahead(target, [(kernel, _checked_sizes(bench, kernel), D, dtype, tile) for tile in GRID])
     compiled = [(tile, result) for tile, result in zip(GRID, results, strict=True) if isinstance(result, Compiled)]
     if not compiled:
         raise RuntimeError(f"no tile of the grid compiles; the first: {results[0]}")
@@ -90,22 +86,21 @@ def _fitting(bench: Bench, kernel: str, dtype: torch.dtype, D: int) -> list[Tile
     return [tile for tile, result in compiled if not result.spilled and result.shared_bytes <= limit]
 
 
-@functools.cache
-def _compilers() -> ProcessPoolExecutor:
-    """Compiling is most of the work. What these compile, the launcher finds in Triton's cache."""
-    return ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))  # a fork would share the GPU's context
-
-
 def _why_wrong(bench: Bench, kernel: str, dtype: torch.dtype, D: int, tile: Tile) -> str | None:
     """What a tile gets wrong, or cannot do, on fresh data."""
-    T = 16 if kernel == "decode" else 500
-    sizes = (20, 2, 2, 2, 32) if bench.dry_run else (T, 4, 4, 3, F)
     try:
-        rows = gpu_kernels.check_kernel(kernel, bench.inputs(*sizes, D, dtype), tile)
+        rows = gpu_kernels.check_kernel(kernel, bench.inputs(*_checked_sizes(bench, kernel), D, dtype), tile)
     except Exception as error:  # what the compiler let pass, the driver may refuse
         return describe(error)
     errors = [f"{row['result']} off by {row['error']:.2g}" for row in rows if not row["passed"]]
     return ", ".join(errors) or None
+
+
+def _checked_sizes(bench: Bench, kernel: str) -> tuple[int, int, int, int, int]:
+    """T, H, H_kv, E, F."""
+    if bench.dry_run:
+        return 20, 2, 2, 2, 32
+    return (16 if kernel == "decode" else 500), 4, 4, 3, F
 
 
 def _times(
