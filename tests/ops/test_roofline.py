@@ -38,9 +38,9 @@ def test_each_tensor_once():
 
 
 def test_what_programs_load():
-    # Two heads share each of K, U and V: 200 tokens are 7 tiles of 32; 3 row tiles of 16.
-    assert cache_read_bytes("forward", problem(), 32, 16) == Q + 3 * GATE + 7 * 3 * WEIGHT
-    assert cache_read_bytes("backward_tokens", problem(), 32, 16) == 2 * Q + 3 * GATE + 7 * 3 * WEIGHT
+    # 4 token tiles of 32; two heads share each of K, U and V; 3 row tiles of 16.
+    assert cache_read_bytes("forward", problem(), 32, 16) == Q + 3 * GATE + 4 * 2 * 3 * WEIGHT
+    assert cache_read_bytes("backward_tokens", problem(), 32, 16) == 2 * Q + 3 * GATE + 4 * 2 * 3 * WEIGHT
     # 3 sub-networks x 3 row tiles each read q and dout of all tokens.
     assert cache_read_bytes("backward_weights", problem(), 32, 16) == 9 * 2 * Q + 3 * GATE + 3 * WEIGHT
 

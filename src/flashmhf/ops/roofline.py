@@ -95,10 +95,10 @@ def cache_read_bytes(kernel: str, problem: Problem, block_t: int, block_f: int) 
     if kernel in ("backward_weights", "backward_one_pass"):
         programs = problem.E * _tiles(problem.F, block_f)  # each walks over all tokens of its heads
         return programs * 2 * tokens + _tiles(problem.F, block_f) * gate + 3 * weights
-    group = problem.H // problem.H_kv  # heads that share parameters are as many times as many tokens
+    group = problem.H // problem.H_kv  # each head of a group asks for the shared parameters, which the L2 cache answers
     streams = {"forward": 1, "backward_tokens": 2}[kernel]  # q, or q and dout
     tiles_f = _tiles(problem.F, block_f)  # the gate's column is loaded for each tile
-    return streams * tokens + tiles_f * gate + _tiles(problem.T * group, block_t) * 3 * weights
+    return streams * tokens + tiles_f * gate + _tiles(problem.T, block_t) * group * 3 * weights
 
 
 def _product_flops(problem: Problem) -> int:

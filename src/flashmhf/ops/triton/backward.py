@@ -4,8 +4,8 @@ With A = SiLU(M) * N and dA = dO V^T:  dR_e = rowsum(dA * A), dN = R dA SiLU(M),
 dQ = dM K + dN U, dK = dM^T Q, dU = dN^T Q, dV = (R A)^T dO. No atomics: the same inputs give the same bits.
 
 That is eleven products. In one pass the second kernel does all of it in eight: it adds its share of dQ and of the
-gate's gradient to float32 buffers, atomically, so that sums are rounded in another order each time. `tiles.one_pass_tile` says
-where that is worth it; `torch.use_deterministic_algorithms(True)` rules it out.
+gate's gradient to float32 buffers, atomically, so that sums are rounded in another order each time.
+`tiles.one_pass_tile` says where that is worth it; `torch.use_deterministic_algorithms(True)` rules it out.
 """
 
 import torch
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, rows_of_group, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, token_tiles, weight_arguments
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.tiles import Tile, one_pass_tile, tile_for
 
 
@@ -26,21 +26,20 @@ def backward_tokens_kernel(
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
     dq_ptr, stride_dqb, stride_dql, stride_dqh, stride_dqx,
     dgate_ptr, stride_dgateb, stride_dgatel, stride_dgateh, stride_dgatex,
-    T, L, E, F,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    T, L, E, F, GROUP,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_Q: tl.constexpr, NEEDS_GATE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_T tokens of one head and walks over the parameter rows, as the forward does."""
     EVEN_D: tl.constexpr = D == BLOCK_D
-    tiles_t = tl.cdiv(T * GROUP, BLOCK_T)
-    kv_head = (tl.program_id(0) // tiles_t).to(tl.int64)
-    rows = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_t, offs_h = rows_of_group(rows, T, GROUP)
-    head = kv_head * GROUP + offs_h
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    head = (tl.program_id(0) // tiles_t).to(tl.int64)
+    kv_head = head // GROUP
+    offs_t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_f = tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_t = rows < T * GROUP
+    mask_t = offs_t < T
     mask_d = offs_d < D
 
     rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
@@ -99,8 +98,8 @@ def backward_weights_kernel(
     dk_ptr, du_ptr, dv_ptr,
     dq_ptr, stride_dqb, stride_dql, stride_dqh, stride_dqx,
     dgate_ptr, stride_dgateb, stride_dgatel, stride_dgateh, stride_dgatex,
-    T, L, E, F,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    T, L, E, F, GROUP,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_K: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_V: tl.constexpr,
     ADDS_Q: tl.constexpr, ADDS_GATE: tl.constexpr,
@@ -195,7 +194,7 @@ def plan_backward_tokens(
     tile: Tile | None = None,
 ) -> Launch:
     """The launch that writes dq and dgate, of which one may be None."""
-    (H_kv, _, _, D), H = k.shape, q.shape[-2]
+    H, D = q.shape[-2:]
     tokens = Tokens.of(q, dout, gate, dq, dgate)
     q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
     if tile is None:
@@ -210,7 +209,7 @@ def plan_backward_tokens(
         **size_arguments(tokens, q, k, gate, tile),
         "NEEDS_Q": dq is not None, "NEEDS_GATE": dgate is not None,
     }  # fmt: skip
-    grid = (token_tiles(tokens.T, H, H_kv, tile),)
+    grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
     return Launch(backward_tokens_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 

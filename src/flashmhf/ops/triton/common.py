@@ -16,11 +16,13 @@ def token_offsets(offs_t, L, stride_b, stride_l, FLAT: tl.constexpr):
 
 
 @triton.jit
-def rows_of_group(rows, T, GROUP: tl.constexpr):
-    """Token and head within the group of each row: the heads of a group lie behind one another, as more tokens."""
-    if GROUP == 1:
-        return rows, 0
-    return rows % T, rows // T
+def stacked_rows(rows, T, STACK: tl.constexpr):
+    """Token, and head among STACK heads, of each row: the heads lie behind one another, as more tokens of one head."""
+    if STACK == 1:
+        token, head = rows, 0
+    else:
+        token, head = rows % T, rows // T
+    return token, head
 
 
 @triton.jit

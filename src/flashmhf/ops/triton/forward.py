@@ -1,11 +1,11 @@
 """The forward kernel: one program owns BLOCK_T tokens of one head and walks over the E x F parameter rows.
 
 The output stays in registers; M = Q K^T and N = Q U^T live for one tile of BLOCK_F rows. Programs are numbered head by
-head, so that one head's K, U and V stay in the L2 cache while all tokens pass by. The heads that share parameters are,
-to a program, that many times as many tokens: what it loads serves them all.
+head, so that one head's K, U and V stay in the L2 cache while all tokens pass by.
 
-Few tokens make few programs, and reading the weights is then all the time. So the rows are split over programs, whose
-float32 partial sums a second kernel adds in fixed order.
+Few tokens make few programs, and reading the weights is then all the time. So the heads that share parameters are
+stacked, as so many more tokens of one head, and the rows are split over programs, whose float32 partial sums a second
+kernel adds in fixed order.
 """
 
 import torch
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, rows_of_group, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, token_tiles, weight_arguments
-from flashmhf.ops.triton.tiles import Tile, programs_wanted, tile_for
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, stacked_rows, token_offsets
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
+from flashmhf.ops.triton.tiles import FEW_TOKENS, Tile, programs_wanted, tile_for
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -24,19 +24,20 @@ def forward_kernel(
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
     out_ptr, stride_outs, stride_outb, stride_outl, stride_outh, stride_outx,
-    T, L, E, F, tiles_per_split,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    T, L, E, F, GROUP, tiles_per_split,
+    STACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     EVEN_D: tl.constexpr = D == BLOCK_D
-    tiles_t = tl.cdiv(T * GROUP, BLOCK_T)
-    kv_head = (tl.program_id(0) // tiles_t).to(tl.int64)
+    tiles_t = tl.cdiv(T * STACK, BLOCK_T)
+    first_head = (tl.program_id(0) // tiles_t).to(tl.int64) * STACK
+    kv_head = first_head // GROUP
     rows = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_t, offs_h = rows_of_group(rows, T, GROUP)
-    head = kv_head * GROUP + offs_h
+    offs_t, offs_h = stacked_rows(rows, T, STACK)
+    head = first_head + offs_h
     offs_f = tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_t = rows < T * GROUP
+    mask_t = rows < T * STACK
     mask_d = offs_d < D
 
     rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
@@ -107,13 +108,14 @@ def plan_forward(
     tokens = Tokens.of(q, gate, out)
     q_view, gate_view, out_view = tokens.tensors
     if tile is None:
-        tile = tile_for("forward", q.device, q.dtype, D, tokens.T * H // H_kv)
+        tile = tile_for("forward", q.device, q.dtype, D, tokens.T)
     arguments = {
         **token_arguments("q", q_view),
         **weight_arguments(k, u, v),
         **token_arguments("gate", gate_view),
         **token_arguments("out", out_view), "stride_outs": stride_split,
         **size_arguments(tokens, q, k, gate, tile),
+        "STACK": stacked_heads(tokens.T, H, H_kv),
         "tiles_per_split": triton.cdiv(E * triton.cdiv(F, tile.block_f), splits),
     }  # fmt: skip
     grid = (token_tiles(tokens.T, H, H_kv, tile), splits)
@@ -131,7 +133,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-1].numel() // k.shape[0])
+    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
     splits = splits_for(q, k, tile)
     if splits == 1:
         plan_forward(q, k, u, v, gate, out, tile).run()
@@ -140,6 +142,17 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     plan_forward(q, k, u, v, gate, partial, tile, splits).run()
     plan_combine(partial, out).run()
     return out
+
+
+def stacked_heads(T: int, H: int, H_kv: int) -> int:
+    """How many heads one program takes as more tokens of one head: with few tokens all that share parameters."""
+    return H // H_kv if T <= FEW_TOKENS else 1
+
+
+def token_tiles(T: int, H: int, H_kv: int, tile: Tile) -> int:
+    """Tiles of the tokens of all heads."""
+    stack = stacked_heads(T, H, H_kv)
+    return H // stack * triton.cdiv(T * stack, tile.block_t)
 
 
 def splits_for(q: Tensor, k: Tensor, tile: Tile) -> int:

@@ -100,11 +100,6 @@ def size_arguments(tokens: Tokens, q: Tensor, k: Tensor, gate: Tensor | None, ti
     }  # fmt: skip
 
 
-def token_tiles(T: int, H: int, H_kv: int, tile: Tile) -> int:
-    """Tiles of all tokens; the heads that share parameters are that many times as many tokens of one head."""
-    return H_kv * triton.cdiv(T * (H // H_kv), tile.block_t)
-
-
 def block_d(D: int) -> int:
     """The head dim as the kernels see it: a power of two, and at least the 16 that a matrix instruction wants."""
     return max(16, triton.next_power_of_2(D))
