@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import gpu
 import gpu_record
 import tune
 from flashmhf.ops.triton.tiles import TABLE, Tile
@@ -107,12 +109,28 @@ def test_proposed_rows_can_be_pasted():
     assert tune.proposal([]) == "# the shipped rows are the best of the grid"
 
 
-@pytest.mark.parametrize("arguments", [["gpu.py", "--sections", "x"], ["tune.py", "--dims", "7"], ["gpu.py"]])
-def test_bad_usage_is_exit_code_2(arguments):
-    script, *rest = arguments
-    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *rest], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: " in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (gpu, ["--sections", "x"], "--sections: expected some of correctness, "),
+        (tune, ["--dims", "7"], "--dims: expected some of 32, 64, 128, 256, got '7'"),
+        (tune, ["--kernels", "sort"], "--kernels: expected some of decode, "),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(script, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", [gpu, tune])
+def test_without_a_gpu_the_scripts_say_so(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "expected a CUDA or ROCm GPU, found none" in capsys.readouterr().err
 
 
 LOOK_UP = """

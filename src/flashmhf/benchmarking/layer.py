@@ -78,7 +78,7 @@ def _measure(
             if reason := _failure(calls[name], tolerate):
                 failures[name] = reason
                 del calls[name]
-        medians = interleaved_median_ms(calls, dout.device, repeats)
+        medians = interleaved_median_ms(calls, dout.device, repeats, warm_up=False)
         reference = medians.get(next(iter(variants)))
         for name, variant in variants.items():
             row = {"variant": name, **common}

@@ -41,16 +41,19 @@ def interleaved_median_ms(
     device: torch.device,
     repeats: int,
     before_each: Callable[[], Any] | None = None,
+    warm_up: bool = True,
 ) -> dict[str, float]:
-    """Median milliseconds of each call, timed in turn after one warm-up.
+    """Median milliseconds of each call, timed in turn.
 
     Args:
+        warm_up: make each call once before; not needed where each has run already.
         before_each: runs before every timed call and is not timed. A large copy empties the caches and gives the host
             time to queue a short call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+    if warm_up:
+        for call in calls.values():
+            call()
     for _ in range(repeats):
         for name, call in calls.items():
             if before_each is not None:

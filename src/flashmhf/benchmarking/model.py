@@ -5,11 +5,10 @@ generate with parameters in that precision. Parameters, prompts and batches are 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from flashmhf.accounting import account
@@ -43,8 +42,7 @@ def bench_training(
     rows = []
     for name, step in steps.items():
         tokens = batch_size * context_length
-        flops = tokens * account(step.config, context_length)["training_flops_per_token"]
-        tflops = flops / times[name] / 1e9
+        tflops = tokens * account(step.config, context_length)["training_flops_per_token"] / times[name] / 1e9
         rows.append(
             {
                 **_common("training", name, batch_size, context_length, dtype),
@@ -78,25 +76,11 @@ def bench_generation(
         names: presets, JSON files or folders; the first is what ratios refer to.
         cache: transformers' `cache_implementation`; with "static" it compiles the model on a GPU.
     """
-    calls: dict[str, Callable[[], Any]] = {}
-    weights = {}
-    for name in names:
-        config = load_config(name)
-        _check_length(config, prompt_length + new_tokens)
-        model = _build(config, dtype, device).eval()
-        prompt = torch.randint(config.vocab_size, (batch_size, prompt_length), device=device)
-        weights[name] = sum(parameter.nbytes for parameter in model.parameters())
-        calls[name] = functools.partial(
-            model.generate,
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,  # never ends early
-            pad_token_id=0,
-            cache_implementation=cache,
-        )
-    times = interleaved_median_ms(calls, device, repeats)
+    runs = {
+        name: Generation(load_config(name), batch_size, prompt_length, new_tokens, dtype, device, cache)
+        for name in names
+    }
+    times = interleaved_median_ms({**runs}, device, repeats)
     return [
         {
             **_common(f"generation, {cache} cache", name, batch_size, prompt_length, dtype),
@@ -104,9 +88,9 @@ def bench_generation(
             "median_ms": times[name],
             "ratio": times[name] / times[names[0]],
             "tokens_per_s": 1e3 * batch_size * new_tokens / times[name],
-            "peak_mib": (weights[name] + peak_bytes(calls[name], device)) / 2**20,
+            "peak_mib": (run.weight_bytes() + peak_bytes(run, device)) / 2**20,
         }
-        for name in names
+        for name, run in runs.items()
     ]
 
 
@@ -134,6 +118,38 @@ class TrainingStep:
         """Of parameters and optimizer, which outlast a step."""
         moments = (x for state in self.optimizer.state.values() for x in state.values())
         return sum(x.nbytes for x in (*self.model.parameters(), *moments))
+
+
+class Generation:
+    """A model and prompts; a call is one generation of all new tokens."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        batch_size: int,
+        prompt_length: int,
+        new_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cache: str,
+    ) -> None:
+        _check_length(config, prompt_length + new_tokens)
+        self.model = _build(config, dtype, device).eval()
+        self.prompt = torch.randint(config.vocab_size, (batch_size, prompt_length), device=device)
+        self.options = {"max_new_tokens": new_tokens, "cache_implementation": cache}
+
+    def __call__(self) -> Tensor:
+        return self.model.generate(
+            self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
+            do_sample=False,
+            eos_token_id=None,  # never ends early
+            pad_token_id=0,
+            **self.options,
+        )
+
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
 
 def data_sheet(device: torch.device) -> Gpu | None:

@@ -89,11 +89,15 @@ def bench(
             sizes = {"shape": vars(shape)}
             rows = _measure(kind, _layer_runs(kind, shape, tokens, variants, names, common))
         result = {**provenance(), **sizes, "rows": rows}
-        if output is not None:
-            from flashmhf.training import write_json
-
-            write_json(Path(output), result)
+        _write(output, result)
     emit(result, table(rows), json)
+
+
+def _write(output: str | None, result: dict[str, Any]) -> None:
+    if output is not None:
+        from flashmhf.training import write_json
+
+        write_json(Path(output), result)
 
 
 def _measure(kind: str, runs: Runs) -> list[dict[str, Any]]:
