@@ -1,6 +1,7 @@
 """Sections `correctness` and `graphs`: is what the kernels compute right, on fresh random data, on this very GPU?"""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # T, H, H_kv, E, F. Few tokens split the rows over programs.
 SIZES = ((300, 4, 2, 3, 200), (1024, 2, 2, 2, 384))
 FEW_TOKENS_SIZES = ((3, 4, 2, 3, 200), (16, 2, 2, 2, 384))
+WIDE = (16, 16, 1, 64, 128)  # H, H_kv, E, F, D
 TOY_SIZES = ((20, 4, 2, 2, 40),)
 
 
@@ -32,10 +34,12 @@ def correctness(bench: Bench) -> Iterator[Case]:
     for kernel, dtype, D, tile in rows:
         check = functools.partial(_check_row, bench, kernel, dtype, D, tile, compile_once)
         yield f"{kernel} {name_of(dtype)} D={D}", check
-    for backend in bench.backends:
-        for dtype in DTYPES:
-            for D in (48,) if bench.dry_run else (48, 64, 128, 256):
-                yield f"gated {backend} {name_of(dtype)} D={D}", functools.partial(_gated, bench, backend, dtype, D)
+    T, H, E, F = (20, 2, 3, 40) if bench.dry_run else (1000, 4, 5, 200)
+    for dtype, D in itertools.product(DTYPES, (48,) if bench.dry_run else (48, 64, 128, 256)):
+        for backend in bench.backends(H, H, E, F, D, dtype):
+            check_gated = functools.partial(_gated, bench, backend, T, H, E, F, D, dtype)
+            yield f"gated {backend} {name_of(dtype)} D={D}", check_gated
+    for backend in bench.backends(*WIDE, bench.dtype):
         yield f"beyond 32 bits {backend}", functools.partial(_beyond_32_bits, bench, backend)
 
 
@@ -72,9 +76,8 @@ def _check_row(
     return rows
 
 
-def _gated(bench: Bench, backend: str, dtype: torch.dtype, D: int) -> list[Row]:
+def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, dtype: torch.dtype) -> list[Row]:
     """Norm and gate kernels and the operator, composed as the layer composes them."""
-    T, H, E, F = (20, 2, 3, 40) if bench.dry_run else (1000, 4, 5, 200)
     q, k, u, v, _, dout = bench.inputs(T, H, H, E, F, D, dtype)
     inputs = [q, k, u, v, bench.randn(H, D, E, dtype=dtype) / D**0.5, bench.randn(H, D, dtype=dtype)]
 
@@ -96,9 +99,9 @@ def _gated(bench: Bench, backend: str, dtype: torch.dtype, D: int) -> list[Row]:
 
 def _beyond_32_bits(bench: Bench, backend: str) -> list[Row]:
     """More elements of q than a 32-bit offset reaches: the last tokens must be those of a short call."""
-    D, H = 128, 16
+    H, *_, D = WIDE
     T = 64 if bench.dry_run else 2**31 // (H * D) + 1000
-    q, k, u, v, _, _ = bench.inputs(T, H, H, 1, 64, D, bench.dtype)
+    q, k, u, v, _, _ = bench.inputs(T, *WIDE, bench.dtype)
     tail = flash_mhf(q[-150:].clone(), k, u, v, backend=backend)
     error, budget = relative_error(flash_mhf(q, k, u, v, backend=backend)[-150:], tail), torch.finfo(q.dtype).eps
     case = {"kernel": f"forward, {backend}", "dtype": name_of(q.dtype), "D": D, "tile": "table"}

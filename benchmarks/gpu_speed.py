@@ -1,6 +1,7 @@
 """Sections `op`, `layer`, `decode` and `growth`: how fast, in how much memory, against what."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -19,12 +20,12 @@ GROWTH_SHAPE = "370m"
 
 def op(bench: Bench) -> Iterator[Case]:
     """TFLOP/s of the operator as a ratio to cuBLAS at 8192^3 in the same run; 3 products forward, 8 backward."""
-    for backend in bench.backends:
-        for dtype in (torch.bfloat16, torch.float16):
-            for name, shape in bench.shapes.items():
-                for T in (16, 48) if bench.dry_run else (1024, 4096, 16384, 65536):
-                    measure = functools.partial(_op, bench, backend, dtype, name, shape, T)
-                    yield f"{backend} {name_of(dtype)} {name} T={T}", measure
+    for dtype, (name, shape) in itertools.product((torch.bfloat16, torch.float16), bench.shapes.items()):
+        H, E, F = shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
+        for backend in bench.backends(H, H, E, F, shape.hidden_size // H, dtype):
+            for T in (16, 48) if bench.dry_run else (1024, 4096, 16384, 65536):
+                measure = functools.partial(_op, bench, backend, dtype, name, shape, T)
+                yield f"{backend} {name_of(dtype)} {name} T={T}", measure
 
 
 def _op(bench: Bench, backend: str, dtype: torch.dtype, name: str, shape: Shape, T: int) -> list[Row]:
