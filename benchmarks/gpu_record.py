@@ -1,6 +1,7 @@
 """What was measured so far: OUTPUT.json, .md and .png. A later run of that code on that machine completes it."""
 
 import gc
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -9,14 +10,22 @@ from typing import Any
 
 import torch
 
+import flashmhf
 from flashmhf.benchmarking import Row, provenance, table
 from flashmhf.benchmarking.layer import describe
 from gpu_bench import Bench, Case, OutOfTimeError
 from gpu_plots import plot
 
-SAME = ("machine", "torch", "triton", "commit")  # what a later run must share with the earlier one
+SAME = ("machine", "torch", "triton", "code")  # what a later run must share with the earlier one
 
 CHECKS = ("correctness", "graphs")  # too many rows to show those that passed
+
+
+def code_hash() -> str:
+    """Of the package and the benchmarks: a commit has no name for a changed tree, and a copy of one has no commit."""
+    files = [*Path(flashmhf.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    contents = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256("".join(contents).encode()).hexdigest()[:12]
 
 
 class Record:
@@ -30,16 +39,12 @@ class Record:
         self.output = output
         self.bench = bench
         self.device_broken = False
-        self.result: dict[str, Any] = {**provenance(), "sections": {}}
+        self.result: dict[str, Any] = {**provenance(), "code": code_hash(), "sections": {}}
         file = output.with_suffix(".json")
         if file.exists():
             earlier = json.loads(file.read_text())
-            if self._is_same_code() and all(earlier.get(key) == self.result[key] for key in SAME):
+            if all(earlier.get(key) == self.result[key] for key in SAME):
                 self.result["sections"] = earlier["sections"]
-
-    def _is_same_code(self) -> bool:
-        commit = self.result["commit"]  # a changed tree has no name by which to know it again
-        return commit is not None and not commit.endswith("-dirty")
 
     @property
     def sections(self) -> dict[str, Any]:

@@ -23,10 +23,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     """Opens the record of a run, as a new process would."""
-    code = {"machine": "toy", "torch": "2", "triton": "3", "commit": "abc"}
+    same = {"machine": "toy", "torch": "2", "triton": "3"}
 
-    def open_record(time_limit_s: float = 60, **changes: str) -> Record:
-        monkeypatch.setattr(gpu_record, "provenance", lambda: code | changes)
+    def open_record(time_limit_s: float = 60, code: str = "abc", **changes: str) -> Record:
+        monkeypatch.setattr(gpu_record, "provenance", lambda: same | changes)
+        monkeypatch.setattr(gpu_record, "code_hash", lambda: code)
         return Record(tmp_path / "out", Bench(True, time_limit_s))
 
     return open_record
@@ -47,7 +48,7 @@ def test_what_ran_is_not_run_again(record, tmp_path):
     assert [row["value"] for row in section["rows"]] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("changes", [{"commit": "def"}, {"machine": "other"}, {"torch": "3"}])
+@pytest.mark.parametrize("changes", [{"code": "def"}, {"machine": "other"}, {"torch": "3"}])
 def test_another_code_or_machine_starts_anew(record, changes):
     calls: list[str] = []
     record().run("s", cases_of(calls))
@@ -55,11 +56,13 @@ def test_another_code_or_machine_starts_anew(record, changes):
     assert calls == ["a", "b", "c"] * 2
 
 
-def test_a_changed_tree_is_not_the_same_code(record):
-    calls: list[str] = []
-    for _ in range(2):
-        record(commit="abc-dirty").run("s", cases_of(calls, "a"))
-    assert calls == ["a", "a"]
+def test_a_changed_file_is_another_code(tmp_path, monkeypatch):
+    before = gpu_record.code_hash()
+    assert gpu_record.code_hash() == before
+    monkeypatch.setattr(gpu_record, "__file__", str(tmp_path / "gpu_record.py"))
+    hashes = {before, gpu_record.code_hash()}
+    (tmp_path / "gpu.py").write_text("pass")
+    assert len(hashes | {gpu_record.code_hash()}) == 3
 
 
 def test_the_time_limit_leaves_cases_for_the_next_run(record, tmp_path):
