@@ -19,8 +19,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from flashmhf.ops.hopper import backward as hopper_backward
+from flashmhf.ops.hopper import forward as hopper_forward
+from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.prologue import Prologue
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
@@ -52,6 +56,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))]
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
+HOPPER_KERNELS = ("hopper_forward", "hopper_backward")
+HOPPER_WARPS = 8  # consumers; the producer is one more
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
 
@@ -65,7 +71,7 @@ class Compiled:
     matrix_instructions: int
 
 
-def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Tile) -> Launch:
+def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Tile) -> Any:
     """The launch of one kernel on tensors without data."""
     q, out = (torch.empty(T, H, D, dtype=dtype, device="meta") for _ in range(2))
     k, u, v = (torch.empty(H_kv, E, F, D, dtype=dtype, device="meta") for _ in range(3))
@@ -81,10 +87,20 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
             return plan_prologue_forward(q, gate_weight, norm_weight, options, out, gate)
         sums = (torch.empty(64, *weight.shape, device="meta") for weight in (gate_weight, norm_weight))
         return plan_prologue_backward(q, gate_weight, norm_weight, options, out, dgate, *sums)
+    if kernel == "hopper_forward":
+        return hopper_forward.plan_forward(q, k, u, v, gate, out, hopper_tile(tile))
+    if kernel == "hopper_backward":
+        added_dq = hopper_backward.dq_buffer(q, hopper_tile(tile))
+        return hopper_backward.plan_backward(out, q, k, u, v, gate, k, u, v, added_dq, dgate, hopper_tile(tile))
     if kernel == "backward_one_pass":
         added_dq, added_dgate = torch.empty(T, H, D, device="meta"), torch.empty(T, H, E, device="meta")
         return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile, added_dq, added_dgate)
     return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
+
+
+def hopper_tile(tile: Tile) -> hopper_tiles.Tile:
+    """As the Hopper kernels take it: their warps are given."""
+    return hopper_tiles.Tile(tile.block_t, tile.block_f, tile.num_stages)
 
 
 def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, Any]]:
@@ -99,7 +115,13 @@ def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, An
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
-    """Compiles as the launcher would."""
+    """What the compiler makes of a launch."""
+    compiled = compiled_kernel(launch, target)
+    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
+
+
+def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
+    """Triton's compiled kernel, with its assembly in `asm`, compiled as the launcher would."""
     signature, constants, attributes = {}, {}, {}
     for index, (name, (kind, value)) in enumerate(specialization(launch, target).items()):
         signature[name] = kind
@@ -107,12 +129,10 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
             constants[name], value = launch.arguments[name], ""  # as the launcher has it, which then finds the result
         if value is not None:
             attributes[(index,)] = make_backend(target).parse_attr(value)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kind_of_source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind_of_source(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
-    if target.backend == "hip":
-        return _read_amd(compiled)
-    return _read_nvidia(compiled)
+    return triton.compile(source, target=target, options=options)
 
 
 def _read_nvidia(compiled) -> Compiled:
@@ -161,7 +181,7 @@ def search(target: str, kernels: list[str], dims: list[int], dtypes: list[torch.
 
 
 def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Tile]]:
-    """Every row of the tile table for a target, and the prologue's kernels, whose tile is the number of tokens alone.
+    """Every row of the tile tables for a target, and the prologue's kernels, whose tile is the number of tokens alone.
 
     float16 compiles to the code of bfloat16 with other instructions.
     """
@@ -176,6 +196,15 @@ def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Tile]]:
         for kernel in PROLOGUE_KERNELS
         for block_d in BLOCK_DS
     ]
+    if target == "sm_90a":
+        rows += [
+            (target, kernel, block_d, torch.bfloat16, Tile(tile.block_t, tile.block_f, HOPPER_WARPS, tile.stages))
+            for kernel in HOPPER_KERNELS
+            for block_d, tile in zip(
+                hopper_tiles.BLOCK_DS, hopper_tiles.TABLE[kernel.removeprefix("hopper_")], strict=True
+            )
+            if tile is not None
+        ]
     return rows
 
 

@@ -122,7 +122,7 @@ LANGUAGE = {
     "reshape": lambda x, shape: x.reshape(*shape),
     "rsqrt": elementwise(torch.rsqrt),
     "set_auto_layout": lambda x, layout: Value(x.data, layout),
-    "split": lambda x: tuple(map(Value, x.data.unbind(-1))),
+    "split": lambda x: x.split(),
     "sqrt": elementwise(torch.sqrt),
     "static_assert": assertion,
     "static_print": lambda *_, **__: None,

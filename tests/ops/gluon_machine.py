@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 OWN_FILES = {
     str(Path(__file__).with_name(f"gluon_{name}.py"))
     for name in ("machine", "memory", "values", "language", "hopper", "emulator")
@@ -189,6 +191,7 @@ class Machine:
             join(me.clock, partition.clock)
         return result
 
+    @torch.no_grad()  # which is a thread's own
     def _run(self, me: Partition, body: Callable[[], object]) -> None:
         try:
             me.baton.acquire()

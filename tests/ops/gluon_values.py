@@ -70,6 +70,10 @@ class Value:
     def permute(self, *order) -> "Value":
         return Value(self.data.permute(*order))
 
+    def split(self) -> tuple["Value", "Value"]:
+        left, right = self.data.unbind(-1)
+        return Value(left), Value(right)
+
     def __getitem__(self, index) -> "Value":
         layout = getattr(self.layout, "parent", None)
         return Value(self.data[index], layout)

@@ -13,7 +13,7 @@ PROBLEM = Problem.of(torch.randn(3, 2, 8), *(torch.randn(2, 1, 4, 8) for _ in ra
 
 
 def test_names_and_reasons():
-    assert list(flashmhf.backends()) == ["triton", "blockwise", "reference"]
+    assert list(flashmhf.backends()) == ["hopper", "triton", "blockwise", "reference"]
     on_cpu = flashmhf.backends(PROBLEM)
     assert on_cpu["blockwise"] is None
     assert on_cpu["reference"] is None
@@ -36,7 +36,9 @@ def test_a_named_backend_never_falls_back():
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton, blockwise, reference, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, hopper, triton, blockwise, reference, got 'cuda'"
+    ):
         backends.select(PROBLEM, "cuda")
 
 

@@ -49,10 +49,9 @@ for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
 """
 KERNELS = {"decode", "forward", "backward_tokens", "backward_weights"}
 ONE_PASS = {"backward_one_pass"}  # 16-bit only, where a tile fits
+HOPPER = {"hopper_forward", "hopper_backward"}
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
-KNOWN_TO_SPILL = {
-    ("prologue_backward", 4, 256)
-}  # exact products of that depth want more registers
+KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of that depth want more registers
 
 
 def run(script: str, *arguments: object) -> list:
@@ -66,13 +65,15 @@ def run(script: str, *arguments: object) -> list:
 
 def check(target: str, element_bytes: int, block_d: int) -> None:
     rows = dict(run(COMPILE, target, element_bytes, block_d))
-    assert set(rows) - ONE_PASS == KERNELS | PROLOGUE_KERNELS
+    assert set(rows) - ONE_PASS - HOPPER == KERNELS | PROLOGUE_KERNELS
+    assert ("hopper_forward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d > 32)
+    assert ("hopper_backward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d in (64, 128))
     assert "backward_one_pass" in rows or element_bytes == 4 or block_d == 256
     for kernel, compiled in rows.items():
         assert isinstance(compiled, dict), (kernel, compiled)
         assert compiled["spilled"] == 0 or (kernel, element_bytes, block_d) in KNOWN_TO_SPILL, (kernel, compiled)
         assert compiled["shared_bytes"] <= compiled["shared_limit"], (kernel, compiled)
-        if element_bytes == 2 and kernel in KERNELS | ONE_PASS:
+        if element_bytes == 2 and kernel in KERNELS | ONE_PASS | HOPPER:
             assert compiled["matrix_instructions"] > 0, (kernel, compiled)
 
 

@@ -10,12 +10,14 @@ from types import ModuleType
 
 import torch
 
+from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.problem import Problem
 
 logger = logging.getLogger(__name__)
 
 TRITON_MIN_CAPABILITY = (8, 0)
 TRITON_MAX_HEAD_DIM = 256
+HOPPER_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class Backend:
     """One implementation: a module with `forward` and `backward`, and the reason why it cannot run, if there is one.
 
     `why_not(problem)` answers from torch and find_spec alone, without importing the module; without a problem it speaks
-    of this machine in general.
+    of this machine in general. `why_not_auto(problem)` is why `auto` leaves a problem to another backend although this
+    one can run it; `unproven(problem)` is what a user should know who names it.
     """
 
     name: str
     module: str
     why_not: Callable[[Problem | None], str | None]
+    why_not_auto: Callable[[Problem], str | None] = lambda problem: None
+    unproven: Callable[[Problem], str | None] = lambda problem: None
 
 
 def _triton_why_not(problem: Problem | None) -> str | None:
@@ -47,11 +52,42 @@ def _triton_why_not(problem: Problem | None) -> str | None:
     return None
 
 
+def _hopper_why_not(problem: Problem | None) -> str | None:
+    if reason := _triton_why_not(problem):
+        return reason
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU of compute capability 9.0"
+    device = None if problem is None else problem.device
+    if (capability := torch.cuda.get_device_capability(device)) != HOPPER_CAPABILITY:
+        return f"needs compute capability 9.0, got {capability}"
+    if problem is None:
+        return None
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"runs bfloat16 and float16, got {problem.dtype}"
+    if problem.D % hopper_tiles.HEAD_DIM_MULTIPLE != 0:
+        return f"runs head dims that are multiples of {hopper_tiles.HEAD_DIM_MULTIPLE}, got {problem.D}"
+    return None
+
+
+def _hopper_why_not_auto(problem: Problem) -> str | None:
+    tokens = hopper_tiles.FASTER_FROM.get(hopper_tiles.configuration(problem.D, problem.dtype))
+    if tokens is None:
+        return "has not been measured on a GPU to be right and faster for this head dim and dtype"
+    return None if tokens <= problem.T else f"is faster from {tokens} tokens on"
+
+
+def _hopper_unproven(problem: Problem) -> str | None:
+    if hopper_tiles.configuration(problem.D, problem.dtype) in hopper_tiles.VERIFIED:
+        return None
+    return "no GPU has verified its kernels for this head dim and dtype: compare its results with another backend's"
+
+
 def _runs_everywhere(problem: Problem | None) -> None:
     return None
 
 
 BACKENDS = (
+    Backend("hopper", "flashmhf.ops.hopper.backend", _hopper_why_not, _hopper_why_not_auto, _hopper_unproven),
     Backend("triton", "flashmhf.ops.triton.backend", _triton_why_not),
     Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
     Backend("reference", "flashmhf.ops.reference", _runs_everywhere),
@@ -86,10 +122,12 @@ def select(problem: Problem, name: str) -> ModuleType:
         (backend,) = (backend for backend in BACKENDS if backend.name == name)
         if reason := backend.why_not(problem):
             raise ValueError(f"backend: {name!r} cannot run here: {reason}")
+        if warning := backend.unproven(problem):
+            _warn_once(name, warning)
         return _load(backend.module)
     passed_over: list[str] = []
     for backend in BACKENDS:
-        reason = backend.why_not(problem)
+        reason = backend.why_not(problem) or backend.why_not_auto(problem)
         if reason is None:
             _log_choice(backend.name, problem.device.type, tuple(passed_over))
             return _load(backend.module)
@@ -100,6 +138,11 @@ def select(problem: Problem, name: str) -> ModuleType:
 @functools.cache
 def _load(module: str) -> ModuleType:
     return importlib.import_module(module)
+
+
+@functools.cache
+def _warn_once(name: str, warning: str) -> None:
+    logger.warning("FlashMHF's backend %r: %s", name, warning)
 
 
 @functools.cache

@@ -1,0 +1,43 @@
+"""Tile sizes of the Hopper kernels, and which of them a GPU has verified. Imports torch alone: backends.py asks it."""
+
+from typing import NamedTuple
+
+import torch
+
+BLOCK_DS = (64, 128, 256)
+MAX_HEAD_DIM = BLOCK_DS[-1]
+HEAD_DIM_MULTIPLE = 8  # TMA wants strides of 16 bytes
+
+
+class Tile(NamedTuple):
+    """Tokens and parameter rows of one tile, and stages of the ring."""
+
+    block_t: int
+    block_f: int
+    stages: int
+
+
+# Kernel -> one configuration for each of BLOCK_DS, or None where the accumulators do not fit the registers.
+TABLE: dict[str, tuple[Tile | None, ...]] = {
+    "forward": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 3)),
+    "backward": (Tile(128, 64, 2), Tile(128, 64, 2), None),
+}
+# (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget. None so far.
+VERIFIED: frozenset[tuple[int, str]] = frozenset()
+# Of those: the number of tokens from which they measured faster than the backend `triton`; `auto` takes them there.
+FASTER_FROM: dict[tuple[int, str], int] = {}
+
+
+def configuration(D: int, dtype: torch.dtype) -> tuple[int, str]:
+    """The key of VERIFIED and FASTER_FROM."""
+    return block_d(D), str(dtype).removeprefix("torch.")
+
+
+def block_d(D: int) -> int:
+    """The head dim as the kernels see it: TMA fills what lies beyond D with zeros."""
+    return next(size for size in BLOCK_DS if size >= D)
+
+
+def tile_for(kernel: str, D: int) -> Tile | None:
+    """The configuration of a kernel at head dim D."""
+    return TABLE[kernel][BLOCK_DS.index(block_d(D))]
