@@ -93,3 +93,49 @@ def test_every_row(target, element_bytes, block_d):
 def test_fifty_lengths_share_one_compiled_kernel():
     for counts in run(COUNT):
         assert counts == {"forward": 1, "backward_tokens": 1, "backward_weights": 1}
+
+
+HOPPER_CODE = """
+import json, re, sys, torch
+from compile_kernels import HOPPER_KERNELS, HOPPER_WARPS, TARGETS, Tile, compiled_kernel, plan
+from flashmhf.ops.hopper import tiles
+import os, triton
+import subprocess, tempfile
+
+dtype = getattr(torch, sys.argv[1])
+for kernel, (D, row) in ((k, x) for k in HOPPER_KERNELS for x in zip(tiles.BLOCK_DS, tiles.TABLE[k[7:]])):
+    for H_kv, F, E in ((8, 384, 7), (2, 100, 1)):
+        if row is None:
+            continue
+        tile = Tile(row.block_t, row.block_f, HOPPER_WARPS, row.stages)
+        asm = compiled_kernel(plan(kernel, 1000, 8, H_kv, E, F, D, dtype, tile), TARGETS["sm_90a"]).asm
+        with tempfile.TemporaryDirectory() as folder:
+            open(folder + "/x.ptx", "w").write(asm["ptx"])
+            command = [os.path.dirname(triton.__file__) + "/backends/nvidia/bin/ptxas", "-v", "--gpu-name=sm_90a", folder + "/x.ptx", "-o", folder + "/x.cubin"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        count = lambda pattern: len(re.findall(pattern, asm["ptx"]))
+        print(json.dumps([kernel, D, {
+            "wgmma": count(r"wgmma\\.mma_async"), "loads": count(r"cp\\.async\\.bulk\\.tensor\\.3d\\.shared"),
+            "stores": count(r"cp\\.async\\.bulk\\.tensor\\.3d\\.global"), "reductions": count(r"red\\.relaxed\\.gpu"),
+            "registers": sorted(set(map(int, re.findall(r"setmaxnreg\\S+\\s+(\\d+);", asm["ptx"])))),
+            "waits": sorted(set(map(int, re.findall(r"wgmma\\.wait_group\\.sync\\.aligned\\s+(\\d+)", asm["ptx"])))),
+            "serialised": "serializ" in said, "spilled": re.findall(r"(\\d+) bytes spill", said),
+        }]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_the_hopper_kernels_are_what_they_say(dtype):
+    """TMA, wgmma, registers by role, reductions of two; products that stay asynchronous, and no spill."""
+    for kernel, D, found in run(HOPPER_CODE, dtype):
+        assert found["wgmma"] > 0, kernel
+        assert found["loads"] >= 4, kernel
+        assert {24, 240} <= set(found["registers"]), (kernel, D)
+        assert not found["serialised"], (kernel, D)
+        assert set(found["spilled"]) == {"0"}, (kernel, D)
+        if kernel == "hopper_forward":
+            assert found["stores"] > 0
+            assert {0, 1} <= set(found["waits"])
+        else:
+            assert found["reductions"] == D // 8 * 2  # two rows a thread, two neighbours each
+            assert {0, 2} <= set(found["waits"])
