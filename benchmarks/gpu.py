@@ -19,6 +19,7 @@ import torch
 from flashmhf.benchmarking import Row
 from gpu_bench import Bench, Case, check_device
 from gpu_correctness import correctness, graphs
+from gpu_hopper import hopper
 from gpu_model import model
 from gpu_record import Record
 from gpu_sanitizer import sanitizer
@@ -28,6 +29,7 @@ from tune import proposal, tune
 SUMMARIES: dict[str, Callable[[list[Row]], Any]] = {"growth": growth_fit, "tune": proposal}
 SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "correctness": correctness,
+    "hopper": hopper,
     "graphs": graphs,
     "op": op,
     "layer": layer,

@@ -18,7 +18,7 @@ from gpu_plots import plot
 
 SAME = ("machine", "torch", "triton", "code")  # what a later run must share with the earlier one
 
-CHECKS = ("correctness", "graphs")  # too many rows to show those that passed
+CHECKS = ("correctness", "hopper", "graphs")  # too many rows to show those that passed
 
 
 def code_hash() -> str:

@@ -62,10 +62,14 @@ def _layer(bench: Bench, name: str, T: int) -> list[Row]:
     left_out = {"naive"} if T > NAIVE_MOST_TOKENS else set()
     if find_spec("liger_kernel") is None:
         left_out.add("swiglu-liger")
+    shape = bench.shapes[name]
+    H, E, F = shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
+    if "hopper" not in bench.backends(H, H, E, F, shape.hidden_size // H, bench.dtype):
+        left_out.add("flashmhf-hopper")
     if bench.dry_run:
         left_out |= {"swiglu-compiled", "flashmhf-compiled"}
     variants = tuple(variant for variant in LAYERS if variant not in left_out)
-    rows = bench_layer(bench.shapes[name], T, bench.dtype, bench.device, bench.repeats, variants, tolerate=(Exception,))
+    rows = bench_layer(shape, T, bench.dtype, bench.device, bench.repeats, variants, tolerate=(Exception,))
     return [{"shape": name, **row} for row in rows]
 
 

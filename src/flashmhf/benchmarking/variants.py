@@ -83,10 +83,9 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
-def _flash(shape: Shape, options: dict[str, Any]) -> FlashMHF:
-    return FlashMHF(
-        shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, init="scaled", **options
-    )
+def _flash(shape: Shape, options: dict[str, Any], backend: str = "auto") -> FlashMHF:
+    sizes = (shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size)
+    return FlashMHF(*sizes, init="scaled", backend=backend, **options)
 
 
 def _swiglu(shape: Shape, options: dict[str, Any]) -> SwiGLU:
@@ -114,6 +113,7 @@ LAYERS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
     "chunked": lambda *arguments: Chunked(_flash(*arguments), mib=8),
     "chunked-large": lambda *arguments: Chunked(_flash(*arguments), mib=128),
     "flashmhf": _flash,
+    "flashmhf-hopper": lambda shape, options: _flash(shape, options, "hopper"),
     "flashmhf-compiled": lambda *arguments: _compiled(_flash(*arguments)),
 }
 

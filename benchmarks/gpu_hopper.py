@@ -1,0 +1,64 @@
+"""Section `hopper`: every configuration of the Hopper kernels, twenty times over: races are rare."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flashmhf.benchmarking import Row
+from flashmhf.ops.flash_mhf import flash_mhf
+from gpu_bench import Bench, Case, name_of
+from gpu_kernels import checked, expected
+
+NAMES = ("out", "dq", "dk", "du", "dv", "dgate")
+ANY_ORDER = ("dq", "dgate")  # sums of atomic additions
+HEAD_DIMS = (64, 96, 128, 256)
+# T, H, H_kv, E, F: tails everywhere and grouped heads; whole tiles; one token; many tiles of many heads.
+SIZES = ((1000, 4, 2, 3, 200), (1024, 2, 2, 2, 384), (1, 2, 1, 1, 1), (8192, 8, 8, 7, 384))
+ROUNDS = 20
+
+
+def hopper(bench: Bench) -> Iterator[Case]:
+    """Errors against float64 on fresh data, and whether a result changes when the same call is repeated."""
+    sizes = ((20, 4, 2, 2, 40),) if bench.dry_run else SIZES
+    head_dims = (64,) if bench.dry_run else HEAD_DIMS
+    for dtype, D, size in itertools.product((torch.bfloat16, torch.float16), head_dims, sizes):
+        for backend in bench.backends(*size[1:], D, dtype):
+            if backend == "hopper" or bench.dry_run:
+                check = functools.partial(_check, bench, backend, size, D, dtype)
+                yield f"{backend} {name_of(dtype)} D={D} {size}", check
+
+
+def _check(bench: Bench, backend: str, size: tuple[int, int, int, int, int], D: int, dtype: torch.dtype) -> list[Row]:
+    """The worst of every result over rounds of fresh data, the last of which is repeated."""
+    T, H, H_kv, E, F = size
+    sizes = f"T {T}, H {H} / {H_kv}, E {E}, F {F}"
+    case = {"kernel": f"flash_mhf, {backend}", "dtype": name_of(dtype), "D": D, "sizes": sizes}
+    rounds = 1 if bench.dry_run else max(2, ROUNDS * 1000 // max(T, 1000))
+    worst: dict[str, Row] = {}
+    for _ in range(rounds):
+        inputs = bench.inputs(*size, D, dtype)
+        first = _run(backend, inputs)
+        exact, eager = expected([x.double() for x in inputs]), expected(inputs)
+        for name in NAMES:
+            row = checked(case, name, first[name], eager[name], exact[name])
+            if name not in worst or row["error"] / row["budget"] > worst[name]["error"] / worst[name]["budget"]:
+                worst[name] = row
+    changed = dict.fromkeys(NAMES, 0)
+    for _ in range(1 if bench.dry_run else ROUNDS):
+        again = _run(backend, inputs)
+        for name in NAMES:
+            changed[name] += not torch.equal(again[name], first[name])
+    return [
+        {**row, "changed": changed[name], "passed": row["passed"] and (name in ANY_ORDER or changed[name] == 0)}
+        for name, row in worst.items()
+    ]
+
+
+def _run(backend: str, inputs: list[Tensor]) -> dict[str, Tensor]:
+    *arguments, dout = inputs
+    leaves = [x.detach().requires_grad_() for x in arguments]
+    out = flash_mhf(*leaves, backend=backend)
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
