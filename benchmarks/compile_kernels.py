@@ -71,8 +71,8 @@ class Compiled:
     matrix_instructions: int
 
 
-def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Tile) -> Any:
-    """The launch of one kernel on tensors without data."""
+def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Any) -> Any:
+    """The launch of one kernel, with a tile as its backend has it, on tensors without data."""
     q, out = (torch.empty(T, H, D, dtype=dtype, device="meta") for _ in range(2))
     k, u, v = (torch.empty(H_kv, E, F, D, dtype=dtype, device="meta") for _ in range(3))
     gate, dgate = (torch.empty(T, H, E, dtype=torch.float32, device="meta") for _ in range(2))
@@ -88,19 +88,14 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
         sums = (torch.empty(64, *weight.shape, device="meta") for weight in (gate_weight, norm_weight))
         return plan_prologue_backward(q, gate_weight, norm_weight, options, out, dgate, *sums)
     if kernel == "hopper_forward":
-        return hopper_forward.plan_forward(q, k, u, v, gate, out, hopper_tile(tile))
+        return hopper_forward.plan_forward(q, k, u, v, gate, out, tile)
     if kernel == "hopper_backward":
-        added_dq = hopper_backward.dq_buffer(q, hopper_tile(tile))
-        return hopper_backward.plan_backward(out, q, k, u, v, gate, k, u, v, added_dq, dgate, hopper_tile(tile))
+        added_dq = hopper_backward.dq_buffer(q, tile)
+        return hopper_backward.plan_backward(out, q, k, u, v, gate, k, u, v, added_dq, dgate, tile)
     if kernel == "backward_one_pass":
         added_dq, added_dgate = torch.empty(T, H, D, device="meta"), torch.empty(T, H, E, device="meta")
         return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile, added_dq, added_dgate)
     return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
-
-
-def hopper_tile(tile: Tile) -> hopper_tiles.Tile:
-    """As the Hopper kernels take it: their warps are given."""
-    return hopper_tiles.Tile(tile.block_t, tile.block_f, tile.num_stages)
 
 
 def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, Any]]:
@@ -160,7 +155,7 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def compile_row(case: tuple[str, str, int, torch.dtype, Tile]) -> Compiled | str:
+def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
     """One kernel at one tile for one target, or the compiler's complaint."""
     target, kernel, D, dtype, tile = case
     try:
@@ -180,12 +175,12 @@ def search(target: str, kernels: list[str], dims: list[int], dtypes: list[torch.
             print(kernel, D, dtype, *tile, result, flush=True)
 
 
-def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Tile]]:
+def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Any]]:
     """Every row of the tile tables for a target, and the prologue's kernels, whose tile is the number of tokens alone.
 
     float16 compiles to the code of bfloat16 with other instructions.
     """
-    rows = [
+    rows: list[tuple[str, str, int, torch.dtype, Any]] = [
         (target, kernel, block_d, DTYPES[element_bytes], tile)
         for element_bytes in TABLE[target]
         for kernel, block_d, tile in table_rows(target, element_bytes)
@@ -198,7 +193,7 @@ def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Tile]]:
     ]
     if target == "sm_90a":
         rows += [
-            (target, kernel, block_d, torch.bfloat16, Tile(tile.block_t, tile.block_f, HOPPER_WARPS, tile.stages))
+            (target, kernel, block_d, torch.bfloat16, tile)
             for kernel in HOPPER_KERNELS
             for block_d, tile in zip(
                 hopper_tiles.BLOCK_DS, hopper_tiles.TABLE[kernel.removeprefix("hopper_")], strict=True
@@ -220,9 +215,10 @@ def document() -> str:
     with ProcessPoolExecutor() as pool:
         for (target, kernel, D, dtype, tile), compiled in zip(cases, pool.map(compile_row, cases), strict=True):
             assert isinstance(compiled, Compiled), (target, kernel, D, dtype, tile, compiled)
+            warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
             lines.append(
                 f"| {target} | {kernel} | {str(dtype).removeprefix('torch.')} | {D} | {tile.block_t} x {tile.block_f} "
-                f"| {tile.num_warps} | {tile.num_stages} | {compiled.registers} | {compiled.spilled} "
+                f"| {warps} | {stages} | {compiled.registers} | {compiled.spilled} "
                 f"| {compiled.shared_bytes / 1024:.0f} | {compiled.matrix_instructions} |"
             )
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ import torch
 from flashmhf.benchmarking import Row
 from gpu_bench import Bench, Case, check_device
 from gpu_correctness import correctness, graphs
-from gpu_hopper import hopper
+from gpu_hopper import hopper, hopper_tune
 from gpu_model import model
 from gpu_record import Record
 from gpu_sanitizer import sanitizer
@@ -37,6 +37,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "growth": growth,
     "model": model,
     "sanitizer": sanitizer,
+    "hopper_tune": hopper_tune,
     "tune": tune,
 }
 

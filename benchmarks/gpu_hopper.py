@@ -1,4 +1,4 @@
-"""Section `hopper`: every configuration of the Hopper kernels, twenty times over: races are rare."""
+"""Sections `hopper` and `hopper_tune`: the Hopper kernels twenty times over, as races are rare, and their tiles."""
 
 import functools
 import itertools
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import interleaved_median_ms, matmul_call
 from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.hopper.forward import plan_forward
+from flashmhf.ops.hopper.tiles import Tile, tile_for
 from gpu_bench import Bench, Case, name_of
 from gpu_kernels import checked, expected
 
@@ -62,3 +65,39 @@ def _run(backend: str, inputs: list[Tensor]) -> dict[str, Tensor]:
     leaves = [x.detach().requires_grad_() for x in arguments]
     out = flash_mhf(*leaves, backend=backend)
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+
+
+# Of the forward; each compiles without a spill (tests/ops/test_triton_compiles.py). The shipped ones are among them.
+FORWARD_CANDIDATES: dict[int, tuple[Tile, ...]] = {
+    64: (*(Tile(64, 64, stages, q) for stages in (2, 4, 6) for q in (True, False)), Tile(64, 128, 3, True)),
+    128: (*(Tile(64, 64, stages, q) for stages in (2, 3, 4) for q in (True, False)), Tile(64, 32, 6, True)),
+    256: (Tile(64, 32, 2), Tile(64, 32, 3)),
+}
+TUNING_SIZE = (16384, 16, 16, 15, 384)  # T, H, H_kv, E, F: the 1.3B shape at head dim 128
+
+
+def hopper_tune(bench: Bench) -> Iterator[Case]:
+    """The forward's candidate tiles in turn: right on fresh data, then TFLOP/s as a ratio to cuBLAS in the same run."""
+    for D, candidates in FORWARD_CANDIDATES.items():
+        if "hopper" in bench.backends(*TUNING_SIZE[1:], D, torch.bfloat16):
+            for tile in candidates:
+                yield f"forward D={D} {tuple(tile)}", functools.partial(_time_tile, bench, D, tile)
+
+
+def _time_tile(bench: Bench, D: int, tile: Tile) -> list[Row]:
+    case = {"kernel": "forward", "D": D, "tile": "x".join(map(str, tile)), "shipped": tile == tile_for("forward", D)}
+    small = bench.inputs(1000, 2, 1, 3, 200, D, torch.bfloat16)
+    out = torch.full_like(small[0], float("nan"))
+    q, k, u, v, gate, _ = small
+    plan_forward(q, k, u, v, gate, out, tile).run()
+    check = checked(case, "out", out, expected(small)["out"], expected([x.double() for x in small])["out"])
+    if not check["passed"]:
+        return [check]
+    T, H, _, E, F = TUNING_SIZE
+    q, k, u, v, gate, _ = bench.inputs(*TUNING_SIZE, D, torch.bfloat16)
+    matmul, matmul_flops = matmul_call(bench.device, torch.bfloat16)
+    launch = plan_forward(q, k, u, v, gate, torch.empty_like(q), tile)
+    times = interleaved_median_ms({"matmul": matmul, "forward": launch.run}, bench.device, bench.repeats)
+    tflops = 3 * 2 * T * H * D * E * F / times["forward"] / 1e9
+    cublas = matmul_flops / times["matmul"] / 1e9
+    return [{**check, "median_ms": times["forward"], "tflops": tflops, "ratio_to_cublas": tflops / cublas}]

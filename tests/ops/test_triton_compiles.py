@@ -97,21 +97,25 @@ def test_fifty_lengths_share_one_compiled_kernel():
 
 HOPPER_CODE = """
 import json, re, sys, torch
-from compile_kernels import HOPPER_KERNELS, HOPPER_WARPS, TARGETS, Tile, compiled_kernel, plan
+from compile_kernels import HOPPER_KERNELS, TARGETS, compiled_kernel, plan
 from flashmhf.ops.hopper import tiles
+from gpu_hopper import FORWARD_CANDIDATES
 import os, triton
 import subprocess, tempfile
 
 dtype = getattr(torch, sys.argv[1])
-for kernel, (D, row) in ((k, x) for k in HOPPER_KERNELS for x in zip(tiles.BLOCK_DS, tiles.TABLE[k[7:]])):
+rows = [(k, x) for k in HOPPER_KERNELS for x in zip(tiles.BLOCK_DS, tiles.TABLE[k[7:]])]
+if "candidates" in sys.argv:
+    rows = [("hopper_forward", (D, row)) for D, some in FORWARD_CANDIDATES.items() for row in some]
+for kernel, (D, row) in rows:
     for H_kv, F, E in ((8, 384, 7), (2, 100, 1)):
         if row is None:
             continue
-        tile = Tile(row.block_t, row.block_f, HOPPER_WARPS, row.stages)
-        asm = compiled_kernel(plan(kernel, 1000, 8, H_kv, E, F, D, dtype, tile), TARGETS["sm_90a"]).asm
+        asm = compiled_kernel(plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row), TARGETS["sm_90a"]).asm
         with tempfile.TemporaryDirectory() as folder:
             open(folder + "/x.ptx", "w").write(asm["ptx"])
-            command = [os.path.dirname(triton.__file__) + "/backends/nvidia/bin/ptxas", "-v", "--gpu-name=sm_90a", folder + "/x.ptx", "-o", folder + "/x.cubin"]
+            ptxas = os.path.dirname(triton.__file__) + "/backends/nvidia/bin/ptxas"
+            command = [ptxas, "-v", "--gpu-name=sm_90a", folder + "/x.ptx", "-o", folder + "/x.cubin"]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         count = lambda pattern: len(re.findall(pattern, asm["ptx"]))
         print(json.dumps([kernel, D, {
@@ -127,7 +131,16 @@ for kernel, (D, row) in ((k, x) for k in HOPPER_KERNELS for x in zip(tiles.BLOCK
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_the_hopper_kernels_are_what_they_say(dtype):
     """TMA, wgmma, registers by role, reductions of two; products that stay asynchronous, and no spill."""
-    for kernel, D, found in run(HOPPER_CODE, dtype):
+    check_hopper(run(HOPPER_CODE, dtype))
+
+
+@pytest.mark.slow
+def test_the_tiles_that_a_gpu_will_compare():
+    check_hopper(run(HOPPER_CODE, "bfloat16", "candidates"))
+
+
+def check_hopper(rows: list) -> None:
+    for kernel, D, found in rows:
         assert found["wgmma"] > 0, kernel
         assert found["loads"] >= 4, kernel
         assert {24, 240} <= set(found["registers"]), (kernel, D)
