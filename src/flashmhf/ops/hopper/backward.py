@@ -24,17 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashmhf.ops.hopper.launch import Launch, flat, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import Tile, block_d, tile_for
+from flashmhf.ops.hopper.tiles import Tile, block_d, low_and_high, tile_for
 from flashmhf.ops.hopper.vocabulary import (
     PRODUCER_REGISTERS,
     add_rows_to_memory,
     allocate_barriers,
+    columns,
     halves,
     load,
     load_pair,
     matrix,
     multiply,
     multiply_add,
+    multiply_rows,
     release,
     side_by_side,
     tanh,
@@ -69,17 +71,22 @@ def produce_tokens(
 
 @gluon.jit
 def issue_scores(
-    s_ku, s_v, s_q, s_dout, q_full, dout_full, i, pair: gl.constexpr, score: gl.constexpr, STAGES: gl.constexpr
-):
+    s_ku, s_v, s_q, s_dout, q_full, dout_full, i, pair: gl.constexpr, score: gl.constexpr,
+    LOW: gl.constexpr, HIGH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Issues S = Q [K U]^T and dA = dO V^T of tile i."""
     BLOCK_T: gl.constexpr = s_q.shape[1]
     BLOCK_F: gl.constexpr = s_v.shape[2]
     wait_full(q_full, i, STAGES)
     no_scores = gl.zeros([BLOCK_T, 2 * BLOCK_F], gl.float32, pair)
-    scores = multiply(matrix(s_q.index(i % STAGES)), matrix(s_ku.index(zero(i))).permute((1, 0)), no_scores)
+    q = matrix(s_q.index(i % STAGES))
+    q_high = columns(q, LOW, HIGH, None) if HIGH > 0 else q
+    scores = multiply_rows(columns(q, 0, LOW, None), q_high, matrix(s_ku.index(zero(i))), no_scores, LOW, HIGH)
     wait_full(dout_full, i, STAGES)
     no_da = gl.zeros([BLOCK_T, BLOCK_F], gl.float32, score)
-    da = multiply(matrix(s_dout.index(i % STAGES)), matrix(s_v.index(zero(i))).permute((1, 0)), no_da)
+    dout = matrix(s_dout.index(i % STAGES))
+    dout_high = columns(dout, LOW, HIGH, None) if HIGH > 0 else dout
+    da = multiply_rows(columns(dout, 0, LOW, None), dout_high, matrix(s_v.index(zero(i))), no_da, LOW, HIGH)
     return scores, da
 
 
@@ -161,7 +168,7 @@ def store_weights(dk_ptr, du_ptr, dv_ptr, dku, dv, F, D, whole: gl.constexpr, sp
 
 @gluon.jit
 def consume(
-    HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
+    LOW: gl.constexpr, HIGH: gl.constexpr, HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
     s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
     t, head, end_t, first_head, end_head, tiles, e, T, H, E, F, D,
 ):  # fmt: skip
@@ -191,7 +198,7 @@ def consume(
             r = gl.load(gate_ptr + share_of, mask=mask_t, other=0.0).to(gl.float32)
         else:
             r = gl.full_like(offs_t, 1.0, dtype=gl.float32)
-        scores, da = issue_scores(s_ku, s_v, s_q, s_dout, q_full, dout_full, i, pair, score, STAGES)
+        scores, da = issue_scores(s_ku, s_v, s_q, s_dout, q_full, dout_full, i, pair, score, LOW, HIGH, STAGES)
         before = max(i - 1, 0)  # before the first tile comes that tile itself, with P, dM and dN all zero
         dv, dku = issue_weights(s_p, s_dmn, s_q, s_dout, dv, dku, before, STAGES)
         scores, da = warpgroup_mma_wait(num_outstanding=2, deps=[scores, da])
@@ -215,7 +222,7 @@ def consume(
 @gluon.jit(do_not_specialize=["T"])
 def backward_kernel(
     q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
-    T, H, E, F, D, GROUP,
+    T, H, E, F, D, GROUP, LOW: gl.constexpr, HIGH: gl.constexpr,
     STAGES: gl.constexpr, HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
 ):  # fmt: skip
     """q, dout (T, H, D), k, u, v (H_kv E, F, D), gate (T, H, E) -> dk, du, dv (H_kv, E, F, D), added dq and dgate."""
@@ -251,7 +258,7 @@ def backward_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consume, (HAS_GATE, ADDS_Q, ADDS_GATE) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
+            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
             (produce_tokens, producer_arguments),
         ],
         [1],
@@ -273,6 +280,7 @@ def plan_backward(
         "gate_ptr": q if gate is None else gate.contiguous(),
         "dgate_ptr": q if added_dgate is None else added_dgate, "dq_ptr": q if added_dq is None else added_dq,
         "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
+        **dict(zip(("LOW", "HIGH"), low_and_high(D), strict=True)),
         "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
         "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None,
     }  # fmt: skip

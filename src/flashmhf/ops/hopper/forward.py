@@ -23,17 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashmhf.ops.hopper.launch import Launch, flat, gate_arguments, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import Tile, tile_for
+from flashmhf.ops.hopper.tiles import Tile, low_and_high, tile_for
 from flashmhf.ops.hopper.vocabulary import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     allocate_barriers,
+    columns,
     halves,
     load,
     load_pair,
     matrix,
-    multiply,
     multiply_add,
+    multiply_rows,
     release,
     tanh,
     wait_empty,
@@ -79,7 +80,8 @@ def load_gate(gate_ptr, rows, e, stride_gatel, stride_gatee, T, HAS_GATE: gl.con
 
 @gluon.jit
 def consume(
-    WARPGROUP: gl.constexpr, HAS_GATE: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, out_desc,
+    WARPGROUP: gl.constexpr, LOW: gl.constexpr, HIGH: gl.constexpr,
+    HAS_GATE: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, out_desc,
     s_qs, s_ku, s_v, q_full, ku_full, ku_empty, v_full, v_empty,
     gate_ptr, stride_gatel, stride_gatee, first_t, head, T, tiles_f, tiles,
 ):  # fmt: skip
@@ -100,10 +102,12 @@ def consume(
     out = warpgroup_mma_init(gl.zeros([BLOCK_T, BLOCK_D], gl.float32, result))
     s_q = matrix(s_qs.index(WARPGROUP))
     mbarrier.wait(q_full.index(WARPGROUP), 0)
-    q = s_q.load(gl.DotOperandLayout(0, pair, 2)) if Q_IN_REGISTERS else s_q
+    place: gl.constexpr = gl.DotOperandLayout(0, pair, 2) if Q_IN_REGISTERS else None
+    q = columns(s_q, 0, LOW, place)
+    q_high = columns(s_q, LOW, HIGH, place) if HIGH > 0 else q
 
     wait_full(ku_full, 0, STAGES)
-    scores = multiply(q, matrix(s_ku.index(0)).permute((1, 0)), zero)
+    scores = multiply_rows(q, q_high, matrix(s_ku.index(0)), zero, LOW, HIGH)
     r = load_gate(gate_ptr, rows, 0, stride_gatel, stride_gatee, T, HAS_GATE)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=[scores])
     release(ku_empty, 0, STAGES)
@@ -111,7 +115,7 @@ def consume(
     for i in range(1, tiles):
         r = load_gate(gate_ptr, rows, i // tiles_f, stride_gatel, stride_gatee, T, HAS_GATE)
         wait_full(ku_full, i, STAGES)
-        scores = multiply(q, matrix(s_ku.index(i % STAGES)).permute((1, 0)), zero)
+        scores = multiply_rows(q, q_high, matrix(s_ku.index(i % STAGES)), zero, LOW, HIGH)
         wait_full(v_full, i - 1, STAGES)
         out = multiply_add(p, matrix(s_v.index((i - 1) % STAGES)), out)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
@@ -132,7 +136,8 @@ def consume(
 @gluon.jit(do_not_specialize=["T", "stride_gatel"])
 def forward_kernel(
     q_desc, k_desc, u_desc, v_desc, out_desc, gate_ptr, stride_gatel, stride_gateh, stride_gatee,
-    T, E, F, GROUP, STAGES: gl.constexpr, HAS_GATE: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
+    T, E, F, GROUP, LOW: gl.constexpr, HIGH: gl.constexpr,
+    STAGES: gl.constexpr, HAS_GATE: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q (T, H, D), k, u, v (H_kv E, F, D), gate (T, H, E) -> out (T, H, D)."""
     BLOCK_T: gl.constexpr = q_desc.block_shape[0]
@@ -167,8 +172,8 @@ def forward_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consume, (0, HAS_GATE, Q_IN_REGISTERS) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
-            (consume, (1, HAS_GATE, Q_IN_REGISTERS) + consumer_arguments),  # noqa: RUF005
+            (consume, (0, LOW, HIGH, HAS_GATE, Q_IN_REGISTERS) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
+            (consume, (1, LOW, HIGH, HAS_GATE, Q_IN_REGISTERS) + consumer_arguments),  # noqa: RUF005
             (produce_weights, producer_arguments),
         ],
         [4, 1],
@@ -188,6 +193,7 @@ def plan_forward(
         **{f"{name}_desc": weight_descriptor(x, tile.block_f) for name, x in (("k", k), ("u", u), ("v", v))},
         "out_desc": token_descriptor(out, tile.block_t),
         **gate_arguments(gate, q),
+        **dict(zip(("LOW", "HIGH"), low_and_high(D), strict=True)),
         "T": T, "E": E, "F": F, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
         "Q_IN_REGISTERS": tile.q_in_registers,
     }  # fmt: skip

@@ -43,6 +43,12 @@ def block_d(D: int) -> int:
     return next(size for size in BLOCK_DS if size >= D)
 
 
+def low_and_high(D: int) -> tuple[int, int]:
+    """Columns that products over the head dim read, in two parts: at 96, padded to 128, they are 64 and 32."""
+    width = block_d(D)
+    return (width // 2, width // 4) if width > BLOCK_DS[0] and width * 3 // 4 >= D else (width, 0)
+
+
 def tile_for(kernel: str, D: int) -> Tile | None:
     """The configuration of a kernel at head dim D."""
     return TABLE[kernel][BLOCK_DS.index(block_d(D))]

@@ -82,6 +82,22 @@ def multiply(a, s_b, zero):
 
 
 @gluon.jit
+def columns(s_matrix, FIRST: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """Some columns of a matrix: where they lie in shared memory, or in registers, in LAYOUT."""
+    part = s_matrix if s_matrix.shape[1] == COUNT else s_matrix.slice(FIRST, COUNT, dim=1)
+    return part if LAYOUT is None else part.load(LAYOUT)
+
+
+@gluon.jit
+def multiply_rows(a, a_high, s_b, zero, LOW: gl.constexpr, HIGH: gl.constexpr):
+    """Issues a @ s_b^T over the first LOW + HIGH columns of both; the rest is padding. `a_high` holds the last HIGH."""
+    total = multiply(a, columns(s_b, 0, LOW, None).permute((1, 0)), zero)
+    if HIGH > 0:
+        total = multiply_add(a_high, columns(s_b, LOW, HIGH, None).permute((1, 0)), total)
+    return total
+
+
+@gluon.jit
 def multiply_add(a, s_b, total):
     """Issues total += a @ s_b."""
     return warpgroup_mma(a, s_b, total, is_async=True)
