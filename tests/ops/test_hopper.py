@@ -220,6 +220,9 @@ def test_why_not(monkeypatch):
         ({"D": 264}, "runs head dims up to 256, got 264"),
     ):
         assert hopper.why_not(dataclasses.replace(gpu, **change)) == reason
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_triton_version", lambda: "3.5.1")
+        assert hopper.why_not(gpu) == "needs Triton 3.6 or later, got 3.5.1"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     assert hopper.why_not(gpu) == "needs compute capability 9.0, got (10, 0)"
 

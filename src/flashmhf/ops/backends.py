@@ -1,10 +1,12 @@
 """The table of backends, in the order in which `auto` tries them, and the choice among them."""
 
+import contextlib
 import functools
 import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 TRITON_MIN_CAPABILITY = (8, 0)
 TRITON_MAX_HEAD_DIM = 256
 HOPPER_CAPABILITY = (9, 0)
+HOPPER_MIN_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ def _triton_why_not(problem: Problem | None) -> str | None:
 def _hopper_why_not(problem: Problem | None) -> str | None:
     if reason := _triton_why_not(problem):
         return reason
+    version = _triton_version()
+    if version is not None and tuple(map(int, version.split(".")[:2])) < HOPPER_MIN_TRITON:
+        return f"needs Triton 3.6 or later, got {version}"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU of compute capability 9.0"
     device = None if problem is None else problem.device
@@ -66,6 +72,14 @@ def _hopper_why_not(problem: Problem | None) -> str | None:
         return f"runs bfloat16 and float16, got {problem.dtype}"
     if problem.D % hopper_tiles.HEAD_DIM_MULTIPLE != 0:
         return f"runs head dims that are multiples of {hopper_tiles.HEAD_DIM_MULTIPLE}, got {problem.D}"
+    return None
+
+
+def _triton_version() -> str | None:
+    """Of the installed distribution, whichever of its names it has; None if it has another."""
+    for name in ("triton", "pytorch-triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
     return None
 
 
