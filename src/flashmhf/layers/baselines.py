@@ -16,6 +16,7 @@ from flashmhf.layers.initialisation import (
     check_positive,
     init_projections,
 )
+from flashmhf.layers.local import local
 
 
 class PKV(nn.Module):
@@ -71,10 +72,11 @@ class PKV(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
         T = x.shape[:-1].numel()
-        q_1HTD = self.in_proj(x).view(1, T, self.num_heads, self.head_dim).transpose(1, 2)
-        k_1HSD, v_1HSD = (weight.to(q_1HTD.dtype).unsqueeze(0) for weight in (self.k, self.v))
+        q = self.in_proj(x)
+        q_1HTD = q.view(1, T, q.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
+        k_1HSD, v_1HSD = (local(weight).to(q.dtype).unsqueeze(0) for weight in (self.k, self.v))
         out_1HTD = nnf.scaled_dot_product_attention(q_1HTD, k_1HSD, v_1HSD)
-        return self.out_proj(out_1HTD.transpose(1, 2).reshape(x.shape))
+        return self.out_proj(out_1HTD.transpose(1, 2).reshape(q.shape))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_slots={self.num_slots}, init={self.init!r}"

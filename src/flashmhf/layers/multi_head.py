@@ -21,6 +21,7 @@ from flashmhf.layers.initialisation import (
     default_scales,
     init_projections,
 )
+from flashmhf.layers.local import local
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.prologue import GATES
@@ -161,14 +162,14 @@ class FlashMHF(nn.Module):
 
     def _sub_networks(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> S (..., H, D), all that comes before out_proj."""
-        norm_weight: Tensor | None = None if self.q_norm is None else self.q_norm.weight
+        norm_weight = None if self.q_norm is None else local(self.q_norm.weight)
         if norm_weight is not None and self.score_scale != 1.0:
             norm_weight = norm_weight * self.score_scale
         out = gated_mhf(
             self._query(x),
-            self.k,
-            self.u,
-            self.v,
+            local(self.k),
+            local(self.u),
+            local(self.v),
             self._gate_weight(),
             norm_weight,
             gate=self.gate or "sigmoid",
@@ -179,15 +180,17 @@ class FlashMHF(nn.Module):
         return out * self.output_scale if self.gate is None and self.output_scale != 1.0 else out
 
     def _query(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that."""
+        """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that; H of this rank."""
         q = x if self.in_proj is None else self.in_proj(x)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        q = q.unflatten(-1, (q.shape[-1] // self.head_dim, self.head_dim))
         return q if self.q_norm is not None or self.score_scale == 1.0 else q * self.score_scale
 
     def _gate_weight(self) -> Tensor | None:
         """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
+        if self.gate_weight is None:
+            return None
         factor = self.gate_scale / self.score_scale
-        return self.gate_weight if self.gate_weight is None or factor == 1.0 else self.gate_weight * factor
+        return local(self.gate_weight) if factor == 1.0 else local(self.gate_weight) * factor
 
     def extra_repr(self) -> str:
         parts = [

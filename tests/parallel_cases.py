@@ -1,0 +1,118 @@
+"""Layouts of a tiny model over processes, and what each computes; `test_parallel.py` compares."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+from flashmhf.layers import PKV, FlashMHF, SwiGLU
+from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+from flashmhf.parallel import shard_parameters, tensor_parallel
+
+BATCH, LENGTH = 4, 12
+MODELS: dict[str, dict[str, Any]] = {
+    "flashmhf": {"q_norm": True, "init": "scaled"},
+    "grouped": {"num_ffn_kv_heads": 2, "gate": "softmax", "tie_word_embeddings": True, "mlp_bias": True},
+    "recomputed": {"recompute_q": True, "ffn_norm": False},
+    "mhffn": {"ffn_type": "mhffn", "init": "scaled"},
+    "pkv": {"ffn_type": "pkv"},
+    "swiglu": {"ffn_type": "swiglu"},
+}
+LAYERS = {
+    "flashmhf": lambda: FlashMHF(32, 4, 3, 16, q_norm=True, bias=True),
+    "pkv": lambda: PKV(32, 4, 16),
+    "swiglu": lambda: SwiGLU(32, 48),
+}
+
+
+def build(name: str, **options: Any) -> FlashMHFForCausalLM:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 50}
+    ffn = {"intermediate_size": 48, "num_subnetworks": 1 if name in ("mhffn", "pkv", "swiglu") else 3}
+    common = {**sizes, **ffn, "max_position_embeddings": 64, "pad_token_id": 7, "use_cache": False}
+    return FlashMHFForCausalLM(FlashMHFConfig(**{**common, **MODELS[name], **options}))
+
+
+def batch(step: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 50, (BATCH, LENGTH), generator=generator)
+
+
+def lay_out(model: nn.Module, layout: str) -> tuple[nn.Module, int, int]:
+    """The model in a layout, and the part of the batch that is this rank's: its index and the number of parts."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if layout == "ddp":
+        return DistributedDataParallel(model), rank, world
+    if layout == "fsdp":
+        return shard_parameters(model, init_device_mesh("cpu", (world,))), rank, world
+    if layout == "tp":
+        return tensor_parallel(model, init_device_mesh("cpu", (world,))), 0, 1
+    assert layout == "tp x fsdp"
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "heads"))
+    tensor_parallel(model, mesh["heads"])
+    return shard_parameters(model, mesh["data"]), mesh["data"].get_local_rank(), world // 2
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def one_step(models: list[str], layouts: list[str]) -> dict[tuple[str, str], tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients by model and layout."""
+    results = {}
+    for name in models:
+        for layout in layouts:
+            model, part, parts = lay_out(build(name), layout)
+            tokens = batch().chunk(parts)[part]
+            loss = model(tokens, labels=tokens).loss
+            loss.backward()
+            gradients = {n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters()}
+            results[name, layout] = mean_over_ranks(loss), gradients
+    return results
+
+
+def curve(model: nn.Module, part: int, parts: int, steps: int) -> list[Tensor]:
+    """The losses of a training with a clipped gradient."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        tokens = batch(0).chunk(parts)[part]
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def curves(name: str, layouts: list[str], steps: int) -> dict[str, list[float]]:
+    return {
+        layout: [mean_over_ranks(loss) for loss in curve(*lay_out(build(name), layout), steps)] for layout in layouts
+    }
+
+
+def collectives() -> dict[str, tuple[int, int]]:
+    """By layer, the collective operations of its forward and of its backward."""
+    mesh: DeviceMesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    counts = {}
+    for name, make in LAYERS.items():
+        layer = tensor_parallel(make(), mesh)
+        x = torch.randn(5, 32, requires_grad=True)
+        with CommDebugMode() as forward:
+            out = layer(x).sum()
+        with CommDebugMode() as backward:
+            out.backward()
+        counts[name] = forward.get_total_counts(), backward.get_total_counts()
+    return counts

@@ -1,0 +1,101 @@
+"""Each layout over processes computes what one process does."""
+
+import pytest
+import torch
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from flashmhf import FlashMHF
+from flashmhf.parallel import tensor_parallel
+from parallel_cases import LAYERS, MODELS, batch, build, collectives, curve, curves, one_step
+from ranks import run_ranks
+
+LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
+
+
+def two_processes() -> dict:
+    return {"step": one_step(list(MODELS), LAYOUTS_OF_TWO), "collectives": collectives()}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    return run_ranks(two_processes, 2, tmp_path_factory.mktemp("two"))
+
+
+def single_process(name: str) -> tuple[float, dict[str, torch.Tensor]]:
+    model = build(name)
+    loss = model(batch(), labels=batch()).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def check_step(result, name: str) -> None:
+    loss, gradients = single_process(name)
+    assert result[0] == pytest.approx(loss, rel=1e-6)
+    assert result[1].keys() == gradients.keys()
+    for parameter, expected in gradients.items():
+        error = (result[1][parameter] - expected).norm() / expected.norm()
+        assert error < 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
+def test_loss_and_gradients_of_two_processes(of_two, layout, name):
+    check_step(of_two["step"][name, layout], name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_split_layer_costs_one_all_reduce_forward_and_one_backward(of_two, name):
+    assert of_two["collectives"][name] == (1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_loss_and_gradients_of_four_processes(tmp_path):
+    models, layouts = ["flashmhf", "swiglu"], ["ddp", "fsdp", "tp", "tp x fsdp"]
+    results = run_ranks(one_step, 4, tmp_path, models, layouts)
+    for (name, _), result in results.items():
+        check_step(result, name)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_curves_of_four_processes(tmp_path):
+    expected = [loss.item() for loss in curve(build("flashmhf"), 0, 1, 20)]
+    assert expected[-1] < expected[0] - 1
+    results = run_ranks(curves, 4, tmp_path, "flashmhf", ["ddp", "fsdp", "tp", "tp x fsdp"], 20)
+    for layout, losses in results.items():
+        assert losses == pytest.approx(expected, rel=1e-3), layout
+
+
+class FakeMesh:
+    """What is read of a mesh before anything is distributed."""
+
+    def __init__(self, size: int, ndim: int = 1) -> None:
+        self.size, self.ndim = lambda: size, ndim
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FlashMHF(24, 3, 2, 8), "num_heads: expected a multiple of the mesh's size 2, got 3"),
+        (lambda: FlashMHF(24, 3, 2, 8, projections=False), "projections: expected True of a layer .*, got False"),
+        (
+            lambda: FlashMHF(32, 4, 2, 8, num_kv_heads=1),
+            "num_kv_heads: expected a multiple of the mesh's size 2, got 1",
+        ),
+        (lambda: build("flashmhf", num_key_value_heads=1), "num_key_value_heads: expected a multiple .* 2, got 1"),
+        (lambda: torch.nn.Linear(2, 2), "module: expected FlashMHF, .*, got Linear"),
+    ],
+)
+def test_models_that_cannot_be_split(make, message, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("changed before it was checked")
+
+    monkeypatch.setattr(ParallelStyle, "_apply", never)
+    with pytest.raises(ValueError, match=message):
+        tensor_parallel(make(), FakeMesh(2))
+
+
+def test_a_mesh_of_two_dimensions_is_refused():
+    with pytest.raises(ValueError, match="mesh: expected one dimension, got 2"):
+        tensor_parallel(FlashMHF(32, 4, 2, 8), FakeMesh(2, ndim=2))
