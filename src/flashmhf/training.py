@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
     "include_num_input_tokens_seen": True,
+    "ddp_find_unused_parameters": False,
 }
 
 
@@ -92,6 +93,7 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
         **DEFAULTS,
         bf16=gpu and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=gpu,
+        use_cpu=not torch.accelerator.is_available(),  # else each process of torchrun would train for itself
         output_dir=output_dir,
     )
     try:
@@ -104,6 +106,8 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
         raise InputError(
             f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
         )
+    if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
+        raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
     return arguments
 
 

@@ -32,7 +32,8 @@ app.command("bench", no_args_is_help=True)(bench.bench)
 def main() -> None:
     """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 130 (interrupted), with a line on what was wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("flashmhf").setLevel(logging.INFO)
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
+    logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print its every start and stop
     try:
         code = app(standalone_mode=False)
