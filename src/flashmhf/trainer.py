@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from flashmhf.saving import CheckpointTrainer
+
 logger = logging.getLogger(__name__)
 
 
-class SpeedTrainer(Trainer):
+class SpeedTrainer(CheckpointTrainer):
     """Logs the speed of the training steps alone, without validation and saving."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -1,42 +1,37 @@
 """Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
 
-import contextlib
 import json
 import logging
 import math
-import shutil
 import time
-import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from flashmhf.data import Corpus, TokenBlocks, load_corpus, stream_blocks, tokenize
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
-from flashmhf.models.loading import check_safetensors, load_config, load_model, read_json
+from flashmhf.manifest import write_flushed
+from flashmhf.models.loading import load_config, load_model
+from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
 from flashmhf.tokenization import load_tokenizer
 from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-DISK_FULL_BYTES = 2**20
 VOCABULARY_MULTIPLE = 64
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -126,12 +121,11 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     """
     started = time.perf_counter()
     output_dir = Path(str(arguments.output_dir))
-    checkpoint = _prepare_output_dir(output_dir, run, resume) if arguments.process_index == 0 else None
-    if arguments.world_size > 1 and resume:
-        checkpoint = get_last_checkpoint(str(output_dir))
+    checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
+    (checkpoint,) = broadcast_object_list([checkpoint])
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(run.tokenizer)
-    finished = None if checkpoint is None else _finished_state(Path(checkpoint), arguments)
+    finished = None if checkpoint is None else finished_state(checkpoint, arguments)
     model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
     with arguments.main_process_first(desc="data"):
         corpus = load_corpus(run.data, text_column=run.text_column, streaming=run.streaming)
@@ -151,8 +145,8 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     if not arguments.disable_tqdm:
         trainer.add_callback(Progress)
     if finished is None:
-        with stop, _explain_full_disk(output_dir):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        with stop, explain_full_disk(output_dir):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     else:
         trainer.state = finished
         trainer.remove_callback(
@@ -183,72 +177,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes beside and renames, so that a good file is never replaced by half of one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(file)
-
-
-def _prepare_output_dir(output_dir: Path, run: Run, resume: bool) -> str | None:
-    """The checkpoint to resume from, or None for a new run in a new or empty folder."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
-    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    if not resume:
-        if content:
-            held = ", ".join(content[:3])
-            raise InputError(f"output-dir: expected a new or empty folder, or --resume, got {output_dir} with {held}")
-        return None
-    if RUN_FILE not in content:
-        raise InputError(f"resume: expected a run's folder with {RUN_FILE}, got {output_dir} without")
-    earlier = read_json(output_dir / RUN_FILE)
-    for name, value in asdict(run).items():
-        if earlier.get(name) != value:
-            raise InputError(f"resume: expected the {name} of the earlier run, {earlier.get(name)!r}, got {value!r}")
-    checkpoint = get_last_checkpoint(str(output_dir))
-    if checkpoint is not None:
-        check_checkpoint(Path(checkpoint))
-    return checkpoint
-
-
-def _finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
-    """The state of a run that has nothing left to do; the Trainer would take one step too many."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
-    return state if state.global_step >= target else None
-
-
-@contextlib.contextmanager
-def _explain_full_disk(output_dir: Path) -> Iterator[None]:
-    """Where writing failed for want of space: removes the checkpoint that is torn, and says so in one line."""
-    try:
-        yield
-    except Exception as error:  # torch, safetensors and the operating system each have their own
-        if shutil.disk_usage(output_dir).free > DISK_FULL_BYTES:
-            raise
-        newest = get_last_checkpoint(str(output_dir))
-        if newest is not None:
-            try:
-                check_checkpoint(Path(newest))
-            except InputError:
-                shutil.rmtree(newest)
-        kept = get_last_checkpoint(str(output_dir))
-        then = f"--resume goes on from {Path(kept).name}" if kept else "no checkpoint had been written yet"
-        raise OSError(f"output-dir: the disk that holds {output_dir} is full; {then}") from error
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Raises InputError where a file of a Trainer checkpoint is missing or torn; nothing is unpickled."""
-    check_safetensors(folder)
-    read_json(folder / "trainer_state.json")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        file = folder / name
-        try:
-            with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"checkpoint: expected a whole {file}, got: {error}") from error
-        if broken is not None:
-            raise InputError(f"checkpoint: expected a whole {file}, got a wrong checksum of {broken}")
+    write_flushed(file, json.dumps(content, indent=2) + "\n")
 
 
 def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -1,0 +1,101 @@
+"""The output folder of a run: new, or one to go on in, and from which of its checkpoints."""
+
+import contextlib
+import errno
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from flashmhf.errors import InputError
+from flashmhf.manifest import check
+from flashmhf.models.loading import read_json
+from flashmhf.pickles import why_unsafe
+from flashmhf.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+DISK_FULL_BYTES = 2**20
+
+
+def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None where the run begins at its first step.
+
+    Args:
+        output_dir: new or empty, or a run's folder.
+        run: what the run is about; that of the folder must be equal.
+        resume: whether to go on.
+
+    Raises:
+        InputError: the folder holds something else, another run, or no checkpoint that is whole.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
+    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
+    if not resume:
+        if content:
+            held = ", ".join(content[:3])
+            raise InputError(f"output-dir: expected a new or empty folder, or --resume, got {output_dir} with {held}")
+        return None
+    if RUN_FILE not in content:
+        raise InputError(f"resume: expected a run's folder with {RUN_FILE}, got {output_dir} without")
+    earlier = read_json(output_dir / RUN_FILE)
+    for name, value in run.items():
+        if earlier.get(name) != value:
+            raise InputError(f"resume: expected the {name} of the earlier run, {earlier.get(name)!r}, got {value!r}")
+    recover(output_dir)
+    return last_good_checkpoint(output_dir)
+
+
+def last_good_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; names each that is passed over. None where there are no checkpoints.
+
+    Raises:
+        InputError: there are checkpoints and none is whole.
+    """
+    passed_over = []
+    for folder in checkpoints(output_dir):
+        reason = check(folder) or why_unsafe(folder)
+        if reason is None:
+            return folder
+        logger.warning("%s passed over: %s", folder.name, reason)
+        passed_over.append(f"{folder.name} ({reason})")
+    if passed_over:
+        raise InputError(
+            f"resume: expected a whole checkpoint in {output_dir}, got {len(passed_over)} that are not: "
+            + ", ".join(passed_over[:3])
+        )
+    return None
+
+
+def finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
+    """The state of a run that has nothing left to do; the Trainer would take one step too many."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
+    return state if state.global_step >= target else None
+
+
+@contextlib.contextmanager
+def explain_full_disk(output_dir: Path) -> Iterator[None]:
+    """Where writing failed for want of space: removes the checkpoint that is torn, and says so in one line."""
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and the operating system each have their own
+        if shutil.disk_usage(output_dir).free > DISK_FULL_BYTES and not _without_space(error):
+            raise
+        shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+        kept = next((folder for folder in checkpoints(output_dir) if check(folder) is None), None)
+        then = f"--resume goes on from {kept.name}" if kept else "no checkpoint had been written yet"
+        raise OSError(f"output-dir: the disk that holds {output_dir} is full; {then}") from error
+
+
+def _without_space(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,188 @@
+"""Which checkpoint a run goes on from: torn, altered, hostile and unfinished ones, and what rotation keeps."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmhf.errors import InputError
+from flashmhf.manifest import MANIFEST, check, write_manifest
+from flashmhf.pickles import why_unsafe
+from flashmhf.resuming import last_good_checkpoint
+from flashmhf.saving import UNFINISHED, checkpoints, recover, rotate
+from flashmhf.training import Run, parse_arguments, train
+
+FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
+FLAGS += ["--save-steps", "2", "--eval-strategy", "no", "--save-total-limit", "9"]
+
+
+@pytest.fixture(scope="module")
+def run(corpus_folder, model_file) -> Run:
+    return Run(str(model_file), str(corpus_folder), "bytes", 16, validation_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory) -> Path:
+    """A run of six steps with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(run, parse_arguments([*FLAGS, "--max-steps", "6"], str(folder)))
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def resume(run: Run, folder: Path, steps: int = 6) -> dict:
+    return train(run, parse_arguments([*FLAGS, "--max-steps", str(steps)], str(folder)), resume=True)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {row["step"]: row["loss"] for row in history if "loss" in row}
+
+
+def cut(file: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+
+
+def flip(file: Path) -> None:
+    altered = bytearray(file.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    file.write_bytes(altered)
+
+
+def test_every_file_of_a_checkpoint_torn_altered_or_gone_is_found(folder):
+    """Of each file: cut in half, one bit flipped, removed. The figure stands in docs/reliability.md."""
+    checkpoint, found = folder / "checkpoint-6", 0
+    names = sorted(path.name for path in checkpoint.iterdir())
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST} <= set(names)
+    for name in names:
+        whole = (checkpoint / name).read_bytes()
+        for damage in (cut, flip, Path.unlink):
+            damage(checkpoint / name)
+            assert name in (check(checkpoint) or ""), (name, damage)
+            assert last_good_checkpoint(folder) == folder / "checkpoint-4"
+            (checkpoint / name).write_bytes(whole)
+            found += 1
+    assert check(checkpoint) is None
+    assert found == 3 * len(names) >= 30
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(run, folder, finished, caplog):
+    cut(folder / "checkpoint-6/optimizer.pt")
+    flip(folder / "checkpoint-4/model.safetensors")
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        resume(run, folder)
+    lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert len(lines) == 2
+    assert lines[0].startswith("checkpoint-6 passed over: optimizer.pt has ")
+    assert lines[1] == "checkpoint-4 passed over: model.safetensors has another sha256 than when it was written"
+    assert losses(folder) == losses(finished)
+    assert [check(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3  # 6 and 4 written anew
+
+
+def test_no_whole_checkpoint_is_one_line(run, folder):
+    for checkpoint in checkpoints(folder):
+        (checkpoint / MANIFEST).unlink()
+    message = (
+        r"resume: expected a whole checkpoint in .*run, got 3 that are not: checkpoint-6 \(manifest.json is missing\)"
+    )
+    with pytest.raises(InputError, match=message):
+        resume(run, folder)
+
+
+def test_nothing_of_a_run_is_pickled_but_tensors(folder):
+    assert why_unsafe(folder) is None
+    assert not list(folder.rglob("training_args.bin"))
+    assert json.loads((folder / "checkpoint-6/training_args.json").read_text())["max_steps"] == 6
+
+
+class Malicious:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_malicious_pickle_is_named_and_never_run(run, folder, caplog, name, form):
+    file, trace = folder / "checkpoint-6" / name, folder.parent / "executed"
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(Malicious(trace)))
+    else:
+        torch.save({"state": Malicious(trace)}, file, _use_new_zipfile_serialization=form == "zip")
+    write_manifest(folder / "checkpoint-6")  # from a stranger: the hashes are right
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        assert last_good_checkpoint(folder) == folder / "checkpoint-4"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"checkpoint-6 passed over: {name} is ")
+    assert "\n" not in line
+    if form == "zip":
+        assert "mkdir; it was not loaded" in line
+    assert not trace.exists()
+
+
+def test_the_trainer_itself_runs_no_pickle(run, folder, monkeypatch):
+    """Were the look at the pickles to miss one, loading would still refuse it."""
+    monkeypatch.setattr("flashmhf.resuming.why_unsafe", lambda folder: None)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        file, trace = folder / "checkpoint-6" / name, folder.parent / "executed"
+        whole = file.read_bytes()
+        torch.save({"state": Malicious(trace)}, file)
+        write_manifest(folder / "checkpoint-6")
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            resume(run, folder, steps=8)
+        assert not trace.exists()
+        file.write_bytes(whole)
+
+
+def test_rotation_counts_whole_checkpoints(folder):
+    (folder / "checkpoint-6/optimizer.pt").unlink()
+    rotate(folder, 1, None)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-4"]
+    rotate(folder, 1, None)
+    assert last_good_checkpoint(folder) == folder / "checkpoint-4"
+
+
+def test_rotation_keeps_the_best_and_the_newest(folder):
+    rotate(folder, None, None)
+    assert len(checkpoints(folder)) == 3
+    rotate(folder, 1, folder / "checkpoint-2")
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-2"]
+
+
+def test_an_unfinished_checkpoint_is_removed_and_a_whole_one_gets_its_name(folder, caplog):
+    (folder / UNFINISHED).mkdir()
+    (folder / "checkpoint-6").rename(folder / UNFINISHED / "checkpoint-6")
+    recover(folder)
+    assert check(folder / "checkpoint-6") is None
+    assert not (folder / UNFINISHED).exists()
+    (folder / UNFINISHED).mkdir()
+    (folder / "checkpoint-6").rename(folder / UNFINISHED / "checkpoint-6")
+    (folder / UNFINISHED / "checkpoint-6" / MANIFEST).unlink()
+    recover(folder)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-2"]
+    assert caplog.messages == ["checkpoint-6 was not finished when the run ended; removed"]
+    assert not (folder / UNFINISHED).exists()
+
+
+def test_the_best_checkpoint_is_known_by_its_final_name(run, tmp_path):
+    flags = [*FLAGS, "--max-steps", "4", "--eval-strategy", "steps", "--eval-steps", "2"]
+    flags += ["--load-best-model-at-end", "true", "--save-total-limit", "1"]
+    train(run, parse_arguments(flags, str(tmp_path / "run")))
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "run/checkpoint-4")
+    saved = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == state["best_model_checkpoint"]
