@@ -1,0 +1,60 @@
+"""Training over processes as a user starts it: one result, one set of files, the losses of one process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flashmhf.models.loading import load_model
+from flashmhf.training import Run, parse_arguments, train
+from torchrun import torchrun
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+STEPS = ("--max-steps", "8", "--save-steps", "4")
+
+
+@pytest.fixture
+def run(corpus_folder, model_file) -> Run:
+    return Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=2048)
+
+
+@pytest.fixture
+def losses_of_one(run, tmp_path) -> list[float]:
+    flags = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", *STEPS]
+    train(run, parse_arguments([*flags, "--eval-strategy", "no", "--report-to", "none"], str(tmp_path / "one")))
+    return losses(tmp_path / "one")
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+def test_two_processes_train_as_one_and_write_once(run, tmp_path, losses_of_one):
+    folder = tmp_path / "two"
+    ended = torchrun(run, folder, 2, *STEPS)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert (result["steps"], result["tokens"]) == (8, 8 * 4 * 32)
+    assert losses(folder) == pytest.approx(losses_of_one, rel=1e-5)
+    assert ended.stderr.count("step 8/8") == ended.stderr.count("runs on the backend") == 1
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert len({path.parent for path in folder.rglob("events.*")}) == 1
+    assert load_model(str(folder)).config.vocab_size == 320
+
+
+def test_going_on_with_another_number_of_processes(run, tmp_path, losses_of_one):
+    folder = tmp_path / "two"
+    assert torchrun(run, folder, 2, *STEPS).returncode == 0
+    shutil.rmtree(folder / "checkpoint-8")
+    ended = torchrun(run, folder, 4, *STEPS, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert losses(folder) == pytest.approx(losses_of_one, rel=1e-5)
+
+
+def test_a_gpu_that_is_asked_for_and_is_not_there(run, tmp_path):
+    ended = torchrun(run, tmp_path / "two", 2, "--use-cpu", "false")
+    assert ended.returncode == 1
+    assert "use-cpu: expected true under torchrun on a machine without a GPU, got false" in ended.stderr
+    assert not (tmp_path / "two").exists()
