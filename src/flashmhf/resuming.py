@@ -61,6 +61,7 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
     for folder in checkpoints(output_dir):
         reason = check(folder) or why_unsafe(folder)
         if reason is None:
+            logger.info("going on from %s", folder.name)
             return folder
         logger.warning("%s passed over: %s", folder.name, reason)
         passed_over.append(f"{folder.name} ({reason})")
