@@ -7,7 +7,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flashmhf.cli import bench, compare, convert, evaluate, generate, info, tokenizer, train
+from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, tokenizer, train
 from flashmhf.errors import InputError
 
 INTERRUPTED = 130
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("train", context_settings=train.CONTEXT)(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("compare", context_settings=train.CONTEXT)(compare.compare)
 app.command("convert")(convert.convert)
