@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flashmhf.data import TokenBlocks, load_corpus, stream_blocks, tokenize
+from flashmhf.data.corpus import is_held_out
 from flashmhf.errors import InputError
 from flashmhf.tokenization import byte_tokenizer
 
@@ -35,9 +36,34 @@ def write_texts(folder, count: int) -> list[str]:
 def test_a_folder_of_text_files(tmp_path):
     contents = write_texts(tmp_path / "books", 40)
     corpus = load_corpus(str(tmp_path / "books"))
-    assert texts(corpus.validation) == sorted([contents[19], contents[39]])
+    held_out = [text for text in contents if is_held_out(text)]
+    assert texts(corpus.validation) == sorted(held_out) != []
     assert sorted(texts(corpus.train) + texts(corpus.validation)) == sorted(contents)
-    assert "38 documents" in corpus.description
+    assert f"{40 - len(held_out)} documents" in corpus.description
+
+
+def test_a_document_stays_on_its_side_when_files_come_and_go(tmp_path):
+    folder = tmp_path / "books"
+    contents = write_texts(folder, 60)
+    before = load_corpus(str(folder))
+    (folder / "000.txt").unlink()
+    for i in range(30):
+        (folder / f"0{i:02d}a.txt").write_text(f"A new one, {i}.")
+    after = load_corpus(str(folder))
+    old = set(contents[1:])
+    assert old & set(texts(after.validation)) == old & set(texts(before.validation)) != set()
+    assert old & set(texts(after.train)) == old & set(texts(before.train))
+    streamed = load_corpus(str(folder), streaming=True)
+    assert texts(streamed.train) == texts(after.train)
+    assert texts(streamed.validation) == texts(after.validation)
+
+
+def test_at_least_one_document_is_held_out(tmp_path):
+    kept = [text for text in (f"Book {i}." for i in range(100)) if not is_held_out(text)][:20]
+    for i, text in enumerate(kept):
+        (tmp_path / f"{i}.txt").write_text(text)
+    corpus = load_corpus(str(tmp_path))
+    assert (len(corpus.train), len(corpus.validation)) == (19, 1)
 
 
 def test_the_sources_own_split(tmp_path):
@@ -111,9 +137,9 @@ def test_streaming_gives_the_same_blocks(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     corpus = load_corpus(str(file), streaming=True)
-    assert len(corpus.validation) == 100
+    assert 5 < len(corpus.validation) < 30
     streamed = list(stream_blocks(corpus.train, byte_tokenizer(), 64))
-    kept = datasets.Dataset.from_list(rows[100:])
+    kept = datasets.Dataset.from_list([one for one in rows if not is_held_out(one["text"])])
     stored = TokenBlocks(tokenize(kept, byte_tokenizer()), 64)
     assert len(streamed) == len(stored)
     for mine, theirs in zip(streamed, stored, strict=True):

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from flashmhf.errors import InputError
 from flashmhf.tokenization import (
@@ -11,6 +12,7 @@ from flashmhf.tokenization import (
     is_byte_tokenizer,
     load_tokenizer,
     save_tokenizer,
+    tokenizer_key,
     train_bpe,
 )
 
@@ -44,6 +46,31 @@ def test_bpe_compresses_and_comes_back(tmp_path):
         assert ids[-1] == loaded.eos_token_id
         assert loaded.decode(ids, skip_special_tokens=True) == text
     assert len(encode_documents(loaded, [TEXTS[0]])[0]) < len(TEXTS[0]) / 2
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(TEXTS, 275)
+
+
+PIECES = st.sampled_from(
+    [" ", "  ", "\n", "\n\n", "\t", "'s", "'", "cat", " the", "12", "!?", "ß", "\u3000", "<|endoftext|>"]
+)
+
+
+@given(st.one_of(st.text(max_size=50), st.lists(PIECES, max_size=12).map("".join)))
+def test_encoding_by_words_is_the_tokenizers(bpe, text):
+    (ids,) = encode_documents(bpe, [text])
+    assert ids[:-1].tolist() == bpe(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_key_is_of_what_decides_on_the_ids(bpe):
+    other = train_bpe([*TEXTS, "zebra zebra"] * 3, 276)
+    copy = PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer, eos_token=bpe.eos_token)
+    keys = [tokenizer_key(tokenizer) for tokenizer in (bpe, other, byte_tokenizer())]
+    assert len(set(keys)) == 3
+    bpe(["padded", "and truncated"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_key(bpe) == keys[0] == tokenizer_key(copy)
 
 
 def test_bad_names_and_sizes(tmp_path):

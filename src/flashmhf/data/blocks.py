@@ -1,0 +1,63 @@
+"""Tokens as one stream, cut into blocks of a fixed length."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from flashmhf.tokenization import encode_documents
+
+
+class TokenBlocks(torch.utils.data.Dataset):
+    """Documents as one stream of tokens, cut into blocks of `block_length`; what is left at the end is dropped.
+
+    The tokens stay in the memory-mapped Arrow files of the tokenised dataset; a block is copied when it is asked for.
+    Items are {"input_ids", "labels"}, int64 of shape (block_length,); the models shift the labels themselves.
+    """
+
+    def __init__(self, tokens: Dataset, block_length: int) -> None:
+        column = tokens.with_format("arrow").data.column("input_ids")
+        self._pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self._ends = np.cumsum([0, *(len(piece) for piece in self._pieces)])
+        self.block_length = block_length
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) // self.block_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        block = np.empty(self.block_length, dtype=np.int64)
+        position, filled = index * self.block_length, 0
+        piece = int(np.searchsorted(self._ends, position, side="right")) - 1
+        while filled < self.block_length:
+            start = position + filled - self._ends[piece]
+            part = self._pieces[piece][start : start + self.block_length - filled]
+            block[filled : filled + len(part)] = part
+            filled += len(part)
+            piece += 1
+        input_ids = torch.from_numpy(block)
+        return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return len(self) * self.block_length
+
+
+def stream_blocks(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int) -> IterableDataset:
+    """The same blocks as `TokenBlocks`, from a stream of documents."""
+
+    def blocks() -> Iterator[dict[str, list[int]]]:
+        rest = np.empty(0, dtype=np.int32)
+        for document in documents:
+            rest = np.concatenate([rest, *encode_documents(tokenizer, [document["text"]])])
+            whole = len(rest) // block_length * block_length
+            for start in range(0, whole, block_length):
+                block = rest[start : start + block_length].tolist()
+                yield {"input_ids": block, "labels": block}
+            rest = rest[whole:]
+
+    return IterableDataset.from_generator(blocks)

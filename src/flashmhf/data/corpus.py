@@ -1,0 +1,248 @@
+"""Where documents come from, and which of them are held out for validation."""
+
+import hashlib
+import logging
+import sysconfig
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from flashmhf.data.faults import REFUSE, BadData
+from flashmhf.data.files import content_key, list_files, missing_column, read_rows, row
+from flashmhf.data.workers import count_workers
+from flashmhf.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+STDLIB = "stdlib"
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing")  # left alone
+HOLD_OUT = 20  # one document of so many, by a hash of its text, or the last 20th of each, is held out for validation
+STREAMED_HOLD_OUT = 100  # held-out documents of a stream, at most
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+WRITE_ROWS = 64  # documents in memory at once
+READ_ATTEMPTS = 3
+ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "fault", "problem")})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents for training and for validation, each a dataset with the column "text", and what was read."""
+
+    train: Dataset | IterableDataset
+    validation: Dataset
+    description: str
+    bad_data: BadData
+
+
+def load_corpus(source: str, *, text_column: str = "text", streaming: bool = False, bad_data: str = REFUSE) -> Corpus:
+    """Reads SOURCE and holds out validation documents.
+
+    A folder's or dataset's own validation split is used where there is one: files in a folder, or with a name, called
+    train and validation (valid, val, dev). Otherwise a 20th of the documents is held out, chosen by a hash of the text,
+    so that a document stays on its side when others come or go, and at least one; of fewer than 20 documents, the last
+    20th of each.
+
+    Args:
+        source: see `flashmhf.data`.
+        text_column: the column of .jsonl, .parquet or a Hub dataset that holds the text.
+        streaming: read a Hub dataset or files as they are needed instead of first copying them to the cache.
+        bad_data: `refuse` raises at what cannot be read; `skip` counts it and goes on. Empty documents are counted.
+
+    Raises:
+        InputError: there is no such source, or it holds no usable text; names the file.
+    """
+    bad = BadData(bad_data)
+    if source == STDLIB:
+        train, validation = _read_files(_stdlib_files(), STDLIB, "text", False), None
+        where = f"standard library in {sysconfig.get_path('stdlib')}"
+    elif Path(source).exists():
+        train, validation = _read_path(Path(source), text_column, streaming)
+        where = source
+    else:
+        train, validation = _read_hub(source, text_column, streaming)
+        where = f"{source} on the Hub"
+    train = _good(train, source, bad)
+    validation = None if validation is None else _good(validation, source, bad)
+    if validation is None:
+        train, validation = _hold_out(train)
+    corpus = Corpus(
+        train, validation, f"{where}: {_describe(train)} for training, {_describe(validation)} for validation", bad
+    )
+    logger.info("data: %s", corpus.description)
+    if bad.counts:
+        logger.warning("data: %s", bad.summary())
+    return corpus
+
+
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return [p for p in sorted(root.rglob("*.py")) if STDLIB_EXCLUDED.isdisjoint(p.relative_to(root).parts)]
+
+
+def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    known = list_files(path)
+    validation_files = [p for p in known if _is_called(p, path, VALIDATION_NAMES)]
+    left_out = {*validation_files, *(p for p in known if _is_called(p, path, TEST_NAMES))}
+    train_files = [p for p in known if p not in left_out]
+    if not train_files:
+        train_files, validation_files = known, []
+    train = _read_files(train_files, str(path), text_column, streaming)
+    validation = _read_files(validation_files, str(path), text_column, False) if validation_files else None
+    return train, validation
+
+
+def _read_files(files: list[Path], where: str, text_column: str, streaming: bool) -> Dataset | IterableDataset:
+    """Rows of `read_rows`, from a cache that is keyed by the files' contents and written once."""
+    arguments = {"files": [str(p) for p in files], "text_column": text_column}
+    if streaming:
+        return IterableDataset.from_generator(read_rows, features=ROW, gen_kwargs=arguments)
+    num_bytes = sum(stamp[1] for stamp in _stamps(files))
+    workers = count_workers(num_bytes, len(files))
+    for _ in range(READ_ATTEMPTS):
+        before = _stamps(files)
+        key = hashlib.blake2b(f"{content_key(files)} {where} {text_column}".encode(), digest_size=16).hexdigest()
+        rows = Dataset.from_generator(
+            read_rows,
+            features=ROW,
+            cache_dir=str(datasets.config.HF_DATASETS_CACHE),
+            gen_kwargs=arguments,
+            num_proc=workers if workers > 1 else None,
+            fingerprint=key,
+            writer_batch_size=WRITE_ROWS,
+        )
+        if _stamps(files) == before:
+            return rows
+        rows.cleanup_cache_files()
+    raise InputError(f"data: expected files that stay as they are while they are read, got changing ones in {where}")
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, int]]:
+    """When each file was changed last, and its size; zeros for one that is not there."""
+    stamps = []
+    for path in files:
+        try:
+            stat = path.stat()
+            stamps.append((stat.st_mtime_ns, stat.st_size))
+        except OSError:
+            stamps.append((0, 0))
+    return stamps
+
+
+def _read_hub(source: str, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    name, _, subset = source.partition(":")
+    try:
+        splits = datasets.load_dataset(name, subset or None, streaming=streaming)
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"data: expected stdlib, a file, a folder or a dataset on the Hub, got {source!r} ({reason})"
+        ) from error
+    train_split = next((s for s in TRAIN_NAMES if s in splits), None) or next(iter(splits))
+    validation_split = next((s for s in VALIDATION_NAMES if s in splits and s != train_split), None)
+    train = hub_rows(splits[train_split], source, text_column)
+    if validation_split is None:
+        return train, None
+    validation = splits[validation_split]
+    if isinstance(validation, IterableDataset):
+        validation = Dataset.from_list(list(validation.take(STREAMED_HOLD_OUT)))
+    return train, hub_rows(validation, source, text_column)
+
+
+def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str) -> Dataset | IterableDataset:
+    """A dataset's text column as rows of `read_rows`."""
+    columns = documents.column_names
+    if columns is None:  # a stream that does not know its columns until it is read
+        columns = list(next(iter(documents), {}))
+    if text_column not in columns:
+        raise InputError(missing_column(columns, where, text_column))
+
+    def rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        made = [row(text, f"{where}, row {index + 1}") for index, text in zip(indices, batch[text_column], strict=True)]
+        return {name: [one[name] for one in made] for name in ROW}
+
+    options = {"batched": True, "batch_size": WRITE_ROWS, "with_indices": True, "remove_columns": columns}
+    return documents.map(rows, features=ROW, **options)
+
+
+def _good(rows: Dataset | IterableDataset, where: str, bad: BadData) -> Dataset | IterableDataset:
+    """The rows without fault; the others are counted or refused."""
+    if isinstance(rows, IterableDataset):
+
+        def is_good(one: dict[str, str]) -> bool:
+            if one["fault"]:
+                bad.add(one["fault"], one["problem"])
+            return not one["fault"]
+
+        return rows.filter(is_good).select_columns(["text"])
+    faults = np.asarray(rows.with_format("numpy")["fault"])
+    for index in np.flatnonzero(faults != ""):
+        bad.add(faults[index], rows[int(index)]["problem"])
+    kept = np.flatnonzero(faults == "")
+    if len(kept) == 0:
+        raise InputError(f"data: expected some text, got none in {where} ({bad.summary() or 'no documents'})")
+    good = rows if len(kept) == len(rows) else rows.select(kept)
+    return good.select_columns(["text"])
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document is for validation: one of 20 is, whatever else there is."""
+    return text_hash(text) % HOLD_OUT == 0
+
+
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
+
+
+def _hold_out(documents: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, Dataset]:
+    if isinstance(documents, IterableDataset):
+        held_out = list(islice((one for one in documents if is_held_out(one["text"])), STREAMED_HOLD_OUT))
+        if not held_out:
+            raise InputError("data: expected a stream with documents to hold out, got too few; leave out --streaming")
+        return documents.filter(lambda one: not is_held_out(one["text"])), Dataset.from_list(held_out)
+    if len(documents) < HOLD_OUT:
+        return _split_each(documents)
+    hashes = np.array(
+        [text_hash(text) for batch in documents.iter(WRITE_ROWS) for text in batch["text"]], dtype=np.uint64
+    )
+    chosen = hashes % HOLD_OUT == 0
+    if not chosen.any():
+        chosen[hashes.argmin()] = True
+    if chosen.all():
+        raise InputError("data: expected documents that differ, got the same one throughout")
+    return documents.select(np.flatnonzero(~chosen)), documents.select(np.flatnonzero(chosen))
+
+
+def _split_each(documents: Dataset) -> tuple[Dataset, Dataset]:
+    """The first 19 parts of 20 of each document, and the last."""
+
+    def cut(batch: dict[str, list[str]], front: bool) -> dict[str, list[str]]:
+        cuts = [len(text) - len(text) // HOLD_OUT for text in batch["text"]]
+        pairs = zip(batch["text"], cuts, strict=True)
+        return {"text": [text[:at] for text, at in pairs] if front else [text[at:] for text, at in pairs if text[at:]]}
+
+    options = {"batched": True, "batch_size": 1}
+    front, back = (documents.map(cut, fn_kwargs={"front": which}, **options) for which in (True, False))
+    if len(back) == 0:
+        count = sum(map(len, documents["text"]))
+        raise InputError(f"data: expected enough text to hold some out for validation, got {count} characters")
+    return front, back
+
+
+def _describe(documents: Dataset | IterableDataset) -> str:
+    if isinstance(documents, IterableDataset):
+        return "a stream of documents"
+    megabytes = sum(len(text.encode()) for batch in documents.iter(WRITE_ROWS) for text in batch["text"]) / 1e6
+    return f"{len(documents):,} documents, {megabytes:,.1f} MB"
+
+
+def _is_called(path: Path, root: Path, names: tuple[str, ...]) -> bool:
+    if path == root:
+        return False
+    *folders, file_name = path.relative_to(root).parts
+    return any(folder in names for folder in folders) or file_name.split(".")[0] in names

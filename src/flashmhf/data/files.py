@@ -1,0 +1,170 @@
+"""Files of text as rows: one for each document, and one for each thing that could not be read."""
+
+import hashlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from flashmhf.data.faults import BINARY, BROKEN_LINE, EMPTY, ENCODING, NO_TEXT, UNREADABLE
+from flashmhf.errors import InputError
+
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+SNIFF_BYTES = 8192
+PARQUET_ROWS = 256
+READ_BYTES = 2**20
+UNREADABLE_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
+
+
+def list_files(path: Path) -> list[Path]:
+    """The files under `path` whose format is known, or `path` itself, in the order of their names.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if not p.is_dir() and not p.name.startswith("."))
+    known = [p for p in files if file_format(p) is not None]
+    if not known:
+        raise InputError(
+            f"data: expected {', '.join(FORMATS)} files (also {', '.join(COMPRESSIONS)}), got {path} with none of them"
+        )
+    return known
+
+
+def file_format(path: Path) -> str | None:
+    """`text`, `json`, `parquet` or None."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def content_key(files: Iterable[Path]) -> str:
+    """A hash of the files' names and contents, in order; of a file that cannot be read, of its name alone."""
+    whole = hashlib.blake2b(digest_size=16)
+    for path in files:
+        content = hashlib.blake2b(digest_size=16)
+        try:
+            with path.open("rb") as file:
+                while part := file.read(READ_BYTES):
+                    content.update(part)
+        except OSError:
+            content.update(b"unreadable")
+        whole.update(f"{path.name}\0{content.hexdigest()}\0".encode())
+    return whole.hexdigest()
+
+
+def read_rows(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
+    """Rows {"text", "fault", "problem"}: `fault` is empty, or one of the kinds in `flashmhf.data.faults`."""
+    readers = {"text": _read_text, "json": _read_json, "parquet": _read_parquet}
+    for name in files:
+        path = Path(name)
+        try:
+            with path.open("rb") as raw, open_compressed(raw, name) as file:
+                yield from readers[file_format(path) or "text"](file, name, text_column)
+        except UNREADABLE_ERRORS as error:
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+            yield fault(UNREADABLE, f"data: could not read {name}: {reason}")
+
+
+def open_compressed(file: IO[bytes], name: str) -> Any:
+    """The file's content, decompressed as the end of its name says."""
+    compression = infer_compression(name)
+    if compression is None and name.endswith(".zst"):
+        raise InputError(f"data: expected the package zstandard to be installed for .zst, got {name}")
+    return io.BufferedReader(file) if compression is None else compr[compression](file, mode="rb")  # type: ignore[arg-type]
+
+
+def row(text: object, where: str) -> dict[str, str]:
+    """The row of one document, which may be empty or no text at all."""
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return fault(EMPTY, where)
+    if not isinstance(text, str):
+        return fault(NO_TEXT, f"text-column: expected text in {where}, got {type(text).__name__}")
+    return {"text": text, "fault": "", "problem": ""}
+
+
+def fault(kind: str, problem: str) -> dict[str, str]:
+    return {"text": "", "fault": kind, "problem": problem}
+
+
+def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
+    content = file.read()
+    if b"\0" in content[:SNIFF_BYTES]:
+        yield fault(BINARY, f"data: expected text, got binary in {name}")
+        return
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        yield fault(ENCODING, f"data: expected UTF-8, got {name} with {error.reason} at byte {error.start}")
+        return
+    yield row(text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, name)
+
+
+def _read_json(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
+    """JSON lines, or one JSON list of objects."""
+    number = 0
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            if b"\0" in line[:SNIFF_BYTES]:
+                yield fault(BINARY, f"data: expected text, got binary in {name}")
+                return
+            if line.lstrip().startswith(b"["):
+                yield from _read_list(line + file.read(), name, text_column)
+                return
+        if line.strip():
+            yield from _read_object(line, f"{name}, line {number}", text_column)
+    if number == 0:
+        yield fault(EMPTY, name)
+
+
+def _read_list(content: bytes, name: str, text_column: str) -> Iterator[dict[str, str]]:
+    try:
+        objects = json.loads(content)
+    except ValueError as error:
+        yield fault(BROKEN_LINE, f"data: could not read {name}: {error}")
+        return
+    for number, item in enumerate(objects, 1):
+        yield _text_of(item, f"{name}, item {number}", text_column)
+
+
+def _read_object(line: bytes, where: str, text_column: str) -> Iterator[dict[str, str]]:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        yield fault(BROKEN_LINE, f"data: could not read {where}: {error}")
+        return
+    yield _text_of(item, where, text_column)
+
+
+def _text_of(item: object, where: str, text_column: str) -> dict[str, str]:
+    if not isinstance(item, dict):
+        return fault(BROKEN_LINE, f"data: expected a JSON object in {where}, got {type(item).__name__}")
+    if text_column not in item:
+        return fault(NO_TEXT, missing_column(item, where, text_column))
+    return row(item[text_column], where)
+
+
+def _read_parquet(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
+    table = pyarrow.parquet.ParquetFile(file)
+    if text_column not in table.schema_arrow.names:
+        yield fault(NO_TEXT, missing_column(table.schema_arrow.names, name, text_column))
+        return
+    number = 0
+    for batch in table.iter_batches(PARQUET_ROWS, columns=[text_column]):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            yield row(text, f"{name}, row {number}")
+
+
+def missing_column(columns: Iterable[str], where: str, text_column: str) -> str:
+    return f"text-column: expected one of {', '.join(columns)} in {where}, got {text_column!r}"
