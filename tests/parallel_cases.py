@@ -1,5 +1,6 @@
 """Layouts of a tiny model over processes, and what each computes; `test_parallel.py` compares."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +10,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from flashmhf.layers import PKV, FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.parallel import shard_parameters, tensor_parallel
+from flashmhf.sharded import load_sharded, save_sharded
 
 BATCH, LENGTH = 4, 12
 MODELS: dict[str, dict[str, Any]] = {
-    "flashmhf": {"q_norm": True, "init": "scaled"},
+    "flashmhf": {"q_norm": True, "init": "scaled", "score_scale": 4.0, "gate_scale": 4.0, "output_scale": 3.0},
     "grouped": {"num_ffn_kv_heads": 2, "gate": "softmax", "tie_word_embeddings": True, "mlp_bias": True},
     "recomputed": {"recompute_q": True, "ffn_norm": False},
     "mhffn": {"ffn_type": "mhffn", "init": "scaled"},
@@ -82,9 +85,9 @@ def one_step(models: list[str], layouts: list[str]) -> dict[tuple[str, str], tup
     return results
 
 
-def curve(model: nn.Module, part: int, parts: int, steps: int) -> list[Tensor]:
+def curve(model: nn.Module, part: int, parts: int, steps: int, optimizer: Optimizer | None = None) -> list[Tensor]:
     """The losses of a training with a clipped gradient."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = adam(model) if optimizer is None else optimizer
     losses = []
     for _ in range(steps):
         tokens = batch(0).chunk(parts)[part]
@@ -95,6 +98,27 @@ def curve(model: nn.Module, part: int, parts: int, steps: int) -> list[Tensor]:
         optimizer.zero_grad()
         losses.append(loss.detach())
     return losses
+
+
+def adam(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def going_on(name: str, layouts: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
+    """Three steps, a sharded checkpoint, and three more in each other layout, by both layouts."""
+    results = {}
+    for first in layouts:
+        model, part, parts = lay_out(build(name), first)
+        optimizer = adam(model)
+        curve(model, part, parts, 3, optimizer)
+        save_sharded(Path(folder) / first, model, optimizer)
+        for second in layouts:
+            model, part, parts = lay_out(build(name, init="reference"), second)
+            optimizer = adam(model)
+            load_sharded(Path(folder) / first, model, optimizer)
+            losses = curve(model, part, parts, 3, optimizer)
+            results[first, second] = [mean_over_ranks(loss) for loss in losses]
+    return results
 
 
 def curves(name: str, layouts: list[str], steps: int) -> dict[str, list[float]]:

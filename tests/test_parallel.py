@@ -2,23 +2,33 @@
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flashmhf import FlashMHF
+from flashmhf.errors import InputError
+from flashmhf.models.loading import load_model
 from flashmhf.parallel import tensor_parallel
-from parallel_cases import LAYERS, MODELS, batch, build, collectives, curve, curves, one_step
+from flashmhf.sharded import load_sharded
+from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, going_on, one_step
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
 
 
-def two_processes() -> dict:
-    return {"step": one_step(list(MODELS), LAYOUTS_OF_TWO), "collectives": collectives()}
+def two_processes(folder: str) -> dict:
+    steps = one_step(list(MODELS), LAYOUTS_OF_TWO)
+    return {"step": steps, "collectives": collectives(), "going on": going_on("flashmhf", LAYOUTS_OF_TWO, folder)}
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    return run_ranks(two_processes, 2, tmp_path_factory.mktemp("two"))
+def folder_of_two(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def of_two(folder_of_two):
+    return run_ranks(two_processes, 2, folder_of_two, str(folder_of_two))
 
 
 def single_process(name: str) -> tuple[float, dict[str, torch.Tensor]]:
@@ -46,6 +56,34 @@ def test_loss_and_gradients_of_two_processes(of_two, layout, name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_split_layer_costs_one_all_reduce_forward_and_one_backward(of_two, name):
     assert of_two["collectives"][name] == (1, 1)
+
+
+@pytest.fixture(scope="module")
+def losses_after_three_steps() -> list[float]:
+    return [loss.item() for loss in curve(build("flashmhf"), 0, 1, 6)][3:]
+
+
+@pytest.mark.parametrize("second", LAYOUTS_OF_TWO)
+@pytest.mark.parametrize("first", LAYOUTS_OF_TWO)
+def test_a_sharded_checkpoint_goes_on_in_any_layout(of_two, losses_after_three_steps, first, second):
+    assert of_two["going on"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
+def test_a_sharded_checkpoint_becomes_a_plain_model(of_two, folder_of_two, tmp_path, losses_after_three_steps, layout):
+    model = build("flashmhf", init="reference")
+    optimizer = adam(model)
+    load_sharded(folder_of_two / layout, model, optimizer)
+    model.save_pretrained(tmp_path)
+    losses = [loss.item() for loss in curve(model, 0, 1, 3, optimizer)]
+    assert losses == pytest.approx(losses_after_three_steps, rel=1e-4)
+    assert load_model(str(tmp_path))(batch(), labels=batch()).loss.item() == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_hostile_table_of_contents_is_not_called(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch hit'\ntR.")
+    with pytest.raises((InputError, CheckpointException), match=r"got: a pickle that calls os\.system"):
+        load_sharded(tmp_path, build("flashmhf"))
 
 
 @pytest.mark.slow
