@@ -14,14 +14,16 @@ class TokenBlocks(torch.utils.data.Dataset):
     """Documents as one stream of tokens, cut into blocks of `block_length`; what is left at the end is dropped.
 
     The tokens stay in the memory-mapped Arrow files of the tokenised dataset; a block is copied when it is asked for.
-    Items are {"input_ids", "labels"}, int64 of shape (block_length,); the models shift the labels themselves.
+    Items are {"input_ids", "labels"}, int64 of shape (block_length,); the models shift the labels themselves. With
+    `separator`, the id of that token, also "position_ids", see `document_positions`.
     """
 
-    def __init__(self, tokens: Dataset, block_length: int) -> None:
+    def __init__(self, tokens: Dataset, block_length: int, separator: int | None = None) -> None:
         column = tokens.with_format("arrow").data.column("input_ids")
         self._pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
         self._ends = np.cumsum([0, *(len(piece) for piece in self._pieces)])
         self.block_length = block_length
+        self.separator = separator
 
     def __len__(self) -> int:
         return int(self._ends[-1]) // self.block_length
@@ -39,7 +41,10 @@ class TokenBlocks(torch.utils.data.Dataset):
             filled += len(part)
             piece += 1
         input_ids = torch.from_numpy(block)
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
+        item = {"input_ids": input_ids, "labels": input_ids.clone()}
+        if self.separator is not None:
+            item["position_ids"] = document_positions(input_ids, self.separator)
+        return item
 
     @property
     def num_tokens(self) -> int:
@@ -47,8 +52,20 @@ class TokenBlocks(torch.utils.data.Dataset):
         return len(self) * self.block_length
 
 
-def stream_blocks(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int) -> IterableDataset:
-    """The same blocks as `TokenBlocks`, from a stream of documents."""
+def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
+    """Positions, shape (L,), that begin anew at each separator, which so opens the document that follows it.
+
+    transformers' models take positions that begin anew for sequences packed into one, and let no token attend to
+    another sequence. The separator goes with what follows, as in `flashmhf eval`: it predicts the first token.
+    """
+    position = torch.arange(len(input_ids))
+    return position - torch.where(input_ids == separator, position, 0).cummax(0).values
+
+
+def stream_blocks(
+    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int, document_mask: bool = False
+) -> IterableDataset:
+    """The same blocks as `TokenBlocks`, from a stream of documents; with positions where `document_mask` is set."""
 
     def blocks() -> Iterator[dict[str, list[int]]]:
         rest = np.empty(0, dtype=np.int32)
@@ -56,8 +73,12 @@ def stream_blocks(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase
             rest = np.concatenate([rest, *encode_documents(tokenizer, [document["text"]])])
             whole = len(rest) // block_length * block_length
             for start in range(0, whole, block_length):
-                block = rest[start : start + block_length].tolist()
-                yield {"input_ids": block, "labels": block}
+                block = rest[start : start + block_length]
+                item = {"input_ids": block.tolist(), "labels": block.tolist()}
+                if document_mask:
+                    positions = document_positions(torch.from_numpy(block), tokenizer.eos_token_id)
+                    item["position_ids"] = positions.tolist()
+                yield item
             rest = rest[whole:]
 
     return IterableDataset.from_generator(blocks)

@@ -1,0 +1,53 @@
+"""No attention across documents, in training as it is run."""
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flashmhf.data import TokenBlocks, stream_blocks, tokenize
+from flashmhf.data.blocks import document_positions
+from flashmhf.models.loading import load_config
+from flashmhf.tokenization import byte_tokenizer
+
+SEPARATOR = 256
+
+
+def test_positions_begin_anew_at_each_separator():
+    ids = torch.tensor([5, 6, SEPARATOR, 7, SEPARATOR, SEPARATOR, 8, 9])
+    assert document_positions(ids, SEPARATOR).tolist() == [0, 1, 0, 1, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_document_does_not_see_another(model_file, attention):
+    config = load_config(str(model_file))
+    config.vocab_size = 320
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    model.config.use_cache = False  # as the Trainer does
+    texts = ["the first document", "another, the second", "and a third one"]
+
+    def logits(second: str) -> torch.Tensor:
+        documents = datasets.Dataset.from_dict({"text": [texts[0], second, texts[2]]})
+        blocks = TokenBlocks(tokenize(documents, byte_tokenizer()), 54, separator=SEPARATOR)
+        batch = {name: tensor[None] for name, tensor in blocks[0].items()}
+        with torch.no_grad():
+            return model(**batch).logits[0]
+
+    first, second = logits(texts[1]), logits("wholly other words!")
+    assert len(texts[1]) == len("wholly other words!")
+    start, stop = len(texts[0]) + 1, len(texts[0]) + 1 + len(texts[1])
+    torch.testing.assert_close(first[:start], second[:start])
+    torch.testing.assert_close(first[stop:], second[stop:])
+    assert not torch.allclose(first[start:stop], second[start:stop], atol=1e-3)
+    alone = model(torch.tensor([[SEPARATOR, *texts[2].encode()]])).logits[0]
+    torch.testing.assert_close(first[stop : stop + len(alone)], alone[: len(first) - stop], rtol=1e-4, atol=1e-5)
+
+
+def test_streamed_blocks_have_the_same_positions():
+    documents = datasets.Dataset.from_dict({"text": ["abc" * i for i in range(1, 20)]})
+    stored = TokenBlocks(tokenize(documents, byte_tokenizer()), 16, separator=SEPARATOR)
+    streamed = list(stream_blocks(documents.to_iterable_dataset(), byte_tokenizer(), 16, document_mask=True))
+    assert len(streamed) == len(stored) > 10
+    for mine, theirs in zip(streamed, stored, strict=True):
+        assert {name: list(value) for name, value in mine.items()} == {k: v.tolist() for k, v in theirs.items()}
+    assert "position_ids" not in TokenBlocks(tokenize(documents, byte_tokenizer()), 16)[0]
