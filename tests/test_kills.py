@@ -97,6 +97,8 @@ def kill(start, folder: Path, steps: int, moment: random.Random, seconds: float,
         time.sleep(moment.uniform(0, 2 * seconds))
     else:
         wait_for(lambda: (folder / RUN_FILE).exists() and (ready is None or ready in log.read_text()), process)
+        if saving:  # and one checkpoint further than the last process
+            wait_for(lambda: any(path.name not in names for path in checkpoints(folder)), process)
         wait_for(lambda: (folder / UNFINISHED).exists(), process)
         time.sleep(moment.uniform(0, 0.03 if saving else seconds))
     os.kill(process.pid, signal.SIGKILL)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from flashmhf.saving import CheckpointTrainer
+from flashmhf.bad_steps import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class SpeedTrainer(CheckpointTrainer):
+class SpeedTrainer(GuardedTrainer):
     """Logs the speed of the training steps alone, without validation and saving."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

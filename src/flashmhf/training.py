@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
 from flashmhf.data import Corpus, TokenBlocks, load_corpus, stream_blocks, tokenize
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
@@ -49,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
     "include_num_input_tokens_seen": True,
+    "remove_unused_columns": False,  # the numbers of the blocks come along
     "ddp_find_unused_parameters": False,
 }
 
@@ -106,19 +108,23 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     return arguments
 
 
-def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    run: Run, arguments: TrainingArguments, *, resume: bool = False, max_bad_steps: int = MAX_BAD_STEPS
+) -> dict[str, Any]:
     """Trains, validates and saves model and tokenizer into `arguments.output_dir`.
 
     SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
 
     Returns:
         "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats a token), "bits_per_byte",
-        "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "interrupted_by" (a signal's number
-        or None).
+        "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "skipped_steps", "interrupted_by" (a
+        signal's number or None).
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
+        RunError: `max_bad_steps` in a row had no finite loss and gradient; a checkpoint is saved.
     """
+    check_limit(max_bad_steps)
     started = time.perf_counter()
     output_dir = Path(str(arguments.output_dir))
     checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
@@ -136,10 +142,11 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     trainer = SpeedTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_blocks,
+        train_dataset=numbered(train_blocks),
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
         callbacks=[stop],
+        max_bad_steps=max_bad_steps,
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
@@ -147,6 +154,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
     if finished is None:
         with stop, explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.check_finite()
     else:
         trainer.state = finished
         trainer.remove_callback(
@@ -169,6 +177,7 @@ def train(run: Run, arguments: TrainingArguments, *, resume: bool = False) -> di
         "tokens_per_second": median_speed(trainer),
         "peak_memory_mib": peak_memory_mib(),
         "elapsed_s": time.perf_counter() - started,
+        "skipped_steps": trainer.skipped_steps(),
         "interrupted_by": stop.signal,
         "output_dir": str(output_dir),
     }

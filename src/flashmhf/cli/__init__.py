@@ -8,7 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, tokenizer, train
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, RunError
 
 INTERRUPTED = 130
 
@@ -44,7 +44,7 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
-    except OSError as error:
+    except (OSError, RunError) as error:
         _fail(str(error), 1)
     else:
         sys.exit(code if isinstance(code, int) else 0)

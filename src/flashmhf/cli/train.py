@@ -21,6 +21,7 @@ def train(
     streaming: Annotated[bool, typer.Option("--streaming", help="Read data as needed; wants --max-steps.")] = False,
     validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**19,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    max_bad_steps: Annotated[int, typer.Option(help="So many in a row without a finite loss end the run.")] = 5,
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
@@ -30,7 +31,7 @@ def train(
 
         arguments = parse_arguments(context.args, output_dir)
         run = Run(model, data, tokenizer, context_length, text_column, streaming, validation_tokens)
-        result = run_training(run, arguments, resume=resume)
+        result = run_training(run, arguments, resume=resume, max_bad_steps=max_bad_steps)
     number = result["interrupted_by"]
     if number is not None:
         typer.echo(

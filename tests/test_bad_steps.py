@@ -1,0 +1,153 @@
+"""Losses and gradients that are not finite, and losses that stand out: skipped, counted, named with their data."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmhf.bad_steps import GuardedTrainer, LossWindow, Numbered, numbered
+from flashmhf.errors import InputError, RunError
+from flashmhf.models.loading import load_model
+from flashmhf.training import Run, parse_arguments, train
+
+FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
+FLAGS += ["--eval-strategy", "no", "--save-strategy", "no", "--logging-nan-inf-filter", "false", "--warmup-steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def run(corpus_folder, model_file) -> Run:
+    return Run(str(model_file), str(corpus_folder), "bytes", 16, validation_tokens=64)
+
+
+def start(run: Run, folder: Path, *flags: str, **options) -> dict:
+    return train(run, parse_arguments([*FLAGS, "--max-steps", "6", *flags], str(folder)), **options)
+
+
+def history(folder: Path, key: str) -> list[dict]:
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row for row in rows if key in row]
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Multiplies the losses of some steps, counted from 1; returns the weights' sums before every step."""
+
+    def spoil(factors: dict[int, float]) -> list[float]:
+        compute, sums = GuardedTrainer.compute_loss, []
+
+        def spoiled(self, model, inputs, *args, **options):
+            if not model.training:
+                return compute(self, model, inputs, *args, **options)
+            sums.append(sum(parameter.double().sum().item() for parameter in model.parameters()))
+            return compute(self, model, inputs, *args, **options) * factors.get(self.state.global_step + 1, 1.0)
+
+        monkeypatch.setattr(GuardedTrainer, "compute_loss", spoiled)
+        return sums
+
+    return spoil
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_a_step_without_a_finite_loss_is_skipped(run, tmp_path, spoil, caplog, factor):
+    sums = spoil({3: factor})
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        result = start(run, tmp_path / "run")
+    assert result["steps"] == 6
+    assert result["skipped_steps"] == 1
+    assert sums[2] == sums[3]  # nothing was learnt from it, not even by weight decay
+    assert len(set(sums)) == 5
+    (row,) = history(tmp_path / "run", "skipped")
+    assert row["step"] == 3
+    assert len(row["blocks"]) == 2
+    assert f"step 3 skipped: loss {factor}, gradient norm nan; blocks {row['blocks'][0]}, " in caplog.text
+    assert all(torch.isfinite(p).all() for p in load_model(str(tmp_path / "run")).parameters())
+
+
+def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monkeypatch, caplog):
+    step = GuardedTrainer.training_step
+
+    def overflowing(self, model, *args, **options):
+        loss = step(self, model, *args, **options)
+        if self.state.global_step == 1:
+            next(model.parameters()).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(GuardedTrainer, "training_step", overflowing)
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        assert start(run, tmp_path / "run")["skipped_steps"] == 1
+    assert "step 2 skipped: loss 5." in caplog.text
+    assert "gradient norm inf" in caplog.text
+
+
+def test_blocks_are_those_of_the_batch(run, tmp_path, spoil, monkeypatch):
+    seen = []
+    get = Numbered.__getitem__
+    monkeypatch.setattr(Numbered, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
+    spoil({1: math.nan, 2: math.nan})
+    start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
+    first, second = history(tmp_path / "run", "skipped")
+    assert first["blocks"] + second["blocks"] == seen[:12]
+
+
+def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
+    spoil({1: math.nan, 3: math.nan, 4: math.nan})
+    message = (
+        r"max-bad-steps: expected a finite loss and gradient within 2 steps, got none in steps 3 to 4 "
+        r"\(blocks \d+, \d+, \d+, \d+\); checkpoint-4 holds the weights from before them"
+    )
+    with pytest.raises(RunError, match=message):
+        start(run, tmp_path / "run", max_bad_steps=2)
+    saved = tmp_path / "run/checkpoint-4"
+    rows = [row for row in json.loads((saved / "trainer_state.json").read_text())["log_history"] if "skipped" in row]
+    assert [row["step"] for row in rows] == [1, 3, 4]
+    spoil({})
+    again = start(run, tmp_path / "run", max_bad_steps=2, resume=True)  # goes on with the data after them
+    assert (again["steps"], again["skipped_steps"]) == (6, 3)
+
+
+def test_a_spike_is_named_and_learnt_from(run, tmp_path, spoil, caplog, monkeypatch):
+    monkeypatch.setattr("flashmhf.bad_steps.LEAST_LOSSES", 3)
+    sums = spoil({5: 50.0})
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        start(run, tmp_path / "run", "--learning-rate", "1e-9")
+    (row,) = history(tmp_path / "run", "spike")
+    assert row["step"] == 5
+    assert row["spike"] > 200
+    assert f"loss spike at step 5: {row['spike']:.4g}, expected below" in caplog.text
+    assert f"blocks {row['blocks'][0]}, {row['blocks'][1]}" in caplog.text
+    assert len(set(sums)) == 6
+
+
+def test_the_window_of_losses():
+    window = LossWindow()
+    losses = [5 + 0.1 * math.sin(step) for step in range(200)]
+    assert [window.limit_passed(loss) for loss in losses] == [None] * 200
+    limit = window.limit_passed(6.0)
+    assert limit == pytest.approx(5 + 6 * 0.1 / math.sqrt(2), abs=0.05)
+    constant = LossWindow()
+    assert [constant.limit_passed(3.0) for _ in range(50)] == [None] * 50
+    assert constant.limit_passed(3.01) is None
+    assert LossWindow().limit_passed(1e9) is None
+
+
+def test_numbered_streams():
+    stream = torch.utils.data.DataLoader([{"input_ids": 5}, {"input_ids": 6}], batch_size=None)
+    rows = list(numbered(iter_only(stream)))
+    assert [row["block"] for row in rows] == [0, 1]
+
+
+def iter_only(rows):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    return Stream()
+
+
+def test_a_limit_below_one_is_refused(run, tmp_path):
+    with pytest.raises(InputError, match="max-bad-steps: expected 1 or more, got 0"):
+        start(run, tmp_path / "run", max_bad_steps=0)
+    assert not (tmp_path / "run").exists()
