@@ -85,7 +85,13 @@ def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monk
 def test_blocks_are_those_of_the_batch(run, tmp_path, spoil, monkeypatch):
     seen = []
     get = Numbered.__getitem__
-    monkeypatch.setattr(Numbered, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
+
+    def recording(self, index):
+        item = get(self, index)
+        seen.append(int(item["block"]))
+        return item
+
+    monkeypatch.setattr(Numbered, "__getitem__", recording)
     spoil({1: math.nan, 2: math.nan})
     start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
     first, second = history(tmp_path / "run", "skipped")

@@ -140,7 +140,11 @@ class Numbered(torch.utils.data.Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.blocks[index], BLOCK: index}
+        return {BLOCK: index, **self.blocks[index]}  # shuffled blocks bring their own number
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.blocks, "set_epoch"):
+            self.blocks.set_epoch(epoch)
 
 
 class NumberedStream(torch.utils.data.IterableDataset):

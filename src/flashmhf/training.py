@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
-from flashmhf.data import Corpus, TokenBlocks, load_corpus, stream_blocks, tokenize
+from flashmhf.data import REFUSE, Recipe, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
 from flashmhf.manifest import write_flushed
@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
     "num_train_epochs": 1.0,
+    "train_sampling_strategy": "sequential",  # the blocks come shuffled
     "logging_steps": 10,
     "logging_first_step": True,
     "eval_strategy": "steps",
@@ -61,12 +62,14 @@ class Run:
 
     Args:
         model: a preset, a JSON configuration (both start from new weights) or a model's folder (goes on from its).
-        data: a SOURCE, see `flashmhf.data`.
+        data: a SOURCE or several by weight, see `flashmhf.data`.
         tokenizer: `bytes`, a folder or a Hub id.
         context_length: tokens in a training block.
         text_column: of .jsonl, .parquet or Hub data.
         streaming: read the data as it is needed.
         validation_tokens: at most so many are used for validation.
+        document_mask: no attention from one document to another in a block.
+        bad_data: `skip` or `refuse` what cannot be read.
     """
 
     model: str
@@ -76,6 +79,20 @@ class Run:
     text_column: str = "text"
     streaming: bool = False
     validation_tokens: int = 2**19
+    document_mask: bool = False
+    bad_data: str = REFUSE
+
+    def recipe(self, seed: int) -> Recipe:
+        """What concerns the data alone."""
+        return Recipe(
+            self.context_length,
+            self.text_column,
+            self.streaming,
+            self.validation_tokens,
+            self.document_mask,
+            self.bad_data,
+            seed,
+        )
 
 
 def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
@@ -118,7 +135,7 @@ def train(
     Returns:
         "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats a token), "bits_per_byte",
         "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "skipped_steps", "interrupted_by" (a
-        signal's number or None).
+        signal's number or None), "tokens_used" (of each source), "bad_data" (a line on what was skipped, or empty).
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
@@ -134,16 +151,15 @@ def train(
     finished = None if checkpoint is None else finished_state(checkpoint, arguments)
     model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
     with arguments.main_process_first(desc="data"):
-        corpus = load_corpus(run.data, text_column=run.text_column, streaming=run.streaming)
-        train_blocks, validation_blocks, bytes_per_token = _blocks(run, corpus, tokenizer)
+        data = load_blocks(run.data, tokenizer, run.recipe(_data_seed(arguments)))
     if arguments.process_index == 0:
         write_json(output_dir / RUN_FILE, asdict(run))
     stop = StopOnSignal()
     trainer = SpeedTrainer(
         model=model,
         args=arguments,
-        train_dataset=numbered(train_blocks),
-        eval_dataset=validation_blocks,
+        train_dataset=numbered(data.train),
+        eval_dataset=data.validation,
         processing_class=tokenizer,
         callbacks=[stop],
         max_bad_steps=max_bad_steps,
@@ -173,12 +189,14 @@ def train(
         "parameters": model.num_parameters(),
         "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
         "validation_loss": validation_loss,
-        "bits_per_byte": None if validation_loss is None else validation_loss / math.log(2) / bytes_per_token,
+        "bits_per_byte": None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
         "tokens_per_second": median_speed(trainer),
         "peak_memory_mib": peak_memory_mib(),
         "elapsed_s": time.perf_counter() - started,
         "skipped_steps": trainer.skipped_steps(),
         "interrupted_by": stop.signal,
+        "tokens_used": data.tokens_used(trainer.state.num_input_tokens_seen),
+        "bad_data": data.bad_summary(),
         "output_dir": str(output_dir),
     }
 
@@ -187,6 +205,10 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes beside and renames, so that a good file is never replaced by half of one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_flushed(file, json.dumps(content, indent=2) + "\n")
+
+
+def _data_seed(arguments: TrainingArguments) -> int:
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -213,23 +235,6 @@ def _check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> No
             raise InputError(
                 f"tokenizer: expected the one in {folder} ({len(own)} tokens), got one of {len(tokenizer)} others"
             )
-
-
-def _blocks(
-    run: Run, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.utils.data.Dataset | Any, torch.utils.data.Dataset, float]:
-    validation_tokens = tokenize(corpus.validation, tokenizer)
-    validation = TokenBlocks(validation_tokens, run.context_length)
-    bytes_per_token = sum(validation_tokens["bytes"]) / sum(len(ids) for ids in validation_tokens["input_ids"])
-    most = max(run.validation_tokens // run.context_length, 1)
-    if run.streaming:
-        train = stream_blocks(corpus.train, tokenizer, run.context_length)
-    else:
-        train = TokenBlocks(tokenize(corpus.train, tokenizer), run.context_length)
-    for role, blocks in (("training", train), ("validation", validation)):
-        if not run.streaming and len(blocks) == 0:
-            raise InputError(f"data: expected at least {run.context_length} tokens for {role}, got fewer")
-    return train, torch.utils.data.Subset(validation, range(min(most, len(validation)))), bytes_per_token
 
 
 class _Parser(HfArgumentParser):

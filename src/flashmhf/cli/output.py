@@ -12,6 +12,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Data = Annotated[
     str, typer.Option(metavar="SOURCE", help="stdlib, a file or folder of .txt, .jsonl or .parquet, or a Hub dataset.")
 ]
+BadData = Annotated[
+    str,
+    typer.Option(
+        "--bad-data", metavar="skip|refuse", help="What cannot be read. Empty documents are skipped; all is counted."
+    ),
+]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
 Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, else the CPU.")]

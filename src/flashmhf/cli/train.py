@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Data, Json, TextColumn, Tokenizer, emit, results_only
+from flashmhf.cli.output import BadData, Data, Json, TextColumn, Tokenizer, emit, results_only
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -20,6 +20,10 @@ def train(
     text_column: TextColumn = "text",
     streaming: Annotated[bool, typer.Option("--streaming", help="Read data as needed; wants --max-steps.")] = False,
     validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**19,
+    document_mask: Annotated[
+        bool, typer.Option("--document-mask", help="No attention from one document to another in a block.")
+    ] = False,
+    bad_data: BadData = "refuse",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     max_bad_steps: Annotated[int, typer.Option(help="So many in a row without a finite loss end the run.")] = 5,
     json: Json = False,
@@ -30,7 +34,9 @@ def train(
         from flashmhf.training import train as run_training
 
         arguments = parse_arguments(context.args, output_dir)
-        run = Run(model, data, tokenizer, context_length, text_column, streaming, validation_tokens)
+        run = Run(
+            model, data, tokenizer, context_length, text_column, streaming, validation_tokens, document_mask, bad_data
+        )
         result = run_training(run, arguments, resume=resume, max_bad_steps=max_bad_steps)
     number = result["interrupted_by"]
     if number is not None:
@@ -45,8 +51,12 @@ def train(
 
 
 def _text(result: dict) -> str:
+    used = ", ".join(f"{tokens:,} of {source}" for source, tokens in result["tokens_used"].items())
+    lines = [f"tokens used: {used}"] if len(result["tokens_used"]) > 1 else []
+    lines += [result["bad_data"]] if result["bad_data"] else []
     return (
         f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['elapsed_s']:,.0f} s; "
         f"validation loss {result['validation_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte\n"
-        f"model: {result['output_dir']}"
+        + "".join(f"{line}\n" for line in lines)
+        + f"model: {result['output_dir']}"
     )

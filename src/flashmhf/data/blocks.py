@@ -1,13 +1,18 @@
 """Tokens as one stream, cut into blocks of a fixed length."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from flashmhf.errors import InputError
 from flashmhf.tokenization import encode_documents
+
+SHUFFLED_DOCUMENTS = 256  # of a stream, held in memory
 
 
 class TokenBlocks(torch.utils.data.Dataset):
@@ -65,20 +70,51 @@ def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
 def stream_blocks(
     documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int, document_mask: bool = False
 ) -> IterableDataset:
-    """The same blocks as `TokenBlocks`, from a stream of documents; with positions where `document_mask` is set."""
+    """The same blocks as `TokenBlocks`, once, from a stream of documents; with positions under `document_mask`."""
+    return IterableDataset.from_generator(
+        partial(_cut, lambda: iter(documents), tokenizer, block_length, document_mask)
+    )
 
-    def blocks() -> Iterator[dict[str, list[int]]]:
-        rest = np.empty(0, dtype=np.int32)
-        for document in documents:
-            rest = np.concatenate([rest, *encode_documents(tokenizer, [document["text"]])])
-            whole = len(rest) // block_length * block_length
-            for start in range(0, whole, block_length):
-                block = rest[start : start + block_length]
-                item = {"input_ids": block.tolist(), "labels": block.tolist()}
-                if document_mask:
-                    positions = document_positions(torch.from_numpy(block), tokenizer.eos_token_id)
-                    item["position_ids"] = positions.tolist()
-                yield item
-            rest = rest[whole:]
 
-    return IterableDataset.from_generator(blocks)
+def iterate_blocks(
+    documents: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    *,
+    document_mask: bool = False,
+    seed: int = 0,
+) -> Iterator[dict[str, list[int]]]:
+    """Blocks for ever: a stream that has ended starts again in another order.
+
+    The order of the files and, within `SHUFFLED_DOCUMENTS`, of the documents depends on the seed and the pass alone.
+    """
+
+    def endless() -> Iterator[dict[str, str]]:
+        for number in count():
+            empty = True
+            for document in documents.shuffle(np.random.default_rng([seed, number]), buffer_size=SHUFFLED_DOCUMENTS):
+                empty = False
+                yield document
+            if empty:
+                raise InputError("data: expected some text, got none in a stream")
+
+    return _cut(endless, tokenizer, block_length, document_mask)
+
+
+def _cut(
+    start: Callable[[], Iterator[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    document_mask: bool,
+) -> Iterator[dict[str, list[int]]]:
+    rest = np.empty(0, dtype=np.int32)
+    for document in start():
+        rest = np.concatenate([rest, *encode_documents(tokenizer, [document["text"]])])
+        whole = len(rest) // block_length * block_length
+        for begin in range(0, whole, block_length):
+            block = rest[begin : begin + block_length]
+            item = {"input_ids": block.tolist(), "labels": block.tolist()}
+            if document_mask:
+                item["position_ids"] = document_positions(torch.from_numpy(block), tokenizer.eos_token_id).tolist()
+            yield item
+        rest = rest[whole:]

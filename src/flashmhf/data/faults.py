@@ -29,12 +29,16 @@ class BadData:
             raise InputError(f"bad-data: expected {SKIP} or {REFUSE}, got {policy!r}")
         self.policy = policy
         self.counts: Counter[str] = Counter()
+        self._seen: set[int] = set()  # a stream comes by the same one again
         self._named: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, problem: str) -> None:
         """Counts one, or refuses it; `problem` is the line that names it."""
         if self.policy == REFUSE and kind != EMPTY:
             raise InputError(f"{problem}; --bad-data skip goes on without it")
+        if hash(problem) in self._seen:
+            return
+        self._seen.add(hash(problem))
         self.counts[kind] += 1
         if len(self._named[kind]) < NAMED:
             self._named[kind].append(problem)

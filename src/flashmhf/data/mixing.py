@@ -1,0 +1,154 @@
+"""What a training run reads: blocks of one source, or of several by weight."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Subset
+from transformers import PreTrainedTokenizerBase
+
+from flashmhf.data.blocks import TokenBlocks, iterate_blocks
+from flashmhf.data.corpus import Corpus, load_corpus
+from flashmhf.data.faults import REFUSE, BadData
+from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
+from flashmhf.data.tokens import tokenize
+from flashmhf.errors import InputError
+
+FORM = "SOURCE or WEIGHT*SOURCE,WEIGHT*SOURCE,..."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How text becomes blocks.
+
+    Args:
+        context_length: tokens in a block.
+        text_column: of .jsonl, .parquet or Hub data.
+        streaming: read the data as it is needed; then it starts again for ever.
+        validation_tokens: at most so many are used for validation, by the weights.
+        document_mask: give blocks positions that keep attention within a document.
+        bad_data: `skip` or `refuse`.
+        seed: of the order.
+    """
+
+    context_length: int
+    text_column: str = "text"
+    streaming: bool = False
+    validation_tokens: int = 2**19
+    document_mask: bool = False
+    bad_data: str = REFUSE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    train: ShuffledBlocks | IterableDataset
+    validation: torch.utils.data.Dataset
+    bytes_per_token: float  # of the validation blocks
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    block_length: int
+    bad_data: tuple[BadData, ...]
+
+    def tokens_used(self, tokens: int) -> dict[str, int]:
+        """Of each source, how many of the first `tokens` tokens of training."""
+        num_blocks = tokens // self.block_length
+        if isinstance(self.train, ShuffledBlocks):
+            counts = self.train.count_used(num_blocks)
+        else:
+            counts = count_turns(self.weights, num_blocks)
+        used = dict.fromkeys(self.sources, 0)
+        for source, count in zip(self.sources, counts, strict=True):
+            used[source] += count * self.block_length
+        return used
+
+    def bad_summary(self) -> str:
+        return "; ".join(bad.summary() for bad in self.bad_data if bad.counts)
+
+
+def parse_sources(data: str) -> list[tuple[float, str]]:
+    """(weight, SOURCE) pairs of `0.7*A,0.3*B`, or one of weight 1.
+
+    Raises:
+        InputError: a weight that is no positive number.
+    """
+    if "*" not in data or Path(data).exists():
+        return [(1.0, data)]
+    pairs = []
+    for part in re.split(r",(?=[^,*]*\*)", data):
+        text, star, source = part.partition("*")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not (star and source.strip() and math.isfinite(weight) and weight >= 0):
+            raise InputError(f"data: expected {FORM} with weights that are no less than 0, got {part.strip()!r}")
+        pairs.append((weight, source.strip()))
+    used = [pair for pair in pairs if pair[0] > 0]
+    if not used:
+        raise InputError(f"data: expected {FORM} with a weight above 0, got {data!r}")
+    return used
+
+
+def load_blocks(data: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> TrainingData:
+    """Reads every source of `data`, tokenises it and arranges its blocks.
+
+    Raises:
+        InputError: a source, a weight or the amount of text does not fit.
+    """
+    weights, sources = zip(*parse_sources(data), strict=True)
+    corpora = [
+        load_corpus(source, text_column=recipe.text_column, streaming=recipe.streaming, bad_data=recipe.bad_data)
+        for source in sources
+    ]
+    validation, bytes_per_token = _validation(corpora, weights, tokenizer, recipe)
+    train: ShuffledBlocks | IterableDataset
+    if recipe.streaming:
+        streams = [partial(_stream, corpus.train, tokenizer, recipe) for corpus in corpora]
+        train = IterableDataset.from_generator(partial(_interleave, streams, weights))
+    else:
+        blocks = [_blocks(tokenize(corpus.train, tokenizer), tokenizer, recipe, "training") for corpus in corpora]
+        train = ShuffledBlocks(blocks, weights, recipe.seed)
+    bad = tuple(corpus.bad_data for corpus in corpora)
+    return TrainingData(train, validation, bytes_per_token, sources, weights, recipe.context_length, bad)
+
+
+def _blocks(tokens: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, role: str) -> TokenBlocks:
+    blocks = TokenBlocks(tokens, recipe.context_length, tokenizer.eos_token_id if recipe.document_mask else None)
+    if len(blocks) == 0:
+        raise InputError(f"data: expected at least {recipe.context_length} tokens for {role}, got fewer")
+    return blocks
+
+
+def _validation(
+    corpora: Sequence[Corpus], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> tuple[torch.utils.data.Dataset, float]:
+    """The first held-out blocks of each source by its weight, and their bytes a token."""
+    parts: list[torch.utils.data.Dataset] = []
+    num_blocks, num_bytes = 0, 0.0
+    for corpus, weight in zip(corpora, weights, strict=True):
+        tokens = tokenize(corpus.validation, tokenizer)
+        blocks = _blocks(tokens, tokenizer, recipe, "validation")
+        most = max(int(recipe.validation_tokens * weight / sum(weights)) // recipe.context_length, 1)
+        taken = min(most, len(blocks))
+        parts.append(Subset(blocks, range(taken)))
+        num_blocks += taken
+        num_bytes += taken * sum(tokens["bytes"]) / sum(len(ids) for ids in tokens["input_ids"])
+    return (parts[0] if len(parts) == 1 else ConcatDataset(parts)), num_bytes / num_blocks
+
+
+def _stream(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[dict]:
+    return iterate_blocks(
+        documents, tokenizer, recipe.context_length, document_mask=recipe.document_mask, seed=recipe.seed
+    )
+
+
+def _interleave(streams: list, weights: Sequence[float]) -> Iterator[dict]:
+    running = [stream() for stream in streams]
+    for turn in weighted_turns(weights):
+        yield next(running[turn])

@@ -1,0 +1,79 @@
+"""The order of the blocks: a function of the seed, the epoch and the weights of the sources, and of nothing else."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from flashmhf.data.blocks import TokenBlocks
+
+
+class ShuffledBlocks(torch.utils.data.Dataset):
+    """Blocks of one or more sources in the order of an epoch.
+
+    An epoch lasts until every source has been seen as a whole; one that ends before then starts again. Item i is the
+    same on every rank and in a resumed run: what a sequential sampler skips, or leaves to another rank, changes nothing
+    for the rest, and what was used of each source can be counted afterwards.
+
+    Items are those of `TokenBlocks` and "block", a number that names the block whatever the epoch.
+
+    Args:
+        sources: none of them empty.
+        weights: positive shares of the blocks.
+        seed: of the orders of all epochs.
+    """
+
+    def __init__(self, sources: Sequence[TokenBlocks], weights: Sequence[float], seed: int) -> None:
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        whole = max(len(blocks) / share for blocks, share in zip(sources, shares, strict=True))
+        self._sources = list(sources)
+        self._counts = np.array([max(len(b), round(whole * s)) for b, s in zip(sources, shares, strict=True)])
+        self._starts = np.cumsum([0, *self._counts])
+        self._seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it change
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        place = int(self._order_of(int(self._epoch))[index])
+        source = int(np.searchsorted(self._starts, place, side="right")) - 1
+        blocks = self._sources[source]
+        item = blocks[(place - int(self._starts[source])) % len(blocks)]
+        return {**item, "block": torch.tensor(place)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate calls it when an epoch begins."""
+        self._epoch.fill_(epoch)
+
+    def count_used(self, num_blocks: int) -> list[int]:
+        """Of each source, how many of the first `num_blocks` blocks of training."""
+        epochs, rest = divmod(num_blocks, len(self))
+        places = self._order_of(epochs)[:rest]
+        partial = np.bincount(np.searchsorted(self._starts, places, side="right") - 1, minlength=len(self._sources))
+        return (self._counts * epochs + partial).tolist()
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self))
+        return self._order[1]
+
+
+def weighted_turns(weights: Sequence[float]) -> Iterator[int]:
+    """Sources in turn, for ever: always the one that is furthest behind its share."""
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+    behind = np.zeros(len(shares))
+    while True:
+        behind += shares
+        turn = int(behind.argmax())
+        behind[turn] -= 1
+        yield turn
+
+
+def count_turns(weights: Sequence[float], num_blocks: int) -> list[int]:
+    """Of each source, how many of the first `num_blocks` turns."""
+    counts = [0] * len(weights)
+    for _, turn in zip(range(num_blocks), weighted_turns(weights), strict=False):
+        counts[turn] += 1
+    return counts
