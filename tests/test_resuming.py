@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,31 @@ def test_the_best_checkpoint_is_known_by_its_final_name(run, tmp_path):
     assert state["best_model_checkpoint"] == str(tmp_path / "run/checkpoint-4")
     saved = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == state["best_model_checkpoint"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of three MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, caplog):
+    flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "50"]
+    with pytest.raises(
+        OSError, match=r"the disk that holds .*run is full; --resume goes on from checkpoint-\d+$"
+    ) as caught:
+        train(run, parse_arguments(flags, str(small_disk / "run")))
+    assert "\n" not in str(caught.value)
+    kept = str(caught.value).split()[-1]
+    assert last_good_checkpoint(small_disk / "run") == small_disk / "run" / kept
+    assert not (small_disk / "run" / UNFINISHED).exists()
+    for folder in checkpoints(small_disk / "run")[1:]:
+        shutil.rmtree(folder)  # as a user would make room
+    flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "2"]
+    assert train(run, parse_arguments(flags, str(small_disk / "run")), resume=True)["steps"] == 60

@@ -68,6 +68,10 @@ class StopOnSignal(TrainerCallback):
         self._restore()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # signals reach processes at different steps, and all must save after the same one
+            number = torch.tensor(self.signal or 0, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.signal = int(number) or None
         if self.signal is not None:
             control.should_save = True
             control.should_training_stop = True

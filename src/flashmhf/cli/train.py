@@ -39,7 +39,7 @@ def train(
         )
         result = run_training(run, arguments, resume=resume, max_bad_steps=max_bad_steps)
     number = result["interrupted_by"]
-    if number is not None:
+    if number is not None and arguments.process_index == 0:
         typer.echo(
             f"flashmhf: {signal.Signals(number).name} after step {result['steps']}; the checkpoint is in "
             f"{output_dir}, go on with --resume",
