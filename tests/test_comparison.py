@@ -102,3 +102,8 @@ def test_a_folder_that_holds_something_else(settings, tmp_path):
         compare(settings(), tmp_path, lambda line: None)
     with pytest.raises(InputError, match="output-dir: expected a folder, got the file"):
         compare(settings(), tmp_path / "notes.txt", lambda line: None)
+
+
+def test_sources_by_weight_are_refused(settings):
+    with pytest.raises(InputError, match=r"data: expected one SOURCE without a weight, got '1\*a,2\*b'"):
+        settings(data="1*a,2*b")

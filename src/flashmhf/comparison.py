@@ -15,6 +15,7 @@ import numpy as np
 
 from flashmhf.accounting import count_parameters
 from flashmhf.data import load_corpus, tokenize
+from flashmhf.data.mixing import parse_sources
 from flashmhf.errors import InputError
 from flashmhf.generation import generate
 from flashmhf.models import FlashMHFConfig
@@ -61,6 +62,8 @@ class Comparison:
         for name in self.variants:
             if name not in FFN_TYPES:
                 raise InputError(f"variants: expected some of {', '.join(FFN_TYPES)}, got {name!r}")
+        if parse_sources(self.data) != [(1.0, self.data)]:
+            raise InputError(f"data: expected one SOURCE without a weight, got {self.data!r}")
         for name in self.learning_rates:
             if name not in self.variants:
                 raise InputError(

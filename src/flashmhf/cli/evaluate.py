@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Data, Device, Json, TextColumn, emit, pick_device, results_only
+from flashmhf.cli.output import BadData, Data, Device, Json, TextColumn, emit, pick_device, results_only
 
 
 def evaluate(
@@ -16,6 +16,7 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens a window moves on. Default: the context length.")] = None,
     split: Annotated[str, typer.Option(help="validation (as training holds it out) or all.")] = "validation",
     text_column: TextColumn = "text",
+    bad_data: BadData = "refuse",
     tasks: Annotated[str, typer.Option(help="Run these lm-eval tasks instead, with commas.")] = "",
     tasks_path: Annotated[str | None, typer.Option(help="Folder with task definitions of your own.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="bytes|DIR|ID", help="Default: the model's own.")] = None,
@@ -41,18 +42,18 @@ def evaluate(
             )
             result, text = {"tasks": measures}, _tasks_text(measures)
         else:
-            documents = _documents(data, text_column, split)
+            documents = _documents(data, text_column, split, bad_data)
             result = _language_modelling(loaded, own_tokenizer, documents, context_length, stride)
             text = _text(result)
     emit(result, text, json)
 
 
-def _documents(data: str, text_column: str, split: str):
+def _documents(data: str, text_column: str, split: str, bad_data: str):
     import datasets
 
     from flashmhf.data import load_corpus
 
-    corpus = load_corpus(data, text_column=text_column)
+    corpus = load_corpus(data, text_column=text_column, bad_data=bad_data)
     if split == "all":
         return datasets.concatenate_datasets([corpus.train, corpus.validation])
     return corpus.validation

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Json, TextColumn, emit, results_only
+from flashmhf.cli.output import BadData, Json, TextColumn, emit, results_only
 
 
 def tokenizer(
@@ -13,6 +13,7 @@ def tokenizer(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it: a new or empty folder.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens, the special ones included.")] = 8192,
     text_column: TextColumn = "text",
+    bad_data: BadData = "refuse",
     json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the training documents of SOURCE."""
@@ -24,7 +25,7 @@ def tokenizer(
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"DIR: expected a new or empty folder, got {folder}")
-        corpus = load_corpus(source, text_column=text_column)
+        corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
         trained = train_bpe((text for batch in corpus.train.iter(16) for text in batch["text"]), vocab_size)
         trained.save_pretrained(path)
         sample = corpus.validation[0]["text"][:100_000]

@@ -1,0 +1,141 @@
+"""Bad data: each kind is counted and named, and skipped or refused."""
+
+import json
+
+import datasets
+import pytest
+
+from flashmhf.data import Recipe, load_blocks, load_corpus
+from flashmhf.data import corpus as corpus_module
+from flashmhf.data.faults import BadData
+from flashmhf.errors import InputError
+from flashmhf.tokenization import byte_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+GOOD = [f"Good text number {i}, long enough to be cut." for i in range(30)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "data"
+    made.mkdir()
+    for i, text in enumerate(GOOD):
+        (made / f"{i:02d}.txt").write_text(text)
+    return made
+
+
+def binary(folder):
+    (folder / "photo.txt").write_bytes(b"\x89PNG\0\0\1")
+
+
+def latin(folder):
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+
+
+def broken_line(folder):
+    (folder / "rows.jsonl").write_text('{"text": \n"just a string"\n')
+
+
+def no_column(folder):
+    (folder / "rows.jsonl").write_text('{"body": "text"}\n{"text": 5}\n')
+
+
+def parquet_without(folder):
+    datasets.Dataset.from_dict({"body": ["a"]}).to_parquet(str(folder / "rows.parquet"))
+
+
+def torn_parquet(folder):
+    (folder / "rows.parquet").write_bytes(b"PAR1 and no more")
+
+
+def torn_gzip(folder):
+    (folder / "rows.jsonl.gz").write_bytes(b"\x1f\x8b\x08 and no more")
+
+
+def dangling(folder):
+    (folder / "gone.txt").symlink_to(folder / "nowhere")
+
+
+KINDS = [
+    (binary, "binary file", 1, r"expected text, got binary in .*photo.txt"),
+    (latin, "file not in UTF-8", 1, r"expected UTF-8, got .*latin.txt with .* at byte 3"),
+    (broken_line, "broken line", 2, r"could not read .*rows.jsonl, line 1: "),
+    (no_column, "row without text column", 2, r"text-column: expected one of body in .*rows.jsonl, line 1, got 'text'"),
+    (parquet_without, "row without text column", 1, r"text-column: expected one of body in .*rows.parquet, got 'text'"),
+    (torn_parquet, "unreadable file", 1, r"could not read .*rows.parquet: "),
+    (torn_gzip, "unreadable file", 1, r"could not read .*rows.jsonl.gz: "),
+    (dangling, "unreadable file", 1, r"could not read .*gone.txt: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "count", "message"), KINDS, ids=[row[0].__name__ for row in KINDS])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_refused_or_skipped(folder, make, kind, count, message, streaming):
+    make(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        list(load_corpus(str(folder), streaming=streaming).train)
+    assert "\n" not in str(caught.value)
+    assert "--bad-data skip goes on without it" in str(caught.value)
+    for _ in range(2):  # from the files, then from the cache
+        corpus = load_corpus(str(folder), streaming=streaming, bad_data="skip")
+        texts = [one["text"] for one in [*corpus.train, *corpus.validation]]
+        assert sorted(texts) == sorted(GOOD)
+        assert corpus.bad_data.counts == {kind: count}
+        assert kind in corpus.bad_data.summary()
+
+
+def test_empty_documents_are_skipped_and_counted_either_way(folder, caplog):
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", None, "\t")))
+    for policy in ("refuse", "skip"):
+        caplog.clear()
+        corpus = load_corpus(str(folder), bad_data=policy)
+        assert corpus.bad_data.counts == {"empty document": 4}
+        assert "bad data skipped: 4 empty documents (" in caplog.text
+        assert "blank.txt" in caplog.text
+
+
+def test_a_file_that_vanishes_between_listing_and_reading(folder, monkeypatch):
+    listed = corpus_module.list_files
+
+    def vanishing(path):
+        files = listed(path)
+        files[3].unlink(missing_ok=True)
+        return files
+
+    monkeypatch.setattr(corpus_module, "list_files", vanishing)
+    with pytest.raises(InputError, match=r"could not read .*03.txt: No such file"):
+        load_corpus(str(folder))
+    (folder / "03.txt").write_text(GOOD[3])
+    corpus = load_corpus(str(folder), bad_data="skip")
+    assert len(corpus.train) + len(corpus.validation) == 29
+    assert corpus.bad_data.counts == {"unreadable file": 1}
+    monkeypatch.undo()
+
+
+def test_nothing_but_bad_data(tmp_path):
+    binary(tmp_path)
+    with pytest.raises(InputError, match=r"expected some text, got none in .* \(bad data skipped: 1 binary file"):
+        load_corpus(str(tmp_path), bad_data="skip")
+
+
+def test_the_summary_names_a_few_of_each_kind():
+    bad = BadData("skip")
+    for i in range(5):
+        bad.add("broken line", f"line {i}")
+    bad.add("broken line", "line 0")  # a stream comes by it again
+    bad.add("binary file", "x.txt")
+    assert bad.summary() == "bad data skipped: 1 binary file (x.txt); 5 broken lines (line 0, line 1, line 2, ...)"
+    with pytest.raises(InputError, match="bad-data: expected skip or refuse, got 'ignore'"):
+        BadData("ignore")
+
+
+def test_a_run_sums_up(folder):
+    binary(folder)
+    data = load_blocks(str(folder), byte_tokenizer(), Recipe(16, bad_data="skip"))
+    assert data.bad_summary().startswith("bad data skipped: 1 binary file (data: expected text, got binary in ")
