@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmhf.bad_steps import GuardedTrainer, LossWindow, Numbered, numbered
+from flashmhf.bad_steps import GuardedTrainer, LossWindow, numbered
+from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
 from flashmhf.training import Run, parse_arguments, train
@@ -84,14 +85,14 @@ def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monk
 
 def test_blocks_are_those_of_the_batch(run, tmp_path, spoil, monkeypatch):
     seen = []
-    get = Numbered.__getitem__
+    get = ShuffledBlocks.__getitem__
 
     def recording(self, index):
         item = get(self, index)
         seen.append(int(item["block"]))
         return item
 
-    monkeypatch.setattr(Numbered, "__getitem__", recording)
+    monkeypatch.setattr(ShuffledBlocks, "__getitem__", recording)
     spoil({1: math.nan, 2: math.nan})
     start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
     first, second = history(tmp_path / "run", "skipped")

@@ -128,23 +128,8 @@ def check_limit(max_bad_steps: int) -> None:
 
 
 def numbered(blocks: Any) -> torch.utils.data.Dataset:
-    """The same dataset with the number of each block in it, under "block"."""
-    return Numbered(blocks) if isinstance(blocks, Sized) else NumberedStream(blocks)
-
-
-class Numbered(torch.utils.data.Dataset):
-    def __init__(self, blocks: Any) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {BLOCK: index, **self.blocks[index]}  # shuffled blocks bring their own number
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.blocks, "set_epoch"):
-            self.blocks.set_epoch(epoch)
+    """Blocks with a number under "block"; those that can be asked for by index bring theirs, streams are counted."""
+    return blocks if isinstance(blocks, Sized) else NumberedStream(blocks)
 
 
 class NumberedStream(torch.utils.data.IterableDataset):
