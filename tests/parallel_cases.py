@@ -12,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from flashmhf.benchmarking.measuring import peak_bytes
 from flashmhf.layers import PKV, FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.parallel import shard_parameters, tensor_parallel
@@ -140,3 +141,21 @@ def collectives() -> dict[str, tuple[int, int]]:
             out.backward()
         counts[name] = forward.get_total_counts(), backward.get_total_counts()
     return counts
+
+
+def training_peak_mib(config: FlashMHFConfig, layout: str | None, sequences: int, length: int) -> float:
+    """Of the allocator, from the model's making to its third step."""
+
+    def train() -> None:
+        model, parts = FlashMHFForCausalLM(config), 1
+        if layout is not None:
+            model, _, parts = lay_out(model, layout)
+        assert parts in (1, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tokens = torch.zeros(sequences, length, dtype=torch.int64)
+        for _ in range(3):
+            model(tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return peak_bytes(train, torch.device("cpu")) / 2**20

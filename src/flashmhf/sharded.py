@@ -66,7 +66,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer | None = N
 def _state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     state = {f"model:{name}": value for name, value in get_model_state_dict(model).items()}
     if optimizer is not None:
-        flat = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         state |= {f"optimizer:{name}": value for name, value in flat.items()}
     return state
 

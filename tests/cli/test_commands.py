@@ -1,6 +1,7 @@
 """The commands as typed: results on standard output, one line on bad input, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -64,6 +65,16 @@ def test_info_on_a_preset_and_a_folder(command, trained):
     report = command("info", "flashmhf-128m", "--json").json
     assert report["parameters"] == 121392384
     assert "parameters" in command("info", str(trained)).out
+
+
+def test_info_on_a_training_with_several_gpus(command):
+    arguments = ("info", "flashmhf-tiny", "--gpus", "2", "--tokens", "1000000000", "--context-length", "256")
+    plan = command(*arguments, "--json").json["plan"]
+    assert plan["memory"]["fsdp"]["peak"] < plan["memory"]["ddp"]["peak"]
+    assert plan["hours"] > 0
+    text = command(*arguments).out
+    assert re.search(r"tp: [\d,]+ MiB each at the peak; parameters \d+, ", text)
+    assert "tp: num_attention_heads: expected a multiple" in command(*arguments, "--gpus", "3").out
 
 
 def test_train_eval_generate(command, tmp_path, corpus_folder, model_file):
