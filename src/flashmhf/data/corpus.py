@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 import sysconfig
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +12,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from flashmhf.data.faults import REFUSE, BadData
+from flashmhf.data.faults import REFUSE, SKIP, BadData
 from flashmhf.data.files import content_key, list_files, missing_column, read_rows, row
 from flashmhf.data.workers import count_workers
 from flashmhf.errors import InputError
@@ -59,6 +60,7 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     """
     bad = BadData(bad_data)
     if source == STDLIB:
+        bad.policy = SKIP  # the user cannot mend it
         train, validation = _read_files(_stdlib_files(), STDLIB, "text", False), None
         where = f"standard library in {sysconfig.get_path('stdlib')}"
     elif Path(source).exists():
@@ -82,7 +84,8 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    return [p for p in sorted(root.rglob("*.py")) if STDLIB_EXCLUDED.isdisjoint(p.relative_to(root).parts)]
+    files = (p for p in sorted(root.rglob("*.py")) if STDLIB_EXCLUDED.isdisjoint(p.relative_to(root).parts))
+    return [p for p in files if p.stat().st_size > 0]
 
 
 def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
@@ -118,7 +121,7 @@ def _read_files(files: list[Path], where: str, text_column: str, streaming: bool
         )
         if _stamps(files) == before:
             return rows
-        rows.cleanup_cache_files()
+        shutil.rmtree(Path(rows.cache_files[0]["filename"]).parent)  # it lies under the key of what was there before
     raise InputError(f"data: expected files that stay as they are while they are read, got changing ones in {where}")
 
 
