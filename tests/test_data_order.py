@@ -1,6 +1,8 @@
 """The order of blocks: a resumed run sees what the uninterrupted one would have seen, on any number of ranks."""
 
 import itertools
+import json
+import shutil
 
 import datasets
 import pytest
@@ -13,6 +15,8 @@ from flashmhf.data import Recipe, TokenBlocks, load_blocks, tokenize
 from flashmhf.data.blocks import iterate_blocks
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
 from flashmhf.tokenization import byte_tokenizer
+from flashmhf.trainer import SpeedTrainer
+from flashmhf.training import Run, parse_arguments, train
 
 BATCH = 2
 WORLDS = [1, 2, 4]
@@ -142,3 +146,32 @@ def test_turns():
     assert list(itertools.islice(weighted_turns([0.5, 0.25, 0.25]), 8)).count(0) == 4
     assert count_turns([7, 3], 1000) == [700, 300]
     assert all(abs(count_turns([7, 3], n)[0] - 0.7 * n) < 1 for n in range(50))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_trainer_resumes_in_the_middle_of_a_later_epoch(rows, tmp_path, model_file, monkeypatch, streaming):
+    """26 steps of 8 blocks of 64 are more than one pass over the rows, stored or streamed; the cut is in the second."""
+    seen: list[list[list[int]]] = []
+    compute_loss = SpeedTrainer.compute_loss
+
+    def recording(self, model, inputs, *args, **options):
+        if model.training:
+            seen.append(inputs["input_ids"].tolist())
+        return compute_loss(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(SpeedTrainer, "compute_loss", recording)
+    run = Run(str(model_file), str(rows), "bytes", 64, streaming=streaming, validation_tokens=256, document_mask=True)
+
+    def start(resume: bool) -> list:
+        seen.clear()
+        flags = ["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", "--max-steps", "13"]
+        flags += ["--save-steps", "9", "--eval-strategy", "no", "--report-to", "none", "--disable-tqdm", "true"]
+        train(run, parse_arguments(flags, str(tmp_path / "run")), resume=resume)
+        return list(seen)
+
+    whole = start(resume=False)
+    shutil.rmtree(tmp_path / "run/checkpoint-13")
+    assert start(resume=True) == whole[18:]
+    assert len(whole) == 26
+    texts = [json.loads(line)["text"] for file in rows.iterdir() for line in file.read_text().splitlines()]
+    assert sum(len(text) + 1 for text in texts) < 18 * 4 * 64  # so the cut is after the first pass
