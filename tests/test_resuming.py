@@ -14,7 +14,7 @@ import torch
 from flashmhf.errors import InputError
 from flashmhf.manifest import MANIFEST, check, write_manifest
 from flashmhf.pickles import why_unsafe
-from flashmhf.resuming import last_good_checkpoint
+from flashmhf.resuming import last_good_checkpoint, prepare_output_dir
 from flashmhf.saving import UNFINISHED, checkpoints, recover, rotate
 from flashmhf.training import Run, parse_arguments, train
 
@@ -104,6 +104,11 @@ def test_nothing_of_a_run_is_pickled_but_tensors(folder):
     assert why_unsafe(folder) is None
     assert not list(folder.rglob("training_args.bin"))
     assert json.loads((folder / "checkpoint-6/training_args.json").read_text())["max_steps"] == 6
+
+
+def test_a_run_killed_as_it_began_begins_again(tmp_path):
+    (tmp_path / "run.json.tmp").write_text("{")
+    assert prepare_output_dir(tmp_path, {}, resume=False) is None
 
 
 class Malicious:

@@ -127,7 +127,7 @@ def check_limit(max_bad_steps: int) -> None:
         raise InputError(f"max-bad-steps: expected 1 or more, got {max_bad_steps}")
 
 
-def numbered(blocks: Any) -> torch.utils.data.Dataset:
+def numbered(blocks: Any) -> Any:
     """Blocks with a number under "block"; those that can be asked for by index bring theirs, streams are counted."""
     return blocks if isinstance(blocks, Sized) else NumberedStream(blocks)
 

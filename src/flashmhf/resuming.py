@@ -36,6 +36,7 @@ def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> P
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
     content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
+    content = [name for name in content if name != RUN_FILE + ".tmp"]  # of a run killed as it began
     if not resume:
         if content:
             held = ", ".join(content[:3])

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
-from flashmhf.data import REFUSE, Recipe, load_blocks
+from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
 from flashmhf.manifest import write_flushed
@@ -155,18 +155,7 @@ def train(
     if arguments.process_index == 0:
         write_json(output_dir / RUN_FILE, asdict(run))
     stop = StopOnSignal()
-    trainer = SpeedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=numbered(data.train),
-        eval_dataset=data.validation,
-        processing_class=tokenizer,
-        callbacks=[stop],
-        max_bad_steps=max_bad_steps,
-    )
-    trainer.remove_callback(ProgressCallback)
-    if not arguments.disable_tqdm:
-        trainer.add_callback(Progress)
+    trainer = _trainer(model, arguments, data, tokenizer, stop, max_bad_steps)
     if finished is None:
         with stop, explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -182,22 +171,50 @@ def train(
     else:
         validation = {}
     trainer.save_state()
-    validation_loss = validation.get("eval_loss")
+    return {
+        **_summary(trainer, data, validation.get("eval_loss")),
+        "parameters": model.num_parameters(),
+        "elapsed_s": time.perf_counter() - started,
+        "interrupted_by": stop.signal,
+        "output_dir": str(output_dir),
+    }
+
+
+def _trainer(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: StopOnSignal,
+    max_bad_steps: int,
+) -> SpeedTrainer:
+    trainer = SpeedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=numbered(data.train),
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        callbacks=[stop],
+        max_bad_steps=max_bad_steps,
+    )
+    trainer.remove_callback(ProgressCallback)
+    if not arguments.disable_tqdm:
+        trainer.add_callback(Progress)
+    return trainer
+
+
+def _summary(trainer: SpeedTrainer, data: TrainingData, validation_loss: float | None) -> dict[str, Any]:
     return {
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "parameters": model.num_parameters(),
         "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
         "validation_loss": validation_loss,
         "bits_per_byte": None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
         "tokens_per_second": median_speed(trainer),
         "peak_memory_mib": peak_memory_mib(),
-        "elapsed_s": time.perf_counter() - started,
         "skipped_steps": trainer.skipped_steps(),
-        "interrupted_by": stop.signal,
         "tokens_used": data.tokens_used(trainer.state.num_input_tokens_seen),
         "bad_data": data.bad_summary(),
-        "output_dir": str(output_dir),
     }
 
 
