@@ -10,6 +10,7 @@ from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
 from flashmhf.parallel import tensor_parallel
 from flashmhf.sharded import load_sharded
+from flashmhf.training import parse_arguments
 from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, going_on, one_step
 from ranks import run_ranks
 
@@ -137,3 +138,8 @@ def test_models_that_cannot_be_split(make, message, monkeypatch):
 def test_a_mesh_of_two_dimensions_is_refused():
     with pytest.raises(ValueError, match="mesh: expected one dimension, got 2"):
         tensor_parallel(FlashMHF(32, 4, 2, 8), FakeMesh(2, ndim=2))
+
+
+def test_fsdp_by_flags_wants_a_gpu(tmp_path):
+    with pytest.raises(InputError, match="fsdp: expected a GPU, got the CPU"):
+        parse_arguments(["--fsdp", "--use-cpu", "true"], str(tmp_path))

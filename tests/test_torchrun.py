@@ -1,14 +1,19 @@
 """Training over processes as a user starts it: one result, one set of files, the losses of one process."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from flashmhf.models.loading import load_model
 from flashmhf.training import Run, parse_arguments, train
-from torchrun import torchrun
+from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 STEPS = ("--max-steps", "8", "--save-steps", "4")
@@ -51,6 +56,48 @@ def test_going_on_with_another_number_of_processes(run, tmp_path, losses_of_one)
     ended = torchrun(run, folder, 4, *STEPS, "--resume")
     assert ended.returncode == 0, ended.stderr
     assert losses(folder) == pytest.approx(losses_of_one, rel=1e-5)
+
+
+@pytest.fixture
+def long_run(run, tmp_path):
+    """Starts one, and gives the process of torchrun and that of the second rank, a checkpoint later."""
+    started = []
+
+    def start(*flags: str, launcher: tuple[str, ...] = ()) -> tuple[subprocess.Popen, int]:
+        whole = command(run, tmp_path / "two", 2, "--save-steps", "4", *flags, launcher=launcher)
+        started.append(subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        wait_for(lambda: list((tmp_path / "two").glob("checkpoint-*")))
+        children = Path(f"/proc/{started[0].pid}/task/{started[0].pid}/children").read_text().split()
+        return started[0], max(int(child) for child in children)
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "no checkpoint within 90 s"
+        time.sleep(0.1)
+
+
+def test_a_dead_process_ends_the_run_and_is_named(long_run):
+    process, second_rank = long_run("--max-steps", "1000000")
+    os.kill(second_rank, signal.SIGKILL)
+    killed_at = time.monotonic()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert time.monotonic() - killed_at < 60
+    assert re.search(r"Root Cause[^=]*rank      : 1 [^=]*Signal 9 \(SIGKILL\)", errors)
+
+
+def test_a_hung_process_ends_the_run_and_is_named(long_run):
+    process, second_rank = long_run("--max-steps", "1000000", "--ddp-timeout", "4")
+    os.kill(second_rank, signal.SIGSTOP)
+    errors = process.communicate(timeout=90)[1]  # torchrun itself waits 30 s for what it has asked to end
+    assert process.returncode == 1
+    assert re.search(r"rank 0 has waited \d+ s for rank 1, which has stopped; the run ends", errors)
 
 
 def test_a_gpu_that_is_asked_for_and_is_not_there(run, tmp_path):

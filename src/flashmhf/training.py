@@ -30,6 +30,7 @@ from flashmhf.models.loading import load_config, load_model
 from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
 from flashmhf.tokenization import load_tokenizer
 from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
+from flashmhf.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
         )
     if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
         raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
+    if arguments.fsdp and arguments.use_cpu:
+        raise InputError("fsdp: expected a GPU, got the CPU, on which accelerate would train with DDP instead")
     return arguments
 
 
@@ -194,7 +197,7 @@ def _trainer(
         train_dataset=numbered(data.train),
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        callbacks=[stop],
+        callbacks=[stop, Watchdog(arguments.ddp_timeout)],
         max_bad_steps=max_bad_steps,
     )
     trainer.remove_callback(ProgressCallback)
