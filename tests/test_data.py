@@ -122,6 +122,9 @@ def test_stdlib():
     assert len(corpus.train) > 300
     assert "MB" in corpus.description
     assert any("def " in text for text in texts(corpus.validation))
+    streamed = load_corpus("stdlib", streaming=True)
+    assert next(iter(streamed.train))["text"] in texts(corpus.train)
+    assert set(texts(streamed.validation)) <= set(texts(corpus.validation))
 
 
 def test_empty_documents_are_passed_over(tmp_path):

@@ -61,7 +61,7 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     bad = BadData(bad_data)
     if source == STDLIB:
         bad.policy = SKIP  # the user cannot mend it
-        train, validation = _read_files(_stdlib_files(), STDLIB, "text", False), None
+        train, validation = _read_files(_stdlib_files(), STDLIB, "text", streaming), None
         where = f"standard library in {sysconfig.get_path('stdlib')}"
     elif Path(source).exists():
         train, validation = _read_path(Path(source), text_column, streaming)
