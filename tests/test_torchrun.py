@@ -1,5 +1,6 @@
 """Training over processes as a user starts it: one result, one set of files, the losses of one process."""
 
+import contextlib
 import json
 import os
 import re
@@ -67,12 +68,19 @@ def long_run(run, tmp_path):
         whole = command(run, tmp_path / "two", 2, "--save-steps", "4", *flags, launcher=launcher)
         started.append(subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         wait_for(lambda: list((tmp_path / "two").glob("checkpoint-*")))
-        children = Path(f"/proc/{started[0].pid}/task/{started[0].pid}/children").read_text().split()
-        return started[0], max(int(child) for child in children)
+        return started[0], max(children(started[0].pid))
 
     yield start
     for process in started:
-        process.kill()
+        if process.poll() is None:
+            for pid in [*children(process.pid), process.pid]:  # torchrun gives each a session of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_for(condition) -> None:
