@@ -79,7 +79,7 @@ TUNING_SIZE = (16384, 16, 16, 15, 384)  # T, H, H_kv, E, F: the 1.3B shape at he
 def hopper_tune(bench: Bench) -> Iterator[Case]:
     """The forward's candidate tiles in turn: right on fresh data, then TFLOP/s as a ratio to cuBLAS in the same run."""
     for D, candidates in FORWARD_CANDIDATES.items():
-        if "hopper" in bench.backends(*TUNING_SIZE[1:], D, torch.bfloat16):
+        if bench.dry_run or "hopper" in bench.backends(*TUNING_SIZE[1:], D, torch.bfloat16):
             for tile in candidates:
                 yield f"forward D={D} {tuple(tile)}", functools.partial(_time_tile, bench, D, tile)
 
@@ -89,7 +89,10 @@ def _time_tile(bench: Bench, D: int, tile: Tile) -> list[Row]:
     small = bench.inputs(1000, 2, 1, 3, 200, D, torch.bfloat16)
     out = torch.full_like(small[0], float("nan"))
     q, k, u, v, gate, _ = small
-    plan_forward(q, k, u, v, gate, out, tile).run()
+    launch = plan_forward(q, k, u, v, gate, out, tile)
+    if bench.dry_run:  # planned, as far as it goes without the device
+        return [{**case, "programs": launch.grid[0]}]
+    launch.run()
     check = checked(case, "out", out, expected(small)["out"], expected([x.double() for x in small])["out"])
     if not check["passed"]:
         return [check]
