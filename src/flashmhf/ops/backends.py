@@ -75,6 +75,7 @@ def _hopper_why_not(problem: Problem | None) -> str | None:
     return None
 
 
+@functools.cache  # it is asked at every call of the operator, and reads files
 def _triton_version() -> str | None:
     """Of the installed distribution, whichever of its names it has; None if it has another."""
     for name in ("triton", "pytorch-triton"):
