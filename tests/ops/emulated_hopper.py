@@ -7,11 +7,12 @@ import gluon_values
 import torch
 from gluon_emulator import emulate
 from gluon_values import Value
+from triton.experimental.gluon._runtime import GluonJITFunction
 
 from flashmhf.ops import backends
 from flashmhf.ops.hopper import tiles
-from flashmhf.ops.hopper.launch import Launch
 from flashmhf.ops.problem import Problem
+from flashmhf.ops.triton.launch import Launch
 
 SEEDS = itertools.count()
 TANH_ERROR = 2**-11  # what NVIDIA documents for tanh.approx.f32, relative
@@ -29,10 +30,16 @@ def add_to_memory(ptrs, values: Value) -> None:
 HOOKS = {"tanh": tanh, "add_to_memory": add_to_memory}
 
 
-def run(launch: Launch, seed: int | None = None) -> None:
-    """Each run is another interleaving."""
-    seed = next(SEEDS) if seed is None else seed
-    emulate(launch.kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, seed=seed, hooks=HOOKS)
+REAL_RUN = Launch.run
+
+
+def run(launch: Launch) -> None:
+    """Each run is another interleaving; the portable kernels run as they always do."""
+    if isinstance(launch.kernel, GluonJITFunction):
+        options = {"num_warps": launch.num_warps, "seed": next(SEEDS), "hooks": HOOKS}
+        emulate(launch.kernel, launch.grid, launch.arguments, **options)
+    else:
+        REAL_RUN(launch)
 
 
 def emulate_hopper(monkeypatch) -> None:
@@ -41,7 +48,7 @@ def emulate_hopper(monkeypatch) -> None:
     def why_not(problem: Problem | None) -> str | None:
         if problem is not None and problem.dtype not in (torch.bfloat16, torch.float16):
             return "not for the kernels"
-        if problem is not None and (problem.D % tiles.HEAD_DIM_MULTIPLE != 0 or problem.D > tiles.MAX_HEAD_DIM):
+        if problem is not None and (problem.D % tiles.HEAD_DIM_MULTIPLE != 0 or tiles.BLOCK_DS[-1] < problem.D):
             return "not for the kernels"
         return None
 

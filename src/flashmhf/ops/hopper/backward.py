@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashmhf.ops.hopper.launch import Launch, flat, token_descriptor, weight_descriptor
+from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
 from flashmhf.ops.hopper.tiles import Tile, block_d, low_and_high, tile_for
 from flashmhf.ops.hopper.vocabulary import (
     PRODUCER_REGISTERS,
@@ -44,6 +44,7 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_full,
     zero,
 )
+from flashmhf.ops.triton.launch import Launch
 
 
 @gluon.jit
@@ -284,7 +285,7 @@ def plan_backward(
         "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
         "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None,
     }  # fmt: skip
-    return Launch(backward_kernel, (H_kv * E * -(-F // tile.block_f),), arguments, num_warps=8)
+    return Launch(backward_kernel, (H_kv * E * -(-F // tile.block_f),), arguments, num_warps=8, num_stages=1)
 
 
 def dq_buffer(q: Tensor, tile: Tile) -> Tensor:

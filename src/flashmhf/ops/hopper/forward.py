@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashmhf.ops.hopper.launch import Launch, flat, gate_arguments, token_descriptor, weight_descriptor
+from flashmhf.ops.hopper.launch import flat, gate_arguments, token_descriptor, weight_descriptor
 from flashmhf.ops.hopper.tiles import Tile, low_and_high, tile_for
 from flashmhf.ops.hopper.vocabulary import (
     CONSUMER_REGISTERS,
@@ -40,6 +40,7 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_empty,
     wait_full,
 )
+from flashmhf.ops.triton.launch import Launch
 
 
 @gluon.jit
@@ -197,7 +198,7 @@ def plan_forward(
         "T": T, "E": E, "F": F, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
         "Q_IN_REGISTERS": tile.q_in_registers,
     }  # fmt: skip
-    return Launch(forward_kernel, (H * -(-T // (2 * tile.block_t)),), arguments, num_warps=4)
+    return Launch(forward_kernel, (H * -(-T // (2 * tile.block_t)),), arguments, num_warps=4, num_stages=1)
 
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:

@@ -1,6 +1,5 @@
-"""What the Hopper launchers share: TMA descriptors, flat tokens, and a launch that can be compiled without a GPU."""
+"""What the Hopper launchers share: TMA descriptors and flat tokens."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +11,6 @@ from flashmhf.ops.hopper.tiles import block_d
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 TMA_ALIGNMENT = 16  # bytes, of the address and of every stride but the last
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, complete: `run()` it, or compile it for another device (benchmarks/compile_kernels.py)."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-
-    def run(self) -> None:
-        with torch.cuda.device_of(self.arguments["q_desc"].base):  # Triton launches on the current device
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
 def flat(x: Tensor) -> Tensor:

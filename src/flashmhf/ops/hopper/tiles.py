@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 BLOCK_DS = (64, 128, 256)
-MAX_HEAD_DIM = BLOCK_DS[-1]
 HEAD_DIM_MULTIPLE = 8  # TMA wants strides of 16 bytes
 
 
