@@ -4,7 +4,6 @@ A model, not a measurement: products take as long as the tensor cores need at fu
 multiply-adds a clock), one at a time; activations and loads take round numbers of clocks.
 """
 
-import heapq
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ COLOURS = {"load": "#9ecae1", "scores": "#3182bd", "activate": "#fdae6b", "sum":
 TENSOR_CORES = "tensor cores"
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One bar. It starts when its `after` have ended and its lane is free."""
 
@@ -36,20 +35,18 @@ class Step:
 
 
 def schedule(steps: list[Step]) -> None:
-    """Starts whatever is ready first, one step a lane at a time."""
+    """Starts whatever can start first, one step a lane at a time."""
     free: dict[str, int] = {}
     waiting = list(steps)
+
+    def earliest(step: Step) -> int:
+        return max([free.get(step.lane, 0), *(before.end for before in step.after)])
+
     while waiting:
-        ready = [(max([s.end for s in step.after], default=0), i) for i, step in enumerate(waiting) if _known(step)]
-        heapq.heapify(ready)
-        _, i = min(((max(at, free.get(waiting[i].lane, 0)), i) for at, i in ready))
-        step = waiting.pop(i)
-        step.start = max(free.get(step.lane, 0), max([s.end for s in step.after], default=0))
+        step = min((s for s in waiting if all(before.start >= 0 for before in s.after)), key=earliest)
+        waiting.remove(step)
+        step.start = earliest(step)
         free[step.lane] = step.end
-
-
-def _known(step: Step) -> bool:
-    return all(before.start >= 0 for before in step.after)
 
 
 def forward(tiles: int, stages: int) -> list[Step]:

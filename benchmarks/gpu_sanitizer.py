@@ -1,6 +1,6 @@
 """Section `sanitizer`: compute-sanitizer over forward and backward at small shapes.
 
-As a script it is what runs under the tool: python gpu_sanitizer.py DTYPE DEVICE
+As a script it is what runs under the tool: python gpu_sanitizer.py BACKEND DTYPE DEVICE
 """
 
 import functools
@@ -20,6 +20,7 @@ TOOLS = ("memcheck", "racecheck")
 DTYPES = ("bfloat16", "float16", "float32")
 TIME_LIMIT_S = 90
 PLACES = (None, "/usr/local/cuda/bin")  # the PATH, and where the toolkit installs it
+HEAD_DIMS = (64, 48)
 TOKENS = (1, 16, 100, 200)  # few tokens, split rows, a tail
 
 
@@ -27,12 +28,13 @@ def sanitizer(bench: Bench) -> Iterator[Case]:
     """Out-of-bounds and misaligned accesses (memcheck), hazards in shared memory (racecheck)."""
     for tool in TOOLS:
         for dtype in ("float32",) if bench.dry_run else DTYPES:
-            yield f"{tool} {dtype}", functools.partial(_check, bench, tool, dtype)
+            for backend in bench.backends(2, 2, 2, 40, HEAD_DIMS[0], getattr(torch, dtype)):
+                yield f"{tool} {backend} {dtype}", functools.partial(_check, bench, tool, backend, dtype)
 
 
-def _check(bench: Bench, tool: str, dtype: str) -> list[Row]:
-    row: Row = {"tool": tool, "dtype": dtype}
-    script = [sys.executable, __file__, dtype, bench.device.type]
+def _check(bench: Bench, tool: str, backend: str, dtype: str) -> list[Row]:
+    row: Row = {"tool": tool, "backend": backend, "dtype": dtype}
+    script = [sys.executable, __file__, backend, dtype, bench.device.type]
     program = next((found for place in PLACES if (found := shutil.which("compute-sanitizer", path=place))), None)
     if program is None and not bench.dry_run:
         return [{**row, "outcome": "tool not found"}]
@@ -53,9 +55,9 @@ def _check(bench: Bench, tool: str, dtype: str) -> list[Row]:
 
 
 def main() -> None:
-    dtype, device = getattr(torch, sys.argv[1]), torch.device(sys.argv[2])
-    for head_dim in (64, 48):
-        layer = FlashMHF(2 * head_dim, 2, 2, 40, q_norm=True, dtype=dtype, device=device)
+    backend, dtype, device = sys.argv[1], getattr(torch, sys.argv[2]), torch.device(sys.argv[3])
+    for head_dim in HEAD_DIMS:
+        layer = FlashMHF(2 * head_dim, 2, 2, 40, q_norm=True, backend=backend, dtype=dtype, device=device)
         for T in TOKENS:
             x = torch.randn(T, 2 * head_dim, dtype=dtype, device=device, requires_grad=True)
             layer(x).sum().backward()

@@ -1,5 +1,6 @@
 """What a model costs, counted on tensors without data: parameters, FLOPs, and what training keeps of each token."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,7 +101,12 @@ def saved_bytes_per_token(layer: nn.Module, hidden_size: int) -> float:
     """
     parameter = next(layer.parameters())
     x = torch.empty(TOKENS, hidden_size, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
-    parameters = {p.untyped_storage()._cdata for p in layer.parameters()}
+    return saved_bytes(layer, lambda: layer(x)) / TOKENS
+
+
+def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
+    """Bytes of all storages that autograd keeps of `call` until the backward pass, `module`'s parameters left out."""
+    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -110,6 +116,6 @@ def saved_bytes_per_token(layer: nn.Module, hidden_size: int) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = layer(x)  # kept alive until everything is counted, so that no storage is counted under another's address
+        out = call()  # kept alive until everything is counted, so that no storage is counted under another's address
     del out
-    return sum(saved.values()) / TOKENS
+    return sum(saved.values())

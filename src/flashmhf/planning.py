@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from flashmhf.accounting import account
+from flashmhf.accounting import account, saved_bytes
 from flashmhf.errors import InputError
 from flashmhf.layers import PKV, FlashMHF
 from flashmhf.ops.roofline import GPUS
@@ -99,24 +99,10 @@ def layout_memory(
 
 
 def _saved_bytes(model: Any, tokens: Tensor, bf16: bool) -> int:
-    """What the model keeps between forward and backward, its parameters left out."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
+    """What the model keeps between forward and backward of a training step, its parameters left out."""
     model.train()
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        out = model(tokens, labels=tokens, use_cache=False)  # kept alive until everything is counted
-    del out
-    return sum(saved.values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return saved_bytes(model, lambda: model(tokens, labels=tokens, use_cache=False))
 
 
 def _keep_one_share(model: Any, config: PreTrainedConfig, ranks: int) -> int:

@@ -154,6 +154,19 @@ def test_splits_leave_nobody_without_rows():
             assert launch.grid == (6, 36)  # 216 programs, two for each processor
 
 
+@pytest.mark.parametrize(("allowed", "float32"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_tf32_only_where_torch_allows_it(allowed, float32):
+    earlier = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        for dtype, expected in ((torch.float32, float32), (torch.float16, "ieee"), (torch.bfloat16, "ieee")):
+            q, k = torch.empty(1, 1, 16, device="meta", dtype=dtype), torch.empty(1, 1, 16, 16, device="meta")
+            launch = plan_forward(q, k, k, k, None, torch.empty_like(q))
+            assert launch.arguments["PRECISION"] == expected
+    finally:
+        torch.set_float32_matmul_precision(earlier)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

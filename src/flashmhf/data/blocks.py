@@ -31,7 +31,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         self.separator = separator
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) // self.block_length
+        return self.stream_length // self.block_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
@@ -50,6 +50,11 @@ class TokenBlocks(torch.utils.data.Dataset):
         if self.separator is not None:
             item["position_ids"] = document_positions(input_ids, self.separator)
         return item
+
+    @property
+    def stream_length(self) -> int:
+        """Tokens in all documents, those at the end that fill no block too."""
+        return int(self._ends[-1])
 
     @property
     def num_tokens(self) -> int:

@@ -138,7 +138,7 @@ def _validation(
         taken = min(most, len(blocks))
         parts.append(Subset(blocks, range(taken)))
         num_blocks += taken
-        num_bytes += taken * sum(tokens["bytes"]) / sum(len(ids) for ids in tokens["input_ids"])
+        num_bytes += taken * sum(tokens["bytes"]) / blocks.stream_length
     return (parts[0] if len(parts) == 1 else ConcatDataset(parts)), num_bytes / num_blocks
 
 
