@@ -154,11 +154,11 @@ class Plan:
         G = q.shape[-2] // H_kv
         budget = CPU_TILE_ELEMENTS if q.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
         rows_wanted = max(MIN_TILE_ROWS, budget // max(T * G, 1))
-        width = F if rows_wanted >= F else math.ceil(F / math.ceil(F / rows_wanted))
-        subnetworks = max(min(E, rows_wanted // F), 1)
+        width = _even_share(F, math.ceil(F / rows_wanted))
+        subnetworks = _even_share(E, round(E * width / rows_wanted)) if width == F else 1
         rows = subnetworks * width
-        tokens = max(min(T, budget // (rows * G)), 1)
-        heads = max(min(H_kv, budget // (rows * G * tokens)), 1)
+        tokens = _even_share(T, math.ceil(T / max(budget // (rows * G), 1)))
+        heads = _even_share(H_kv, math.ceil(H_kv / max(budget // (rows * G * tokens), 1)))
         return cls(T, H_kv, E, F, G, heads, tokens, subnetworks, width)
 
     def heads(self) -> Iterator[slice]:
@@ -200,6 +200,11 @@ class Plan:
         if x is not None and block is not None:
             x_TKGX = x.view(self.T, self.H_kv, self.G, x.shape[-1])
             x_TKGX[tokens, heads] = block.unflatten(1, (-1, self.G)).transpose(0, 1)
+
+
+def _even_share(size: int, parts: int) -> int:
+    """At least 1: the largest of so many parts, or of as many as there can be; none is much smaller."""
+    return max(math.ceil(size / max(min(parts, size), 1)), 1)
 
 
 class _Workspace:
