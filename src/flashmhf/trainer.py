@@ -1,41 +1,113 @@
-"""What the Trainer lacks: the speed of training steps alone, short progress lines, an orderly stop, peak memory."""
+"""What the Trainer lacks: the speed of training alone, short progress lines, an orderly stop, peak memory."""
 
+import contextlib
 import logging
 import resource
 import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from flashmhf.bad_steps import GuardedTrainer
+from flashmhf.ops.roofline import peak_tflops
 
 logger = logging.getLogger(__name__)
 
+PROGRESS = {
+    "loss": "loss {:.4g}",
+    "eval_loss": "validation loss {:.4g}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "tflops_per_second": "{:.3g} TFLOP/s",
+    "model_flops_utilisation": "MFU {:.1%}",
+    "memory_mib": "{:,.0f} MiB",
+    "data_wait_share": "data wait {:.1%}",
+}
+
 
 class SpeedTrainer(GuardedTrainer):
-    """Logs the speed of the training steps alone, without validation and saving."""
+    """Logs how fast training is, and what it waits for, with every loss.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    "tokens_per_second" (of all processes together), "tflops_per_second" (of one process), "model_flops_utilisation"
+    (on GPUs of known throughput), "data_wait_share" (of the time) and "memory_mib" (the most so far). The time is that
+    of training alone, without validation and saving.
+
+    Args:
+        flops_per_token: of a training step, as `accounting.account` counts them.
+    """
+
+    def __init__(self, *args: Any, flops_per_token: float, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._step_seconds = 0.0
+        self.flops_per_token = flops_per_token
+        self._clock = _Clock()
         self._tokens_logged = 0
 
-    def training_step(self, *args: Any, **options: Any):
-        started = time.perf_counter()
-        loss = super().training_step(*args, **options)
-        self._step_seconds += time.perf_counter() - started
-        return loss
+    def get_batch_samples(self, *args: Any, **options: Any):
+        if not self._clock.running:
+            self._clock.start()
+            self._tokens_logged = self.state.num_input_tokens_seen  # of the run before it was resumed
+        with self._clock.waiting():
+            return super().get_batch_samples(*args, **options)
+
+    def evaluate(self, *args: Any, **options: Any):
+        with self._clock.paused():
+            return super().evaluate(*args, **options)
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        with self._clock.paused():
+            super()._save_checkpoint(*args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         tokens = self.state.num_input_tokens_seen
-        if "loss" in logs and self._step_seconds > 0 and tokens > self._tokens_logged:
-            logs["tokens_per_second"] = (tokens - self._tokens_logged) / self._step_seconds
-            self._step_seconds, self._tokens_logged = 0.0, tokens
+        if "loss" in logs and tokens > self._tokens_logged:
+            seconds, waited = self._clock.lap()
+            logs |= self._speed(tokens - self._tokens_logged, seconds)
+            logs["data_wait_share"] = waited / seconds
+            logs["memory_mib"] = peak_memory_mib()
+            self._tokens_logged = tokens
         super().log(logs)
+
+    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
+        speed = {"tokens_per_second": tokens / seconds}
+        speed["tflops_per_second"] = speed["tokens_per_second"] * self.flops_per_token / self.args.world_size / 1e12
+        peak = peak_tflops(self.args.device, half=self.args.bf16 or self.args.fp16)
+        if peak is not None:
+            speed["model_flops_utilisation"] = speed["tflops_per_second"] / peak
+        return speed
+
+
+class _Clock:
+    """Seconds since the last lap, without pauses, and those of them spent waiting."""
+
+    def __init__(self) -> None:
+        self.running = False
+        self._started_s = self._paused_s = self._waited_s = 0.0
+
+    def start(self) -> None:
+        self.running = True
+        self._started_s, self._paused_s, self._waited_s = time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - began
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, of these waited), and begins again."""
+        lap = time.perf_counter() - self._started_s - self._paused_s, self._waited_s
+        self.start()
+        return lap
 
 
 class Progress(ProgressCallback):
@@ -44,8 +116,7 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None or not state.is_world_process_zero or not logs:
             return
-        names = {"loss": "loss", "eval_loss": "validation loss", "tokens_per_second": "tokens/s"}
-        parts = [f"{label} {logs[name]:,.4g}" for name, label in names.items() if name in logs]
+        parts = [shown.format(logs[name]) for name, shown in PROGRESS.items() if name in logs]
         if parts:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from flashmhf.accounting import account
 from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
@@ -28,6 +29,7 @@ from flashmhf.evaluation import check_vocabulary
 from flashmhf.manifest import write_flushed
 from flashmhf.models.loading import load_config, load_model
 from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
+from flashmhf.run_log import LogLines
 from flashmhf.tokenization import load_tokenizer
 from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 from flashmhf.watchdog import Watchdog
@@ -197,8 +199,9 @@ def _trainer(
         train_dataset=numbered(data.train),
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        callbacks=[stop, Watchdog(arguments.ddp_timeout)],
+        callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
         max_bad_steps=max_bad_steps,
+        flops_per_token=account(model.config, data.block_length)["training_flops_per_token"],
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:

@@ -31,6 +31,15 @@ GPUS = {
 }
 
 
+def peak_tflops(device: torch.device, half: bool) -> float | None:
+    """Of dense products in 16 (`half`) or 32 bits on a device, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    gpu = next((gpu for key, gpu in GPUS.items() if key in name), None)
+    return None if gpu is None else gpu.tflops_16bit if half else gpu.tflops_32bit
+
+
 @dataclass(frozen=True)
 class Work:
     """What one kernel, or several, compute and move."""

@@ -1,0 +1,106 @@
+"""A training run's log as lines of JSON, `log.jsonl` in its folder: every start, and every entry of the Trainer's log.
+
+Lines are only ever added, so that a run that was killed and resumed shows what was lost, and how long all of it took.
+"""
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers import __version__ as transformers_version
+
+LOG_FILE = "log.jsonl"
+
+
+class LogLines(TrainerCallback):
+    """Writes the file: {"start": step, "time", "processes", ...} as training begins, {"step", "time", ...} after that.
+
+    "time" is seconds since 1970.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            _add(
+                Path(args.output_dir),
+                {
+                    "start": state.global_step,
+                    "time": time.time(),
+                    "processes": args.world_size,
+                    "machine": platform.machine() if args.device.type == "cpu" else torch.cuda.get_device_name(),
+                    "torch": torch.__version__,
+                    "transformers": transformers_version,
+                },
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs:
+            _add(Path(args.output_dir), {"step": state.global_step, "time": time.time(), **logs})
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a log says of the run as it stands.
+
+    Attributes:
+        rows: one for each entry that was not lost, in the order of steps; "elapsed_s" is the time in training up to it.
+        starts: the step and the time of each process that trained, the first one included.
+        lost_steps: steps that were logged and then computed again.
+    """
+
+    rows: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    lost_steps: int
+
+    def curve(self, name: str, against: str = "step") -> list[tuple[float, float]]:
+        """(x, y) of the rows that have `name`."""
+        return [(row[against], row[name]) for row in self.rows if name in row]
+
+
+def read_log(folder: Path) -> RunLog:
+    """Reads `log.jsonl`; a line that a kill cut short is passed over. Without the file there are no rows."""
+    rows: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
+    lost = 0
+    started = before = 0.0
+    for line in _lines(folder / LOG_FILE):
+        if "start" in line:
+            kept = [row for row in rows if row["step"] <= line["start"]]
+            if rows:
+                lost += rows[-1]["step"] - (kept[-1]["step"] if kept else 0)
+            rows = kept
+            started, before = line["time"], rows[-1]["elapsed_s"] if rows else 0.0
+            starts.append(line)
+        else:
+            rows.append({**line, "elapsed_s": before + line["time"] - started})
+    return RunLog(rows, starts, lost)
+
+
+def _add(folder: Path, entry: dict[str, Any]) -> None:
+    """One write for a whole line, after the end of one that a kill may have cut short."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG_FILE).open("a+b") as file:
+        torn = False
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(entry, default=str).encode() + b"\n")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and ("step" in line or "start" in line):
+            lines.append(line)
+    return lines
