@@ -4,13 +4,16 @@ import json
 
 import pytest
 
-from flashmhf.accounting import count_parameters
-from flashmhf.comparison import Comparison, TrainingFailedError, compare, match_parameters
-from flashmhf.errors import InputError
+from flashmhf.accounting import account, count_parameters
+from flashmhf.comparison import Comparison, compare
+from flashmhf.comparison.matching import match
+from flashmhf.comparison.plan import Plan
+from flashmhf.comparison.settings import Contender
+from flashmhf.errors import InputError, RunError
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.configuration import FFN_TYPES
 
-FLAGS = ("--max-steps", "4", "--per-device-train-batch-size", "2", "--eval-steps", "2", "--logging-steps", "1")
+FLAGS = ("--max-steps", "4", "--per-device-train-batch-size", "2", "--eval-steps", "2")
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def settings(corpus_folder, model_file):
     def make(**changes) -> Comparison:
         values = {
             "variants": ("swiglu", "flashmhf"),
-            "model": str(model_file),
+            "models": (str(model_file),),
             "data": str(corpus_folder),
             "tokenizer": "bytes",
             "seeds": (0,),
@@ -36,7 +39,7 @@ def settings(corpus_folder, model_file):
 @pytest.mark.parametrize("variant", FFN_TYPES)
 def test_parameters_are_matched(base, variant):
     config = FlashMHFConfig.from_preset(base)
-    matched = match_parameters(config, variant)
+    matched = match(config, Contender(variant))
     assert matched.ffn_type == variant
     assert matched.num_hidden_layers == config.num_hidden_layers
     assert count_parameters(matched) == pytest.approx(count_parameters(config), rel=0.01)
@@ -45,8 +48,8 @@ def test_parameters_are_matched(base, variant):
 def test_scales_are_those_of_the_new_layer():
     base = FlashMHFConfig.from_preset("flashmhf-tiny")
     assert (base.score_scale, base.output_scale) == (4.0, 3.0)
-    assert match_parameters(base, "mhffn").output_scale == 1.0
-    assert match_parameters(base, "dense_moe").score_scale == 1.0
+    assert match(base, Contender("mhffn")).output_scale == 1.0
+    assert match(base, Contender("dense_moe")).score_scale == 1.0
 
 
 def test_a_comparison_is_whole_and_goes_on(settings, tmp_path):
@@ -74,11 +77,86 @@ def test_a_comparison_is_whole_and_goes_on(settings, tmp_path):
         compare(settings(seeds=(1,)), tmp_path / "out", lines.append)
 
 
-def test_a_run_that_fails_is_said(settings, tmp_path):
+def test_where_every_run_dies_nothing_is_reported(settings, tmp_path):
     broken = settings(training_flags=(*FLAGS, "--optim", "adafactor", "--optim-args", "nonsense"))
-    with pytest.raises(TrainingFailedError, match="training swiglu with seed 0 failed with exit code"):
-        compare(broken, tmp_path / "out", lambda line: None)
+    with pytest.raises(RunError, match=r"training failed in every run; .*swiglu-seed0.log says why"):
+        compare(broken, tmp_path / "out", lambda line: None, jobs=2)
+    assert "nonsense" in (tmp_path / "out/runs/swiglu-seed0.log").read_text()
     assert not (tmp_path / "out/report.html").exists()
+
+
+def test_a_run_that_died_is_said_and_in_no_mean(settings, tmp_path):
+    compare(settings(), tmp_path / "out", lambda line: None, jobs=2)
+    folder = tmp_path / "out/runs/flashmhf-seed0"
+    (folder / "result.json").unlink()
+    (folder / "run.json").write_text("{}")  # it cannot go on
+    results = compare(settings(), tmp_path / "out", lambda line: None, jobs=2)
+    assert [run["status"] for run in results["runs"]] == ["finished", "failed"]
+    row = next(row for row in results["variants"] if row["variant"] == "flashmhf")
+    assert (row["failed_seeds"], row["validation_loss"]["mean"]) == ([0], None)
+    for file in ("table.md", "report.html"):
+        assert "died" in (tmp_path / "out" / file).read_text()
+
+
+def finish(run, loss: float) -> None:
+    run.trial.folder.mkdir(parents=True)
+    (run.trial.folder / "result.json").write_text(json.dumps({"validation_loss": loss}))
+
+
+def test_each_variant_goes_on_with_its_best_learning_rate(settings, tmp_path):
+    rates = {"swiglu": (1e-3, 2e-3), "flashmhf": (1e-3, 2e-3)}
+    plan = Plan(settings(learning_rates=rates, seeds=(3, 4), ablations={"gate": ("none",)}), tmp_path)
+    assert [(run.entry.name, run.learning_rate, run.seed) for run in plan.sweep()] == [
+        ("swiglu", 1e-3, 3), ("swiglu", 2e-3, 3), ("flashmhf", 1e-3, 3), ("flashmhf", 2e-3, 3),
+    ]  # fmt: skip
+    for run, loss in zip(plan.sweep(), (2.0, 3.0, 2.0, 1.0), strict=True):
+        finish(run, loss)
+    assert [(run.entry.name, run.learning_rate, run.seed) for run in plan.final()] == [
+        ("swiglu", 1e-3, 3), ("flashmhf", 2e-3, 3), ("swiglu", 1e-3, 4), ("flashmhf", 2e-3, 4),
+        ("flashmhf-gate-none", 2e-3, 3), ("flashmhf-gate-none", 2e-3, 4),
+    ]  # fmt: skip
+    assert [run.trial.finished for run in plan.final()] == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ablation", "expected"),
+    [
+        (("gate", "none"), {"gate": None}),
+        (("gate", "softmax"), {"gate": "softmax"}),
+        (("q-norm", "off"), {"q_norm": False}),
+        (("projections", "off"), {"ffn_projections": False}),
+        (("head-dim", "32"), {"num_ffn_heads": 8, "num_ffn_kv_heads": 8, "score_scale": 8.0}),
+        (("subnetworks", "6"), {"num_subnetworks": 6, "output_scale": 6.0}),
+    ],
+)
+def test_an_ablation_changes_one_thing_and_keeps_the_size(ablation, expected):
+    base = FlashMHFConfig.from_preset("flashmhf-tiny")
+    config = match(base, Contender("flashmhf", ablation))
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert count_parameters(config) == pytest.approx(count_parameters(base), rel=0.01)
+
+
+def test_flops_can_be_matched_instead():
+    base = FlashMHFConfig.from_preset("flashmhf-tiny")
+    config = match(base, Contender("swiglu"), by="flops", context_length=256)
+    ours, theirs = (account(c, 256)["forward_flops_per_token"] for c in (base, config))
+    assert theirs == pytest.approx(ours, rel=0.01)
+
+
+@pytest.mark.parametrize(("base", "other", "layers"), [("flashmhf-370m", "swiglu", 24), ("swiglu-370m", "mhffn", 20)])
+def test_the_papers_depths(base, other, layers):
+    config = FlashMHFConfig.from_preset(base)
+    matched = match(config, Contender(other), depth="paper")
+    assert matched.num_hidden_layers == layers
+    assert count_parameters(matched) == pytest.approx(count_parameters(config), rel=0.01)
+    assert match(config, Contender(config.ffn_type), depth="paper") is config
+
+
+def test_several_trunks(settings, tmp_path):
+    plan = Plan(settings(models=("flashmhf-tiny", "flashmhf-128m")), tmp_path)
+    assert [entry.name for entry in plan.entries] == [
+        "flashmhf-tiny-swiglu", "flashmhf-tiny-flashmhf", "flashmhf-128m-swiglu", "flashmhf-128m-flashmhf",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -88,7 +166,19 @@ def test_a_run_that_fails_is_said(settings, tmp_path):
         ({"variants": ()}, "variants: expected at least one, got none"),
         ({"variants": ("swiglu", "swiglu")}, "variants: expected each once, got swiglu, swiglu"),
         ({"seeds": ()}, "seeds: expected at least one, got none"),
-        ({"learning_rates": {"pkv": 1e-3}}, "learning-rate: expected one of the variants swiglu, flashmhf, got 'pkv'"),
+        ({"models": ()}, "model: expected at least one, got none"),
+        ({"match": "bytes"}, "match: expected parameters or flops, got 'bytes'"),
+        ({"depth": "deep"}, "depth: expected same or paper, got 'deep'"),
+        ({"ablations": {"gate": ("relu",)}}, "gate: expected some of sigmoid, softmax, none, got 'relu'"),
+        ({"ablations": {"head-dim": ("0",)}}, "head-dim: expected positive whole numbers, got '0'"),
+        (
+            {"variants": ("swiglu",), "ablations": {"gate": ("none",)}},
+            "gate: expected flashmhf among the variants, got swiglu",
+        ),
+        (
+            {"learning_rates": {"pkv": (1e-3,)}},
+            "learning-rate: expected one of the variants swiglu, flashmhf, got 'pkv'",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings, changes, message):
@@ -107,3 +197,9 @@ def test_a_folder_that_holds_something_else(settings, tmp_path):
 def test_sources_by_weight_are_refused(settings):
     with pytest.raises(InputError, match=r"data: expected one SOURCE without a weight, got '1\*a,2\*b'"):
         settings(data="1*a,2*b")
+
+
+def test_a_head_dim_that_does_not_divide(settings, tmp_path):
+    with pytest.raises(InputError, match="head-dim: expected a divisor of the hidden size 32, got 48"):
+        compare(settings(ablations={"head-dim": ("48",)}), tmp_path / "out", lambda line: None)
+    assert not (tmp_path / "out").exists()

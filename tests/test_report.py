@@ -1,10 +1,13 @@
 """The report is one file that shows what the results say."""
 
 import html.parser
+import json
 
 import pytest
 
-from flashmhf.report import markdown_table, write_report
+from flashmhf.errors import InputError
+from flashmhf.reports.comparison import markdown_table, write_report
+from flashmhf.reports.run import write_run_report
 
 
 def results() -> dict:
@@ -18,7 +21,10 @@ def results() -> dict:
     def variant(name, loss):
         return {
             "variant": name,
+            "ffn_type": name,
+            "ablation": None,
             "parameters": 1234567,
+            "forward_flops_per_token": 7.7e6,
             "intermediate_size": 576,
             "validation_loss": measure(loss, loss + 0.02),
             "bits_per_byte": measure(loss * 1.44, loss * 1.45),
@@ -28,13 +34,15 @@ def results() -> dict:
         }
 
     def run(name, seed, loss):
-        curve = [[step, 5.0 - step / 50] for step in range(1, 101, 10)]
+        curve = [[step, 5.0 - step / 50, step * 0.5] for step in range(1, 101, 10)]
         return {
             "variant": name,
+            "ffn_type": name,
+            "status": "finished",
             "seed": seed,
             "tokens": 409600,
             "curve": curve,
-            "validation_curve": [[50, 3.0], [100, loss]],
+            "validation_curve": [[50, 3.0, 25.0], [100, loss, 50.0]],
         }
 
     return {
@@ -44,8 +52,10 @@ def results() -> dict:
             "tokenizer": "bytes",
             "seeds": [0, 1],
             "context_length": 512,
+            "match": "parameters",
         },
         "unigram_entropy_nats": 3.2,
+        "sweep": [{"variant": "swiglu", "learning_rate": 1e-3, "validation_loss": None}],
         "variants": [variant("swiglu", 1.7), variant("flashmhf", 1.6)],
         "runs": [run(n, s, loss) for n, loss in (("swiglu", 1.7), ("flashmhf", 1.6)) for s in (0, 1)],
         "samples": {"prompt": "def <b>", "continuations": {"swiglu": "x & y", "flashmhf": "</pre>z"}},
@@ -71,7 +81,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     write_report(results(), tmp_path / "report.html")
     page = Collector()
     page.feed((tmp_path / "report.html").read_text())
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 8
     assert "script" not in page.tags
     assert "viewport" in dict(page.attributes).values()
     links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href") and value]
@@ -101,6 +111,61 @@ def test_one_seed_has_no_spread():
     one = results()
     one["variants"][0]["validation_loss"]["standard_deviation"] = None
     assert "| 1.710 |" in markdown_table(one)
+
+
+def test_runs_that_died_are_said(tmp_path):
+    died = results()
+    died["runs"][1] |= {"status": "failed", "curve": [], "validation_curve": []}
+    died["variants"][0]["validation_loss"] |= {"mean": None, "standard_deviation": None}
+    table = markdown_table(died)
+    assert table.splitlines()[3].startswith("| swiglu | died |")
+    assert table.endswith("These runs died and are in no mean: swiglu with seed 1.")
+    write_report(died, tmp_path / "report.html")
+    assert "swiglu with seed 1" in (tmp_path / "report.html").read_text()
+
+
+def test_a_power_law_wants_three_sizes(tmp_path):
+    sized = results()
+    for i in range(3):
+        row = dict(sized["variants"][0]) | {"parameters": 10 ** (6 + i)}
+        row["validation_loss"] = {"mean": 4.0 * 10.0 ** (-0.05 * i), "standard_deviation": None, "values": []}
+        sized["variants"].append(row)
+    del sized["variants"][0]
+    write_report(sized, tmp_path / "report.html")
+    assert "<!-- swiglu: size^-0.050 -->" in (tmp_path / "report.html").read_text()
+
+
+def log_lines(folder, *lines):
+    (folder / "run.json").write_text('{"model": "flashmhf-tiny"}')
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_page_of_a_run(tmp_path):
+    speed = {"tokens_per_second": 1000.0, "memory_mib": 512.0}
+    log_lines(
+        tmp_path,
+        {"start": 0, "time": 0.0},
+        *({"step": step, "time": float(step), "loss": 5.0 - step / 10, **speed} for step in range(1, 20)),
+        {"start": 10, "time": 100.0},
+        *({"step": step, "time": 90.0 + step, "loss": 5.0 - step / 10, **speed} for step in range(11, 31)),
+        {"step": 30, "time": 121.0, "eval_loss": 2.5},
+    )
+    summary = write_run_report(tmp_path, tmp_path / "page.html")
+    assert (summary["starts"], summary["lost_steps"], summary["steps"]) == (2, 9, 30)
+    assert (summary["validation_loss"], summary["tokens_per_second"], summary["elapsed_s"]) == (2.5, 1000.0, 31.0)
+    page = Collector()
+    page.feed((tmp_path / "page.html").read_text())
+    assert page.tags.count("svg") == 4
+    assert "lost steps" in page.text
+
+
+def test_a_folder_without_a_run_has_no_page(tmp_path):
+    with pytest.raises(InputError, match=r"DIR: expected a training run's folder with run.json, got"):
+        write_run_report(tmp_path, tmp_path / "page.html")
+    log_lines(tmp_path, {"start": 0, "time": 0.0})
+    with pytest.raises(InputError, match="DIR: expected a run with at least one logged loss, got"):
+        write_run_report(tmp_path, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("missing", ["runs", "samples"])

@@ -7,7 +7,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, tokenizer, train
+from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, tokenizer, train
 from flashmhf.errors import InputError, RunError
 
 INTERRUPTED = 130
@@ -23,6 +23,7 @@ app.command("info")(info.info)
 app.command("train", context_settings=train.CONTEXT)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.command("compare", context_settings=train.CONTEXT)(compare.compare)
 app.command("convert")(convert.convert)

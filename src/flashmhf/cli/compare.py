@@ -13,30 +13,48 @@ def compare(
     output_dir: Annotated[str, typer.Option(help="New, empty, or holding the same comparison, which then goes on.")],
     variants: Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")] = "swiglu,flashmhf",
     model: Annotated[
-        str, typer.Option(metavar="PRESET|FILE|DIR", help="Gives the trunk and the parameters to match.")
+        str,
+        typer.Option(metavar="PRESET|FILE|DIR,...", help="Gives trunk and size to match; several: of each."),
     ] = "flashmhf-tiny",
     data: Data = "stdlib",
     tokenizer: Tokenizer = "bytes",
     seeds: Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")] = "0",
     context_length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
-    learning_rate: Annotated[str, typer.Option(help="One for all, or VARIANT=RATE,...")] = "",
+    learning_rate: Annotated[
+        str, typer.Option(metavar="RATES", help="1e-3,2e-3: each variant its best of these; or VARIANT=RATE/RATE,...")
+    ] = "",
+    gate: Annotated[str, typer.Option(help="Ablations of flashmhf: some of sigmoid,softmax,none.")] = "",
+    q_norm: Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")] = "",
+    projections: Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")] = "",
+    head_dim: Annotated[str, typer.Option(help="Ablations of flashmhf, such as 32,64,128.")] = "",
+    subnetworks: Annotated[str, typer.Option(help="Ablations of flashmhf, such as 1,3,6.")] = "",
+    match: Annotated[str, typer.Option(help="parameters or flops: what is equal.")] = "parameters",
+    depth: Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")] = "same",
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     text_column: TextColumn = "text",
     validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**17,
     json: Json = False,
 ) -> None:
     """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train` too."""
     with results_only():
-        from flashmhf.comparison import Comparison, TrainingFailedError
+        from flashmhf.comparison import Comparison
         from flashmhf.comparison import compare as run_comparison
-        from flashmhf.report import markdown_table
+        from flashmhf.reports.comparison import markdown_table
         from flashmhf.training import parse_arguments
 
         flags = list(context.args)
         parse_arguments(flags, output_dir)  # a wrong flag is said before anything is written
         names = _split(variants)
+        ablations = {
+            "gate": gate,
+            "q-norm": q_norm,
+            "projections": projections,
+            "head-dim": head_dim,
+            "subnetworks": subnetworks,
+        }
         settings = Comparison(
             variants=names,
-            model=model,
+            models=_split(model),
             data=data,
             tokenizer=tokenizer,
             seeds=tuple(_number(int, "seeds", seed) for seed in _split(seeds)),
@@ -45,33 +63,34 @@ def compare(
             training_flags=tuple(flags),
             text_column=text_column,
             validation_tokens=validation_tokens,
+            ablations={name: _split(values) for name, values in ablations.items() if values},
+            match=match,
+            depth=depth,
         )
-        try:
-            results = run_comparison(settings, Path(output_dir), lambda line: typer.echo(line, err=True))
-        except TrainingFailedError as error:
-            typer.echo(f"flashmhf: {error}", err=True)
-            raise typer.Exit(1) from error
+        results = run_comparison(settings, Path(output_dir), lambda line: typer.echo(line, err=True), jobs=jobs)
     report = Path(output_dir) / "report.html"
     samples = results["samples"]
     text = [markdown_table(results), ""]
     text += [f"unigram entropy: {results['unigram_entropy_nats']:.3f} nats a token", ""]
     for variant, continuation in samples["continuations"].items():
         text += [f"--- {variant}, continuing a held-out document", samples["prompt"] + continuation, ""]
+    died = [f"{run['variant']} with seed {run['seed']}" for run in results["runs"] if run["status"] == "failed"]
+    if died:
+        text += [f"died, and left out of every mean: {', '.join(died)}", ""]
     emit({**results, "report": str(report)}, "\n".join([*text, f"report: {report}"]), json)
+    raise typer.Exit(1 if died else 0)
 
 
 def _split(values: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in values.split(",") if value.strip())
 
 
-def _learning_rates(text: str, variants: tuple[str, ...]) -> dict[str, float]:
-    if not text:
-        return {}
+def _learning_rates(text: str, variants: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     if "=" not in text:
-        rate = _number(float, "learning-rate", text)
-        return dict.fromkeys(variants, rate)
+        rates = tuple(_number(float, "learning-rate", rate) for rate in _split(text))
+        return dict.fromkeys(variants, rates) if rates else {}
     pairs = (pair.partition("=") for pair in _split(text))
-    return {name: _number(float, "learning-rate", rate) for name, _, rate in pairs}
+    return {name: tuple(_number(float, "learning-rate", rate) for rate in rates.split("/")) for name, _, rates in pairs}
 
 
 def _number(kind, option: str, text: str):

@@ -44,7 +44,7 @@ def inspect(
                 progress=lambda passed, total: bar.update(task, completed=passed),
             )
         if output is not None:
-            from flashmhf.report import draw_heads
+            from flashmhf.reports.heads import draw_heads
 
             draw_heads(reports, Path(output))
     emit({"model": model, "heads": inspection.as_dicts(reports)}, _text(reports), json)

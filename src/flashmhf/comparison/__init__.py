@@ -1,0 +1,75 @@
+"""Feed-forward layers against each other: same trunk, matched size, same data order, same seeds."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flashmhf.comparison.plan import Plan
+from flashmhf.comparison.queue import run_trials
+from flashmhf.comparison.results import collect
+from flashmhf.comparison.settings import Comparison
+from flashmhf.errors import InputError, RunError
+from flashmhf.models.loading import read_json
+from flashmhf.reports.comparison import markdown_table, write_report
+from flashmhf.training import write_json
+
+__all__ = ["Comparison", "compare"]
+
+SETTINGS_FILE = "compare.json"
+
+
+def compare(
+    settings: Comparison, output_dir: Path, progress: Callable[[str], None], *, jobs: int = 1
+) -> dict[str, Any]:
+    """Trains every contender with every seed and writes table.md, results.json and report.html into `output_dir`.
+
+    Each run is a process and a folder of its own under `runs/`, with a model that `flashmhf eval` and `generate` can
+    read and a line of JSON for every step. Called again with the same settings, finished runs are kept and an
+    unfinished one goes on.
+
+    Args:
+        settings: what to compare.
+        output_dir: new, empty, or holding the same comparison.
+        progress: called with one line at the start of each run.
+        jobs: runs at a time.
+
+    Raises:
+        InputError: the settings do not fit, or the folder holds something else.
+        RunError: no run ended well. Where some did, the results name those that died and leave them out of every mean.
+    """
+    if jobs < 1:
+        raise InputError(f"jobs: expected 1 or more, got {jobs}")
+    plan = Plan(settings, output_dir)
+    entries = plan.entries
+    _claim(output_dir, settings)
+    for entry in entries:
+        write_json(plan.config_file(entry), entry.config.to_dict())
+    run_trials([run.trial for run in plan.sweep()], jobs, progress)
+    runs = plan.final()
+    run_trials([run.trial for run in runs], jobs, progress)
+    if not any(run.trial.finished for run in runs):
+        raise RunError(f"training failed in every run; {runs[0].trial.log} says why")
+    results = collect(settings, plan.sweep(), runs)
+    write_json(output_dir / "results.json", results)
+    (output_dir / "table.md").write_text(markdown_table(results) + "\n")
+    write_report(results, output_dir / "report.html")
+    return results
+
+
+def _claim(output_dir: Path, settings: Comparison) -> None:
+    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
+    mine = json.loads(json.dumps(asdict(settings)))
+    if content and SETTINGS_FILE not in content:
+        raise InputError(f"output-dir: expected a new or empty folder, got {output_dir} with {', '.join(content[:3])}")
+    if content:
+        earlier = read_json(output_dir / SETTINGS_FILE)
+        for name, value in mine.items():
+            if earlier.get(name) != value:
+                raise InputError(
+                    f"output-dir: {output_dir} holds a comparison with {name} {earlier.get(name)!r}; got {value!r}"
+                )
+    write_json(output_dir / SETTINGS_FILE, mine)

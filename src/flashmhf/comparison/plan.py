@@ -1,0 +1,130 @@
+"""Which runs a comparison is made of: learning rates first, then seeds."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from flashmhf.comparison.matching import match
+from flashmhf.comparison.queue import RESULT_FILE, Trial, train_command
+from flashmhf.comparison.settings import ABLATED, Comparison, Contender
+from flashmhf.models import FlashMHFConfig
+from flashmhf.models.loading import read_json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender on one trunk."""
+
+    model: str
+    contender: Contender
+    name: str
+    config: FlashMHFConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """An entry trained with one seed and one learning rate, or None for that of the flags."""
+
+    entry: Entry
+    seed: int
+    learning_rate: float | None
+    trial: Trial
+
+    @property
+    def validation_loss(self) -> float | None:
+        """None of a run that has not finished."""
+        if not self.trial.finished:
+            return None
+        return float(read_json(self.trial.folder / RESULT_FILE)["validation_loss"])
+
+
+class Plan:
+    """The runs of a comparison in its folder."""
+
+    def __init__(self, settings: Comparison, output_dir: Path) -> None:
+        self.settings = settings
+        self.output_dir = output_dir
+        self._bases = settings.bases()
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """Contenders on every trunk, each matched to the trunk's size."""
+        several = len(self._bases) > 1
+        return [
+            Entry(
+                model,
+                contender,
+                f"{Path(model).stem}-{contender.name}" if several else contender.name,
+                match(
+                    base,
+                    contender,
+                    by=self.settings.match,
+                    depth=self.settings.depth,
+                    context_length=self.settings.context_length,
+                ),
+            )
+            for model, base in self._bases.items()
+            for contender in self.settings.contenders()
+        ]
+
+    def config_file(self, entry: Entry) -> Path:
+        return self.output_dir / "configs" / f"{entry.name}.json"
+
+    def sweep(self) -> list[Run]:
+        """Every learning rate of a variant that has several, with the first seed."""
+        return [
+            self._run(entry, self.settings.seeds[0], rate)
+            for entry in self.entries
+            if entry.contender.ablation is None and len(self._rates(entry)) > 1
+            for rate in self._rates(entry)
+        ]
+
+    def final(self) -> list[Run]:
+        """Every entry with every seed, at its best learning rate; to be asked for when the sweep is over.
+
+        All variants come before the first ablation, so that what matters most is there first.
+        """
+        variants = [entry for entry in self.entries if entry.contender.ablation is None]
+        ablations = [entry for entry in self.entries if entry.contender.ablation is not None]
+        return [
+            self._run(entry, seed, self._best_rate(entry))
+            for entries in (variants, ablations)
+            for seed in self.settings.seeds
+            for entry in entries
+        ]
+
+    def _rates(self, entry: Entry) -> tuple[float, ...]:
+        return self.settings.learning_rates.get(entry.contender.ffn_type, ())
+
+    def _best_rate(self, entry: Entry) -> float | None:
+        """An ablation takes that of the variant it changes; where no run of a sweep ended well, the first."""
+        rates = self._rates(entry)
+        if len(rates) < 2:
+            return rates[0] if rates else None
+        swept = [run for run in self.sweep() if (run.entry.model, run.entry.contender.ffn_type) == _swept_as(entry)]
+        losses = [(run.validation_loss, run.learning_rate) for run in swept if run.validation_loss is not None]
+        return min(losses)[1] if losses else rates[0]
+
+    def _run(self, entry: Entry, seed: int, rate: float | None) -> Run:
+        swept = len(self._rates(entry)) > 1
+        name = f"{entry.name}-lr{rate:g}-seed{seed}" if swept else f"{entry.name}-seed{seed}"
+        folder = self.output_dir / "runs" / name
+        options: dict[str, object] = {
+            "model": self.config_file(entry),
+            "data": self.settings.data,
+            "tokenizer": self.settings.tokenizer,
+            "text-column": self.settings.text_column,
+            "context-length": self.settings.context_length,
+            "output-dir": folder,
+            "validation-tokens": self.settings.validation_tokens,
+            "seed": seed,
+            "logging-steps": 1,
+        }
+        if rate is not None:
+            options["learning-rate"] = rate
+        label = f"{entry.name}, seed {seed}" + (f", learning rate {rate:g}" if swept else "")
+        return Run(entry, seed, rate, Trial(label, folder, train_command(options, self.settings.training_flags)))
+
+
+def _swept_as(entry: Entry) -> tuple[str, str]:
+    return entry.model, ABLATED if entry.contender.ablation else entry.contender.ffn_type

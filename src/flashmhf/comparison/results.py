@@ -1,0 +1,112 @@
+"""What the runs of a comparison say together: means, spreads, paired differences, samples."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from flashmhf.accounting import account
+from flashmhf.comparison.plan import Entry, Run
+from flashmhf.comparison.queue import RESULT_FILE
+from flashmhf.comparison.settings import Comparison
+from flashmhf.data import load_corpus, tokenize
+from flashmhf.generation import generate
+from flashmhf.models.loading import load_model, read_json
+from flashmhf.run_log import read_log
+from flashmhf.tokenization import load_tokenizer
+
+PROMPT_TOKENS = 48
+SAMPLE_TOKENS = 160
+MEASURES = ("validation_loss", "bits_per_byte", "tokens_per_second", "peak_memory_mib", "elapsed_s")
+
+
+def collect(settings: Comparison, sweep: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that tables and report show, as plain values.
+
+    "variants" has a row for each entry; what died is in "runs" with "status" "failed" and in no mean.
+    """
+    entries = list({run.entry.name: run.entry for run in runs}.values())
+    described = [_describe(run) for run in runs]
+    return {
+        "settings": asdict(settings),
+        "unigram_entropy_nats": _unigram_entropy(settings),
+        "sweep": [
+            {"variant": run.entry.name, "learning_rate": run.learning_rate, "validation_loss": run.validation_loss}
+            for run in sweep
+        ],
+        "variants": [
+            _summarise(settings, entry, [row for row in described if row["variant"] == entry.name]) for entry in entries
+        ],
+        "runs": described,
+        "samples": _samples(settings, runs),
+    }
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "variant": run.entry.name,
+        "ffn_type": run.entry.contender.ffn_type,
+        "model": run.entry.model,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "folder": run.trial.folder.name,
+        "status": "finished" if run.trial.finished else "failed",
+    }
+    log = read_log(run.trial.folder)
+    row["curve"] = [[line["step"], line["loss"], line["elapsed_s"]] for line in log.rows if "loss" in line]
+    row["validation_curve"] = [
+        [line["step"], line["eval_loss"], line["elapsed_s"]] for line in log.rows if "eval_loss" in line
+    ]
+    return {**read_json(run.trial.folder / RESULT_FILE), **row} if run.trial.finished else row
+
+
+def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    finished = [run for run in runs if run["status"] == "finished"]
+    cost = account(entry.config, settings.context_length)
+    summary: dict[str, Any] = {
+        "variant": entry.name,
+        "ffn_type": entry.contender.ffn_type,
+        "model": entry.model,
+        "ablation": entry.contender.ablation,
+        "parameters": cost["parameters"],
+        "forward_flops_per_token": cost["forward_flops_per_token"],
+        "layers": entry.config.num_hidden_layers,
+        "intermediate_size": entry.config.intermediate_size,
+        "learning_rate": runs[0]["learning_rate"],
+        "failed_seeds": [run["seed"] for run in runs if run["status"] == "failed"],
+    }
+    for measure in MEASURES:
+        values = [run[measure] for run in finished if run[measure] is not None]
+        summary[measure] = {
+            "mean": statistics.fmean(values) if values else None,
+            "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
+            "values": values,
+        }
+    return summary
+
+
+def _unigram_entropy(settings: Comparison) -> float:
+    """Nats a token of the best model without context: what any of the variants must beat."""
+    corpus = load_corpus(settings.data, text_column=settings.text_column)
+    tokens = tokenize(corpus.validation, load_tokenizer(settings.tokenizer))
+    counts = np.bincount(np.concatenate([np.asarray(ids) for ids in tokens["input_ids"]]))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _samples(settings: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
+    """The same prompt, the beginning of the first validation document, continued by each entry's first run."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    text = load_corpus(settings.data, text_column=settings.text_column).validation[0]["text"]
+    prompt_ids = tokenizer(text[: 16 * PROMPT_TOKENS], add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
+    prompt = str(tokenizer.decode(prompt_ids))
+    room = settings.context_length - PROMPT_TOKENS - 8
+    new_tokens = min(SAMPLE_TOKENS, max(room, PROMPT_TOKENS // 2))
+    continuations: dict[str, str] = {}
+    for run in runs:
+        if run.trial.finished and run.entry.name not in continuations:
+            model = load_model(str(run.trial.folder))
+            continuations[run.entry.name] = generate(model, tokenizer, prompt, max_new_tokens=new_tokens)
+    return {"prompt": prompt, "continuations": continuations}

@@ -1,0 +1,132 @@
+"""What a comparison is about: which layers, on which trunks, trained how."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashmhf.data.mixing import parse_sources
+from flashmhf.errors import InputError
+from flashmhf.models import FlashMHFConfig
+from flashmhf.models.configuration import FFN_TYPES
+from flashmhf.models.loading import load_config
+from flashmhf.ops.prologue import GATES
+
+ABLATED = "flashmhf"  # the variant that ablations change
+SWITCH = {"on": True, "off": False}
+MATCHES = ("parameters", "flops")
+DEPTHS = ("same", "paper")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A feed-forward layer: a value of `ffn_type`, and at most one change of the configuration."""
+
+    ffn_type: str
+    ablation: tuple[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.ffn_type if self.ablation is None else f"{self.ffn_type}-{'-'.join(self.ablation)}"
+
+    def changes(self, base: FlashMHFConfig) -> dict[str, Any]:
+        """Values of the configuration, for a trunk like that of `base`."""
+        if self.ablation is None:
+            return {}
+        option, value = self.ablation
+        if option == "gate":
+            return {"gate": None if value == "none" else value}
+        if option in ("q-norm", "projections"):
+            return {"q_norm" if option == "q-norm" else "ffn_projections": SWITCH[value]}
+        if option == "subnetworks":
+            return {"num_subnetworks": int(value)}
+        heads, rest = divmod(base.hidden_size, int(value))
+        if rest or heads == 0:
+            raise InputError(f"head-dim: expected a divisor of the hidden size {base.hidden_size}, got {value}")
+        return {"num_ffn_heads": heads, "num_ffn_kv_heads": heads}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        variants: values of `ffn_type`; differences are taken to the first.
+        models: presets, files or folders whose configuration gives the trunk and the size to match.
+        data, tokenizer, context_length, text_column, validation_tokens: see `flashmhf.training.Run`.
+        seeds: each contender is trained once a seed; a seed fixes the initial weights and the order of the data.
+        learning_rates: of each variant; of several the one with the lowest validation loss with the first seed goes on
+            to the others. Ablations take that of `flashmhf`. Without any, that of training_flags.
+        training_flags: further flags of `flashmhf train`, the same for every run.
+        ablations: options (`gate`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each is a contender
+            of its own, `flashmhf` with that one change.
+        match: the trunk's "parameters" or its "flops" a token.
+        depth: "same" for all, or the "paper"'s: 5 layers with several heads for 6 without.
+    """
+
+    variants: tuple[str, ...]
+    models: tuple[str, ...]
+    data: str
+    tokenizer: str
+    seeds: tuple[int, ...]
+    context_length: int
+    learning_rates: dict[str, tuple[float, ...]]
+    training_flags: tuple[str, ...]
+    text_column: str = "text"
+    validation_tokens: int = 2**17
+    ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    match: str = "parameters"
+    depth: str = "same"
+
+    def __post_init__(self) -> None:
+        for option, values in (("variants", self.variants), ("seeds", self.seeds), ("model", self.models)):
+            if not values:
+                raise InputError(f"{option}: expected at least one, got none")
+            if len(set(values)) < len(values):
+                raise InputError(f"{option}: expected each once, got {', '.join(map(str, values))}")
+        for name in self.variants:
+            if name not in FFN_TYPES:
+                raise InputError(f"variants: expected some of {', '.join(FFN_TYPES)}, got {name!r}")
+        if parse_sources(self.data) != [(1.0, self.data)]:
+            raise InputError(f"data: expected one SOURCE without a weight, got {self.data!r}")
+        for name in self.learning_rates:
+            if name not in self.variants:
+                raise InputError(
+                    f"learning-rate: expected one of the variants {', '.join(self.variants)}, got {name!r}"
+                )
+        for option, value, choices in (("match", self.match, MATCHES), ("depth", self.depth, DEPTHS)):
+            if value not in choices:
+                raise InputError(f"{option}: expected {' or '.join(choices)}, got {value!r}")
+        self._check_ablations()
+
+    def _check_ablations(self) -> None:
+        choices = {"gate": (*GATES, "none"), "q-norm": tuple(SWITCH), "projections": tuple(SWITCH)}
+        for option, values in self.ablations.items():
+            if values and ABLATED not in self.variants:
+                raise InputError(f"{option}: expected {ABLATED} among the variants, got {', '.join(self.variants)}")
+            for value in values:
+                if option in choices and value not in choices[option]:
+                    raise InputError(f"{option}: expected some of {', '.join(choices[option])}, got {value!r}")
+                if option not in choices and not (value.isdecimal() and int(value) > 0):
+                    raise InputError(f"{option}: expected positive whole numbers, got {value!r}")
+
+    def bases(self) -> dict[str, FlashMHFConfig]:
+        """The configuration of each model.
+
+        Raises:
+            InputError: it is of another family.
+        """
+        bases = {}
+        for name in self.models:
+            base = load_config(name)
+            if not isinstance(base, FlashMHFConfig):
+                raise InputError(f"model: expected a flashmhf configuration, got one of type {base.model_type!r}")
+            bases[name] = base
+        return bases
+
+    def contenders(self) -> Iterator[Contender]:
+        """The variants, then the ablations."""
+        for variant in self.variants:
+            yield Contender(variant)
+        for option, values in self.ablations.items():
+            for value in values:
+                yield Contender(ABLATED, (option, value))
