@@ -135,7 +135,7 @@ def _curves(results: dict[str, Any], name: str, against: int, marker: str | None
     axes.axhline(entropy, color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy")
     if against == 0:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -182,7 +182,7 @@ def _against(results: dict[str, Any], measure: str, name: str) -> Figure:
     if len({row[measure] for row in rows}) >= LEAST_SIZES:
         axes.set(xscale="log", yscale="log")
     axes.margins(0.1)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -87,7 +87,7 @@ def _sections(folder: Path, log: RunLog, summary: dict[str, Any]) -> list[str]:
             drawn.append((_line(log, name, label), caption))
     run = read_json(folder / RUN_FILE)
     return [
-        html_table(("", "value"), [(name.replace("_", " "), _shown(value)) for name, value in summary.items()]),
+        html_table(("", "value"), [(_label(name), _shown(value)) for name, value in summary.items()]),
         figures(*drawn),
         "<h2>Starts</h2>",
         html_table(
@@ -140,6 +140,14 @@ def _line(log: RunLog, name: str, label: str) -> Figure:
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _label(name: str) -> str:
+    """ "memory_mib" -> "memory (MiB)"."""
+    for unit, shown in (("_mib", " (MiB)"), ("_s", " (s)")):
+        if name.endswith(unit):
+            name = name.removesuffix(unit) + shown
+    return name.replace("_", " ")
 
 
 def _shown(value: Any) -> str:
