@@ -6,10 +6,10 @@ It wants Chromium and its driver (Debian: apt-get install chromium chromium-driv
 import shutil
 
 import pytest
-from test_report import log_lines, results
 
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
+from test_report import log_lines, results
 
 selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -17,7 +17,14 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="no Chromium with its driver here"),
 ]
-FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync".split()
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-sync",
+)
 LEAST_TEXT_PIXELS = 6.0
 
 PLOTS = """
