@@ -9,6 +9,7 @@ from flashmhf.data.blocks import TokenBlocks, stream_blocks
 from flashmhf.data.corpus import Corpus, load_corpus
 from flashmhf.data.faults import REFUSE, SKIP, BadData
 from flashmhf.data.mixing import Recipe, TrainingData, load_blocks
+from flashmhf.data.splits import load_documents
 from flashmhf.data.tokens import tokenize
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingData",
     "load_blocks",
     "load_corpus",
+    "load_documents",
     "stream_blocks",
     "tokenize",
 ]
