@@ -1,6 +1,8 @@
 """Losses over windows, checked against scoring token by token."""
 
+import json
 import math
+from collections import defaultdict
 
 import datasets
 import pytest
@@ -8,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmhf.errors import InputError
-from flashmhf.evaluation import IGNORED, evaluate, split_windows
+from flashmhf.errors import InputError, RunError
+from flashmhf.evaluation import IGNORED, Evaluation, evaluate, split_windows
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.tokenization import byte_tokenizer, train_bpe
 
@@ -82,6 +84,88 @@ def test_a_uniform_model_gives_the_logarithm_of_the_vocabulary(model):
     assert result.nats_per_token == pytest.approx(math.log(320))
     assert result.bits_per_byte == pytest.approx(math.log2(320))
     assert result.context_length == 32
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_losses_by_position_and_document(model, stride):
+    tokenizer = byte_tokenizer()
+    by_context, by_document = defaultdict(list), []
+    for text in DOCUMENTS["text"]:
+        losses = []
+        for input_ids, labels in split_windows([*text.encode(), tokenizer.eos_token_id], 16, stride):
+            log_probabilities = model(torch.tensor([input_ids])).logits[0].log_softmax(-1)
+            for position, label in enumerate(labels):
+                if label != IGNORED:
+                    losses.append(-log_probabilities[position, label].item())
+                    by_context[position + 1].append(losses[-1])
+        by_document.append(losses)
+    result = evaluate(model, tokenizer, DOCUMENTS, context_length=16, stride=stride)
+    assert [one.nats for one in result.per_document] == pytest.approx([sum(losses) for losses in by_document], rel=1e-5)
+    assert [one.tokens for one in result.per_document] == [len(losses) for losses in by_document]
+    assert [one.bytes for one in result.per_document] == [len(text.encode()) for text in DOCUMENTS["text"]]
+    assert [one.origin for one in result.per_document] == ["document 1", "document 2", "document 3"]
+    bins = [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)]
+    assert [(one.first, one.last) for one in result.by_position] == bins
+    for one in result.by_position:
+        losses = [loss for context in range(one.first, one.last + 1) for loss in by_context[context]]
+        assert one.tokens == len(losses)
+        assert one.nats_per_token == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_the_last_bin_ends_with_the_context_and_short_documents_fill_the_first(model):
+    result = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=11)
+    assert [(one.first, one.last) for one in result.by_position] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 11)]
+    short = evaluate(model, byte_tokenizer(), datasets.Dataset.from_dict({"text": ["abc", "de"]}))
+    assert [(one.first, one.last, one.tokens) for one in short.by_position] == [(1, 1, 2), (2, 2, 2), (3, 4, 1)]
+    assert short.context_length == 32
+
+
+def test_documents_are_named_and_known_again(model):
+    documents = DOCUMENTS.add_column("origin", ["a.txt", "b.jsonl, line 1", "b.jsonl, line 2"])
+    result = evaluate(model, byte_tokenizer(), documents)
+    assert [one.origin for one in result.per_document] == documents["origin"][:]
+    other = evaluate(model, byte_tokenizer(), DOCUMENTS.select([2, 1]))
+    assert [one.digest for one in other.per_document] == [result.per_document[i].digest for i in (2, 1)]
+    assert len({one.digest for one in result.per_document}) == 3
+
+
+def test_intervals_hold_the_measures_and_need_two_documents(model):
+    result = evaluate(model, byte_tokenizer(), DOCUMENTS)
+    for name, (low, high) in result.intervals.items():
+        assert low < getattr(result, name) < high
+    assert result.intervals == evaluate(model, byte_tokenizer(), DOCUMENTS).intervals
+    low, high = result.intervals["nats_per_token"]
+    assert result.intervals["perplexity"] == pytest.approx((math.exp(low), math.exp(high)))
+    assert evaluate(model, byte_tokenizer(), DOCUMENTS.select([0])).intervals is None
+
+
+def test_a_result_survives_json(model):
+    result = evaluate(model, byte_tokenizer(), DOCUMENTS)
+    written = json.loads(json.dumps({"model": "m", **result.as_dict()}))
+    assert Evaluation.from_dict(written) == result
+    single = evaluate(model, byte_tokenizer(), DOCUMENTS.select([0]))
+    assert Evaluation.from_dict(single.as_dict()) == single
+    del written["per_document"]
+    with pytest.raises(InputError, match="evaluation: expected the result of flashmhf eval, got one without 'per_doc"):
+        Evaluation.from_dict(written)
+
+
+def test_nothing_to_predict(model):
+    nothing = datasets.Dataset.from_dict({"text": ["", ""]})
+    with pytest.raises(InputError, match="data: expected a document with a token to predict, got none in 2 documents"):
+        evaluate(model, byte_tokenizer(), nothing)
+    one = datasets.Dataset.from_dict({"text": ["", "a", "bc"]})
+    result = evaluate(model, byte_tokenizer(), one)
+    assert (result.tokens, result.documents, result.per_document[0].tokens) == (3, 3, 0)
+    assert all(math.isfinite(end) for ends in result.intervals.values() for end in ends)
+
+
+def test_a_loss_that_is_not_finite_names_its_document(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ord("x")] = math.nan
+    documents = datasets.Dataset.from_dict({"text": ["fine", "not x so"], "origin": ["a.txt", "b.txt"]})
+    with pytest.raises(RunError, match=r"loss: expected a finite one, got nan in b.txt"):
+        evaluate(model, byte_tokenizer(), documents)
 
 
 def test_sizes_that_do_not_fit(model):

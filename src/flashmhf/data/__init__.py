@@ -6,7 +6,7 @@ Training also takes several by weight, `0.7*SOURCE,0.3*SOURCE`.
 """
 
 from flashmhf.data.blocks import TokenBlocks, stream_blocks
-from flashmhf.data.corpus import Corpus, load_corpus
+from flashmhf.data.corpus import Corpus, load_corpus, text_hash
 from flashmhf.data.faults import REFUSE, SKIP, BadData
 from flashmhf.data.mixing import Recipe, TrainingData, load_blocks
 from flashmhf.data.splits import load_documents
@@ -24,5 +24,6 @@ __all__ = [
     "load_corpus",
     "load_documents",
     "stream_blocks",
+    "text_hash",
     "tokenize",
 ]
