@@ -45,7 +45,7 @@ def test_a_split_of_a_dataset_on_the_hub(hub, monkeypatch, offline):
     assert hub == [not offline] * 2
     assert len(load_documents("owner/books", split="train")) == 30
     assert len(load_documents("owner/books", split="all")) == 34
-    with pytest.raises(InputError, match="split: .* or one of train, validation, test in owner/books, got 'tset'"):
+    with pytest.raises(InputError, match=r"split: .* or one of train, validation, test in owner/books, got 'tset'"):
         load_documents("owner/books", split="tset")
 
 
@@ -62,7 +62,7 @@ def test_a_copy_of_the_hubs_folder(layout):
     assert corpus.validation["text"][:] == contents("validation")
     for split in SIZES:
         assert load_documents(str(layout), split=split)["text"][:] == contents(split)
-    with pytest.raises(InputError, match="split: expected validation, train or all, got 'tset', which .*books lacks"):
+    with pytest.raises(InputError, match=r"split: expected validation, train or all, got 'tset', which .*books lacks"):
         load_documents(str(layout), split="tset")
     with pytest.raises(InputError, match="split: expected validation, train or all, got 'test', which stdlib lacks"):
         load_documents("stdlib", split="test")

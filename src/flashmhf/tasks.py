@@ -54,7 +54,9 @@ def evaluate_tasks(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    wrapped = HFLM(
+        pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+    )
     try:
         report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
     except (OSError, ValueError) as error:
