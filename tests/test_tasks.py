@@ -1,6 +1,7 @@
 """Downstream tasks on small task files made here, equal to lm-eval's plain model on the same checkpoint."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def model():
 
 
 @pytest.fixture
+def only_own_tasks(monkeypatch):
+    """Leaves lm-eval's own tasks out: to read their ten thousand files takes seven seconds."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(byte_tokenizer(), tmp_path / "model")
@@ -115,7 +122,7 @@ def plain_results(folder, tasks_path, name):
     ("definition", "measures"),
     [(CHOICE, ("acc", "acc_norm")), (ROLLING, ("word_perplexity", "bits_per_byte")), (GENERATION, ("exact_match",))],
 )
-def test_equal_to_lm_evals_own_model(model, folder, tmp_path, definition, measures):
+def test_equal_to_lm_evals_own_model(only_own_tasks, model, folder, tmp_path, definition, measures):
     rows = questions()
     path = write_task(tmp_path / "tasks", "toy", definition, rows)
     theirs, answers = plain_results(folder, path, "toy")
@@ -128,21 +135,20 @@ def test_equal_to_lm_evals_own_model(model, folder, tmp_path, definition, measur
     assert mine == theirs
 
 
-def test_the_papers_tasks_from_files_of_ones_own(model, tmp_path):
+def test_the_papers_tasks_from_files_of_ones_own(only_own_tasks, model, tmp_path):
     names = ["hellaswag", "social_iqa", "piqa", "openbookqa", "winogrande", "race"]
     for number, name in enumerate(names, 2):
         path = write_task(tmp_path / "tasks", name, CHOICE, questions(number))
     found = evaluate_tasks(model, byte_tokenizer(), ["paper"], tasks_path=path)
-    assert {name: measures["sample_len"] for name, measures in found.items()} == dict(
-        zip(names, range(2, 8), strict=True)
-    )
+    sizes = {name: measures["sample_len"] for name, measures in found.items()}
+    assert sizes == dict(zip(names, range(2, 8), strict=True))
 
 
 def test_the_papers_tasks_are_lm_evals():
     assert set(ALIASES["paper"]) <= set(TaskManager().all_tasks)
 
 
-def test_refusals(model, tasks_path, monkeypatch):
+def test_refusals(only_own_tasks, model, tasks_path, monkeypatch):
     with pytest.raises(InputError, match="tasks: expected names with commas between them or paper, got none"):
         evaluate_tasks(model, byte_tokenizer(), ["", " "])
     with pytest.raises(InputError, match="context-length: expected 2 to the model's 128, got 129"):
@@ -156,7 +162,7 @@ def test_refusals(model, tasks_path, monkeypatch):
         evaluate_tasks(model, byte_tokenizer(), ["toy"])
 
 
-def test_data_that_cannot_be_loaded(model, tasks_path, tmp_path):
+def test_data_that_cannot_be_loaded(only_own_tasks, model, tasks_path, tmp_path):
     (tmp_path / "tasks/toy.jsonl").unlink()
     with pytest.raises(InputError, match=r"tasks: .*toy\.jsonl"):
         evaluate_tasks(model, byte_tokenizer(), ["toy"], tasks_path=tasks_path)
