@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import defaultdict
 
 import datasets
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmhf import cli
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import IGNORED, Evaluation, evaluate, split_windows
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from flashmhf.tokenization import byte_tokenizer, train_bpe
+from flashmhf.tokenization import byte_tokenizer, save_tokenizer, train_bpe
 
 DOCUMENTS = datasets.Dataset.from_dict({"text": ["a short one", "x", "a longer one: " + "abc" * 30]})
 
@@ -183,3 +185,69 @@ def test_a_tokenizer_of_another_model(model):
     many = train_bpe(["".join(chr(c) for c in range(200, 900))] * 3, 400)
     with pytest.raises(InputError, match="tokenizer: expected at most the model's 320 tokens, got "):
         evaluate(model, many, DOCUMENTS)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(byte_tokenizer(), tmp_path / "model")
+    (tmp_path / "books/test").mkdir(parents=True)
+    (tmp_path / "books/train.txt").write_text("to train with " * 20)
+    for i, text in enumerate(DOCUMENTS["text"]):
+        (tmp_path / f"books/test/{i}.txt").write_text(text)
+    return tmp_path
+
+
+def run(monkeypatch, capsys, folder, *arguments):
+    command = ["flashmhf", "eval", str(folder / "model"), "--data", str(folder / "books"), "--split", "test"]
+    monkeypatch.setattr("sys.argv", [*command, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code, capsys.readouterr()
+
+
+def test_from_the_command_line(model, folder, monkeypatch, capsys):
+    output = folder / "result.json"
+    output.write_text("an earlier one")
+    code, printed = run(monkeypatch, capsys, folder, "--stride", "8", "--json", "--output", str(output))
+    assert code == 0
+    result = json.loads(printed.out)
+    assert json.loads(output.read_text()) == result
+    assert [path.name for path in folder.iterdir() if path.name.startswith("result")] == ["result.json"]
+    expected = evaluate(model, byte_tokenizer(), DOCUMENTS, stride=8)
+    found = Evaluation.from_dict(result)
+    assert (found.nats_per_token, found.by_position) == (expected.nats_per_token, expected.by_position)
+    assert (result["model"], result["data"], result["split"]) == (str(folder / "model"), str(folder / "books"), "test")
+    _, printed = run(monkeypatch, capsys, folder)
+    assert "95 % intervals, by a bootstrap over documents: " in printed.out
+    assert "| tokens of context | nats a token | tokens |" in printed.out
+    assert "| 17 to 32 | " in printed.out
+    for i in (0, 1):
+        (folder / f"books/test/{i}.txt").unlink()
+    _, printed = run(monkeypatch, capsys, folder)
+    assert "no interval: it takes two documents" in printed.out
+
+
+def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
+    other, books = folder / "other", folder / "books"
+    save_tokenizer(train_bpe(["some text"] * 3, 270), other)
+    shutil.copytree(folder / "model", folder / "torn")
+    (folder / "torn/model.safetensors").write_bytes(b"{}")
+    (folder / "empty").mkdir()
+    for arguments, message in (
+        (["--split", "tset"], f"split: expected validation, train or all, got 'tset', which {books} lacks"),
+        (["--context-length", "33"], "context-length: expected 2 to the model's 32, got 33"),
+        (["--stride", "0"], "stride: expected 1 to the context length 32, got 0"),
+        (["--tokenizer", str(other)], f"tokenizer: expected the one in {folder}/model (258 tokens), got one of "),
+        (["--output", str(folder / "no/file")], "output: expected a file in a folder that exists, got "),
+        (["--output", str(books)], "output: expected a file, got the folder "),
+        (["--data", str(folder / "nowhere")], "data: expected stdlib, a file, a folder or a dataset on the Hub, got "),
+    ):
+        code, printed = run(monkeypatch, capsys, folder, *arguments)
+        assert (code, printed.out) == (2, "")
+        assert printed.err.splitlines()[-1].startswith(f"flashmhf: {message}")
+    for name, message in (("empty", "model: expected a folder with config.json"), ("torn", "checkpoint: ")):
+        monkeypatch.setattr("sys.argv", ["flashmhf", "eval", str(folder / name), "--data", str(books)])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"flashmhf: {message}")

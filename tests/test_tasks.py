@@ -8,6 +8,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from flashmhf import cli
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.tasks import ALIASES, evaluate_tasks
@@ -166,3 +167,34 @@ def test_data_that_cannot_be_loaded(only_own_tasks, model, tasks_path, tmp_path)
     (tmp_path / "tasks/toy.jsonl").unlink()
     with pytest.raises(InputError, match=r"tasks: .*toy\.jsonl"):
         evaluate_tasks(model, byte_tokenizer(), ["toy"], tasks_path=tasks_path)
+
+
+def test_from_the_command_line(only_own_tasks, folder, tasks_path, tmp_path, monkeypatch, capsys):
+    command = ["flashmhf", "eval", folder, "--tasks-path", tasks_path, "--output", str(tmp_path / "r.json"), "--tasks"]
+    monkeypatch.setattr("sys.argv", [*command, "toy"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "| toy | acc |" in capsys.readouterr().out
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert (written["model"], written["tasks"]["toy"]["sample_len"]) == (folder, 12)
+    monkeypatch.setattr("sys.argv", [*command, "toy,nonsense"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("flashmhf: tasks: expected names that lm-eval knows, got nonsense\n")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "task: [",
+        "task: broken\ndataset_path: json\n",
+        "task: broken\noutput_type: odd\n",
+        CHOICE.format(name="broken", data="{data}").replace("{{question}}", "{{query}}"),
+    ],
+)
+def test_a_broken_definition(only_own_tasks, model, tasks_path, tmp_path, content):
+    (tmp_path / "tasks/broken.yaml").write_text(content.replace("{data}", f"{tmp_path}/tasks/toy.jsonl"))
+    with pytest.raises(InputError, match=r"tasks: .*broken"):
+        evaluate_tasks(model, byte_tokenizer(), ["broken"], tasks_path=tasks_path)

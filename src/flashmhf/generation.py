@@ -48,7 +48,7 @@ def sample_models(
         check_folder(folder)  # before the first one writes anything
     written = {}
     for folder in folders:
-        model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
+        model, tokenizer = cast(Any, load_model(folder)).to(device), load_tokenizer(folder)
         for prompt in prompts:
             written[folder, prompt] = generate(model, tokenizer, prompt, seed=seed, **options)
     return [Sample(folder, prompt, seed, written[folder, prompt]) for prompt in prompts for folder in folders]

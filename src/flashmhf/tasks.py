@@ -5,6 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.errors import InputError
@@ -59,10 +61,16 @@ def evaluate_tasks(
     )
     try:
         report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tasks: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, DatasetsError, TemplateError) as error:
+        raise InputError(f"tasks: {', '.join(names)}: {_reason(error)}") from error
     assert report is not None  # only ranks other than the first get None
     return report["results"]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, and of the one behind it."""
+    said = str(error).partition("\n")[0]
+    return said if error.__cause__ is None else f"{said} ({_reason(error.__cause__)})"
 
 
 def _expand(tasks: Iterable[str]) -> list[str]:
