@@ -1,5 +1,7 @@
-"""Text from a trained model."""
+"""Text from trained models: one continuation, or the same prompts continued by several models."""
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -7,6 +9,49 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
+from flashmhf.models.loading import check_folder, load_model
+from flashmhf.tokenization import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model wrote after a prompt."""
+
+    model: str
+    prompt: str
+    seed: int
+    continuation: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sample_models(
+    folders: Sequence[str], prompts: Sequence[str], device: torch.device, *, seed: int = 0, **options: Any
+) -> list[Sample]:
+    """Every prompt continued by every model, prompt by prompt, each from the same seed.
+
+    A sample is the one that `generate` gives for its model, prompt and seed alone: it does not depend on what else is
+    asked for. One model at a time is in memory.
+
+    Args:
+        folders: trained models with their tokenizers.
+        prompts: texts to continue.
+        device: where to run.
+        seed: of every sample.
+        options: see `generate`.
+
+    Raises:
+        InputError: see `load_model`, `load_tokenizer` and `generate`.
+    """
+    for folder in folders:
+        check_folder(folder)  # before the first one writes anything
+    written = {}
+    for folder in folders:
+        model, tokenizer = cast(Any, load_model(folder)).to(device), load_tokenizer(folder)
+        for prompt in prompts:
+            written[folder, prompt] = generate(model, tokenizer, prompt, seed=seed, **options)
+    return [Sample(folder, prompt, seed, written[folder, prompt]) for prompt in prompts for folder in folders]
 
 
 def generate(

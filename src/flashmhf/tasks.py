@@ -1,31 +1,40 @@
 """Downstream tasks through EleutherAI's lm-eval, which `pip install 'flashmhf[tasks]'` brings along."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_vocabulary
+from flashmhf.evaluation import check_context_length, check_vocabulary
+
+# The paper's downstream tasks, in its order.
+ALIASES = {"paper": ("hellaswag", "social_iqa", "piqa", "openbookqa", "winogrande", "race")}
 
 
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: list[str],
+    tasks: Iterable[str],
     *,
     tasks_path: str | None = None,
     context_length: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Every task's measures, as lm-eval names them ("acc,none", "acc_norm,none", ...).
+    """Every task's measures, as lm-eval names them ("acc,none", "acc_norm,none", ...), without few-shot examples but a
+    task's own.
 
     Args:
         model: a causal language model, on its device.
         tokenizer: its own.
-        tasks: names that lm-eval knows, or that are defined in tasks_path. lm-eval's own load their data from the Hub.
-        tasks_path: a folder with task definitions (YAML), for tasks and data of the user's own.
+        tasks: names that lm-eval knows, or that are defined in tasks_path, or `paper` for the paper's six. lm-eval's
+            own load their data from the Hub.
+        tasks_path: a folder with task definitions (YAML), for tasks and data of the user's own; one with the name of a
+            task of lm-eval's takes its place.
         context_length: tokens a request may have. Default: the model's max_position_embeddings.
         batch_size: requests at a time.
 
@@ -36,24 +45,38 @@ def evaluate_tasks(
         raise InputError("tasks: expected the package lm-eval, got none; pip install 'flashmhf[tasks]'")
     if tasks_path is not None and not Path(tasks_path).is_dir():
         raise InputError(f"tasks-path: expected a folder, got {tasks_path!r}")
+    max_length = check_context_length(model, context_length)
     check_vocabulary(model, tokenizer)
+    names = _expand(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=tasks_path)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
+    unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
     wrapped = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=context_length or model.config.max_position_embeddings,
+        pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
     )
     try:
-        report = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tasks: {str(error).splitlines()[0]}") from error
+        report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
+    except (OSError, ValueError, DatasetsError, TemplateError) as error:
+        raise InputError(f"tasks: {', '.join(names)}: {_reason(error)}") from error
     assert report is not None  # only ranks other than the first get None
     return report["results"]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, and of the one behind it."""
+    said = str(error).partition("\n")[0]
+    return said if error.__cause__ is None else f"{said} ({_reason(error.__cause__)})"
+
+
+def _expand(tasks: Iterable[str]) -> list[str]:
+    """The names with the aliases replaced, each once."""
+    given = [name.strip() for name in tasks if name.strip()]
+    names = list(dict.fromkeys(name for one in given for name in ALIASES.get(one, (one,))))
+    if not names:
+        raise InputError(f"tasks: expected names with commas between them or {', '.join(ALIASES)}, got none")
+    return names

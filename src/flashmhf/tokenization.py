@@ -70,6 +70,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError where the model in `folder` has a tokenizer with another vocabulary."""
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        own = load_tokenizer(folder)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"tokenizer: expected the one in {folder} ({len(own)} tokens), got one of {len(tokenizer)} others"
+            )
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, int32, followed by the separator.
 

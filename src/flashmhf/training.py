@@ -30,7 +30,7 @@ from flashmhf.manifest import write_flushed
 from flashmhf.models.loading import load_config, load_model
 from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
 from flashmhf.run_log import LogLines
-from flashmhf.tokenization import load_tokenizer
+from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
 from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 from flashmhf.watchdog import Watchdog
 
@@ -238,7 +238,7 @@ def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTra
     if Path(run.model).is_dir():
         model = load_model(run.model, dtype=torch.float32)
         check_vocabulary(model, tokenizer)
-        _check_same_tokenizer(run.model, tokenizer)
+        check_same_tokenizer(run.model, tokenizer)
     else:
         config = load_config(run.model)
         config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -249,15 +249,6 @@ def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTra
     if not 2 <= run.context_length <= longest:
         raise InputError(f"context-length: expected 2 to the model's {longest}, got {run.context_length}")
     return model
-
-
-def _check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    if (Path(folder) / "tokenizer_config.json").is_file():
-        own = load_tokenizer(folder)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                f"tokenizer: expected the one in {folder} ({len(own)} tokens), got one of {len(tokenizer)} others"
-            )
 
 
 class _Parser(HfArgumentParser):

@@ -1,10 +1,10 @@
-"""flashmhf eval: language-model loss of a trained model."""
+"""flashmhf eval: language-model loss and downstream tasks of a trained model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flashmhf.cli.output import BadData, Data, Device, Json, TextColumn, emit, pick_device, results_only
+from flashmhf.cli.output import BadData, Data, Device, Json, TextColumn, check_file, emit, pick_device, results_only
 
 
 def evaluate(
@@ -14,49 +14,44 @@ def evaluate(
         int | None, typer.Option(help="Tokens in a window. Default: the model's longest.")
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a window moves on. Default: the context length.")] = None,
-    split: Annotated[str, typer.Option(help="validation (as training holds it out) or all.")] = "validation",
+    split: Annotated[
+        str, typer.Option(help="validation (as training holds it out), train, all, or one that the data has: test.")
+    ] = "validation",
     text_column: TextColumn = "text",
     bad_data: BadData = "refuse",
-    tasks: Annotated[str, typer.Option(help="Run these lm-eval tasks instead, with commas.")] = "",
+    tasks: Annotated[str, typer.Option(help="Run these lm-eval tasks instead, with commas; paper: its six.")] = "",
     tasks_path: Annotated[str | None, typer.Option(help="Folder with task definitions of your own.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="bytes|DIR|ID", help="Default: the model's own.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the JSON object there, too.")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Loss in nats a token, perplexity and bits a byte, over windows within each document."""
     with results_only():
-        from flashmhf.errors import InputError
         from flashmhf.models.loading import load_model
-        from flashmhf.tokenization import load_tokenizer
+        from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
 
-        if split not in ("validation", "all"):
-            raise InputError(f"split: expected validation or all, got {split!r}")
+        if output is not None:
+            check_file(output)
         loaded = load_model(model).to(pick_device(device))
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
+        check_same_tokenizer(model, own_tokenizer)
+        result: dict[str, Any] = {"model": model}
         if tasks:
             from flashmhf.tasks import evaluate_tasks
 
-            names = [name.strip() for name in tasks.split(",")]
             measures = evaluate_tasks(
-                loaded, own_tokenizer, names, tasks_path=tasks_path, context_length=context_length
+                loaded, own_tokenizer, tasks.split(","), tasks_path=tasks_path, context_length=context_length
             )
-            result, text = {"tasks": measures}, _tasks_text(measures)
+            result["tasks"], text = measures, _tasks_text(measures)
         else:
-            documents = _documents(data, text_column, split, bad_data)
-            result = _language_modelling(loaded, own_tokenizer, documents, context_length, stride)
+            from flashmhf.data import load_documents
+
+            documents = load_documents(data, split=split, text_column=text_column, bad_data=bad_data)
+            result |= {"data": data, "split": split}
+            result |= _language_modelling(loaded, own_tokenizer, documents, context_length, stride)
             text = _text(result)
-    emit(result, text, json)
-
-
-def _documents(data: str, text_column: str, split: str, bad_data: str):
-    import datasets
-
-    from flashmhf.data import load_corpus
-
-    corpus = load_corpus(data, text_column=text_column, bad_data=bad_data)
-    if split == "all":
-        return datasets.concatenate_datasets([corpus.train, corpus.validation])
-    return corpus.validation
+    emit(result, text, json, output)
 
 
 def _language_modelling(model, tokenizer, documents, context_length: int | None, stride: int | None) -> dict:
@@ -78,12 +73,26 @@ def _language_modelling(model, tokenizer, documents, context_length: int | None,
     return result.as_dict()
 
 
-def _text(result: dict) -> str:
-    return (
+def _text(result: dict[str, Any]) -> str:
+    lines = [
         f"{result['nats_per_token']:.4f} nats a token, perplexity {result['perplexity']:,.2f}, "
-        f"{result['bits_per_byte']:.4f} bits a byte\n{result['tokens']:,} tokens, {result['bytes']:,} bytes, "
-        f"{result['documents']:,} documents; windows of {result['context_length']}, stride {result['stride']}"
-    )
+        f"{result['bits_per_byte']:.4f} bits a byte",
+        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['documents']:,} documents; "
+        f"windows of {result['context_length']}, stride {result['stride']}",
+    ]
+    if result["intervals"] is None:
+        lines.append("no interval: it takes two documents")
+    else:
+        ends = {name: f"{low:,.4f} to {high:,.4f}" for name, (low, high) in result["intervals"].items()}
+        lines.append(
+            f"95 % intervals, by a bootstrap over documents: {ends['nats_per_token']} nats a token, "
+            f"perplexity {ends['perplexity']}, {ends['bits_per_byte']} bits a byte"
+        )
+    lines += ["", "| tokens of context | nats a token | tokens |", "|---|---:|---:|"]
+    for one in result["by_position"]:
+        context = f"{one['first']} to {one['last']}" if one["last"] > one["first"] else one["first"]
+        lines.append(f"| {context} | {one['nats_per_token']:.4f} | {one['tokens']:,} |")
+    return "\n".join(lines)
 
 
 def _tasks_text(measures: dict) -> str:

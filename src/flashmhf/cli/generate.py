@@ -1,4 +1,4 @@
-"""flashmhf generate: text from a trained model."""
+"""flashmhf generate: text from trained models."""
 
 from typing import Annotated
 
@@ -6,31 +6,39 @@ import typer
 
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
 
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A trained model with its tokenizer.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue; empty starts a new document.")] = "",
+    models: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Trained models with their tokenizers, side by side.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue, any number of times; none starts a new document.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of every sample: the same gives the same.")] = 0,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Continue a prompt."""
+    """Continue prompts. With several prompts or models, --json prints {"samples": [...]}."""
     with results_only():
-        from flashmhf.generation import generate as run_generation
-        from flashmhf.models.loading import load_model
-        from flashmhf.tokenization import load_tokenizer
+        from flashmhf.generation import sample_models
 
-        loaded = load_model(model).to(pick_device(device))
-        continuation = run_generation(
-            loaded,
-            load_tokenizer(model),
-            prompt,
+        samples = sample_models(
+            models,
+            prompt or [""],
+            pick_device(device),
+            seed=seed,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            seed=seed,
         )
-    emit({"prompt": prompt, "continuation": continuation}, prompt + continuation, json)
+    if len(samples) == 1:
+        (sample,) = samples
+        emit(sample.as_dict(), sample.prompt + sample.continuation, json)
+        return
+    blocks = [f"--- {sample.model}\n{sample.prompt}{sample.continuation}\n" for sample in samples]
+    emit({"samples": [sample.as_dict() for sample in samples]}, "\n".join(blocks), json)

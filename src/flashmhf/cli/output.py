@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,9 +32,26 @@ def results_only() -> Iterator[None]:
         yield
 
 
-def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
-    """Prints a command's result."""
+def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
+    """Prints a command's result; `output` is a file that gets it as JSON, too."""
+    if output is not None:
+        from flashmhf.manifest import write_flushed
+
+        write_flushed(Path(output), json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if as_json else text)
+
+
+def check_file(output: str) -> None:
+    """Raises InputError where no file of this name can be written, before any work is done."""
+    from flashmhf.errors import InputError
+
+    path = Path(output)
+    if path.is_dir():
+        raise InputError(f"output: expected a file, got the folder {output}")
+    if not path.parent.is_dir():
+        raise InputError(f"output: expected a file in a folder that exists, got {output}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"output: expected a folder that can be written to, got {path.parent}")
 
 
 def pick_device(device: str | None) -> Any:

@@ -6,9 +6,10 @@ Training also takes several by weight, `0.7*SOURCE,0.3*SOURCE`.
 """
 
 from flashmhf.data.blocks import TokenBlocks, stream_blocks
-from flashmhf.data.corpus import Corpus, load_corpus
+from flashmhf.data.corpus import Corpus, load_corpus, text_hash
 from flashmhf.data.faults import REFUSE, SKIP, BadData
 from flashmhf.data.mixing import Recipe, TrainingData, load_blocks
+from flashmhf.data.splits import load_documents
 from flashmhf.data.tokens import tokenize
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "TrainingData",
     "load_blocks",
     "load_corpus",
+    "load_documents",
     "stream_blocks",
+    "text_hash",
     "tokenize",
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import shutil
 import sysconfig
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ STDLIB = "stdlib"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing")  # left alone
+SHARD = re.compile(r"-\d+-of-\d+$")  # at the end of a file's name, as the Hub cuts a split into files
 HOLD_OUT = 20  # one document of so many, by a hash of its text, or the last 20th of each, is held out for validation
 STREAMED_HOLD_OUT = 100  # held-out documents of a stream, at most
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
@@ -61,7 +63,7 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     bad = BadData(bad_data)
     if source == STDLIB:
         bad.policy = SKIP  # the user cannot mend it
-        train, validation = _read_files(_stdlib_files(), STDLIB, "text", streaming), None
+        train, validation = read_files(_stdlib_files(), STDLIB, "text", streaming), None
         where = f"standard library in {sysconfig.get_path('stdlib')}"
     elif Path(source).exists():
         train, validation = _read_path(Path(source), text_column, streaming)
@@ -69,8 +71,8 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     else:
         train, validation = _read_hub(source, text_column, streaming)
         where = f"{source} on the Hub"
-    train = _good(train, source, bad)
-    validation = None if validation is None else _good(validation, source, bad)
+    train = good_rows(train, source, bad)
+    validation = None if validation is None else good_rows(validation, source, bad)
     if validation is None:
         train, validation = _hold_out(train)
     corpus = Corpus(
@@ -90,17 +92,17 @@ def _stdlib_files() -> list[Path]:
 
 def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
     known = list_files(path)
-    validation_files = [p for p in known if _is_called(p, path, VALIDATION_NAMES)]
-    left_out = {*validation_files, *(p for p in known if _is_called(p, path, TEST_NAMES))}
+    validation_files = [p for p in known if is_called(p, path, VALIDATION_NAMES)]
+    left_out = {*validation_files, *(p for p in known if is_called(p, path, TEST_NAMES))}
     train_files = [p for p in known if p not in left_out]
     if not train_files:
         train_files, validation_files = known, []
-    train = _read_files(train_files, str(path), text_column, streaming)
-    validation = _read_files(validation_files, str(path), text_column, False) if validation_files else None
+    train = read_files(train_files, str(path), text_column, streaming)
+    validation = read_files(validation_files, str(path), text_column, False) if validation_files else None
     return train, validation
 
 
-def _read_files(files: list[Path], where: str, text_column: str, streaming: bool) -> Dataset | IterableDataset:
+def read_files(files: list[Path], where: str, text_column: str, streaming: bool) -> Dataset | IterableDataset:
     """Rows of `read_rows`, from a cache that is keyed by the files' contents and written once."""
     arguments = {"files": [str(p) for p in files], "text_column": text_column}
     if streaming:
@@ -138,14 +140,7 @@ def _stamps(files: list[Path]) -> list[tuple[int, int]]:
 
 
 def _read_hub(source: str, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    name, _, subset = source.partition(":")
-    try:
-        splits = datasets.load_dataset(name, subset or None, streaming=streaming)
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"data: expected stdlib, a file, a folder or a dataset on the Hub, got {source!r} ({reason})"
-        ) from error
+    splits = hub_splits(source, streaming)
     train_split = next((s for s in TRAIN_NAMES if s in splits), None) or next(iter(splits))
     validation_split = next((s for s in VALIDATION_NAMES if s in splits and s != train_split), None)
     train = hub_rows(splits[train_split], source, text_column)
@@ -155,6 +150,20 @@ def _read_hub(source: str, text_column: str, streaming: bool) -> tuple[Dataset |
     if isinstance(validation, IterableDataset):
         validation = Dataset.from_list(list(validation.take(STREAMED_HOLD_OUT)))
     return train, hub_rows(validation, source, text_column)
+
+
+def hub_splits(source: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream nothing is read yet."""
+    name, _, subset = source.partition(":")
+    try:
+        return datasets.load_dataset(name, subset or None, streaming=streaming)
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "scripts are no longer supported" in reason:
+            reason += "; take a copy of it that is in parquet"
+        raise InputError(
+            f"data: expected stdlib, a file, a folder or a dataset on the Hub, got {source!r} ({reason})"
+        ) from error
 
 
 def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str) -> Dataset | IterableDataset:
@@ -173,7 +182,7 @@ def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str)
     return documents.map(rows, features=ROW, **options)
 
 
-def _good(rows: Dataset | IterableDataset, where: str, bad: BadData) -> Dataset | IterableDataset:
+def good_rows(rows: Dataset | IterableDataset, where: str, bad: BadData) -> Dataset | IterableDataset:
     """The rows without fault; the others are counted or refused."""
     if isinstance(rows, IterableDataset):
 
@@ -244,8 +253,9 @@ def _describe(documents: Dataset | IterableDataset) -> str:
     return f"{len(documents):,} documents, {megabytes:,.1f} MB"
 
 
-def _is_called(path: Path, root: Path, names: tuple[str, ...]) -> bool:
+def is_called(path: Path, root: Path, names: tuple[str, ...]) -> bool:
+    """Whether a file of the folder `root`, or a folder that it is in, has one of the names: train.txt, test/a.txt."""
     if path == root:
         return False
     *folders, file_name = path.relative_to(root).parts
-    return any(folder in names for folder in folders) or file_name.split(".")[0] in names
+    return any(folder in names for folder in folders) or SHARD.sub("", file_name.split(".")[0]) in names

@@ -41,10 +41,7 @@ def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedMode
     Raises:
         InputError: the folder holds no model, or its tensors are torn, missing or misshapen; names the file or tensor.
     """
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise InputError(f"model: expected a folder with config.json, got {folder!r}")
-    check_safetensors(path)
+    path = check_folder(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         model, report = loaded
@@ -55,6 +52,19 @@ def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedMode
             first = ", ".join(str(key) for key in sorted(report[problem], key=str)[:3])
             raise InputError(f"model: expected the tensors of its config.json, got {folder} with {problem}: {first}")
     return model.eval()
+
+
+def check_folder(folder: str) -> Path:
+    """A model's folder, after a look at whether its files are there and whole.
+
+    Raises:
+        InputError: they are not; names the file.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise InputError(f"model: expected a folder with config.json, got {folder!r}")
+    check_safetensors(path)
+    return path
 
 
 def check_safetensors(folder: Path) -> dict[str, Path]:

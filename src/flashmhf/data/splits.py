@@ -1,0 +1,92 @@
+"""One named split of a SOURCE, for evaluation: nothing else of a dataset on the Hub is downloaded."""
+
+import logging
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, IterableDataset
+
+from flashmhf.data.corpus import (
+    STDLIB,
+    TEST_NAMES,
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    good_rows,
+    hub_rows,
+    hub_splits,
+    is_called,
+    load_corpus,
+    read_files,
+)
+from flashmhf.data.faults import REFUSE, BadData
+from flashmhf.data.files import list_files
+from flashmhf.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+VALIDATION, TRAIN, ALL = "validation", "train", "all"
+
+
+def load_documents(
+    source: str, *, split: str = VALIDATION, text_column: str = "text", bad_data: str = REFUSE
+) -> Dataset:
+    """The documents of one split, with the column "text".
+
+    Args:
+        source: see `flashmhf.data`.
+        split: `validation` and `train` as `load_corpus` separates them, `all` for both of them, or the name of a split
+            that the source has: on the Hub by that name, in a folder a file or folder called so (`test`).
+        text_column: see `load_corpus`.
+        bad_data: see `load_corpus`.
+
+    Raises:
+        InputError: there is no such source or split, or it holds no usable text.
+    """
+    if split not in (TRAIN, ALL):
+        rows = None
+        if source != STDLIB:
+            read = _folder_split if Path(source).exists() else _hub_split
+            rows = read(source, split, text_column)
+        if rows is not None:
+            return _good_documents(rows, source, BadData(bad_data))
+        if split != VALIDATION:
+            raise InputError(f"split: expected {VALIDATION}, {TRAIN} or {ALL}, got {split!r}, which {source} lacks")
+    corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
+    assert isinstance(corpus.train, Dataset)
+    if split == VALIDATION:
+        return corpus.validation
+    return corpus.train if split == TRAIN else datasets.concatenate_datasets([corpus.train, corpus.validation])
+
+
+def _good_documents(rows: Dataset | IterableDataset, source: str, bad: BadData) -> Dataset:
+    good = good_rows(rows, source, bad)
+    assert isinstance(good, Dataset)
+    if bad.counts:
+        logger.warning("data: %s", bad.summary())
+    return good
+
+
+def _folder_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
+    """None where `load_corpus` decides, or no file is called so."""
+    if split == VALIDATION:
+        return None
+    files = [file for file in list_files(Path(source)) if is_called(file, Path(source), _synonyms(split))]
+    return read_files(files, source, text_column, False) if files else None
+
+
+def _hub_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
+    """None where there is no validation split."""
+    splits = hub_splits(source, streaming=not datasets.config.HF_HUB_OFFLINE)  # a stream reads that split alone
+    name = next((name for name in _synonyms(split) if name in splits), None)
+    if name is None and split == VALIDATION:
+        return None
+    if name is None:
+        raise InputError(
+            f"split: expected {VALIDATION}, {TRAIN}, {ALL} or one of {', '.join(splits)} in {source}, got {split!r}"
+        )
+    rows = hub_rows(splits[name], source, text_column)
+    return Dataset.from_list(list(rows)) if isinstance(rows, IterableDataset) else rows
+
+
+def _synonyms(split: str) -> tuple[str, ...]:
+    return next((names for names in (VALIDATION_NAMES, TRAIN_NAMES, TEST_NAMES) if split in names), (split,))

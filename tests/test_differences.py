@@ -1,0 +1,108 @@
+"""Intervals against closed forms, and differences that pair documents and runs."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flashmhf.bootstrap import RESAMPLES, ratio_interval
+from flashmhf.differences import paired_difference
+from flashmhf.errors import InputError
+from flashmhf.evaluation import DocumentLoss, Evaluation
+
+
+def evaluation(nats, tokens, digests=None):
+    digests = digests or [f"{i:x}" for i in range(len(nats))]
+    per_document = [
+        DocumentLoss(f"document {i}", digest, float(loss), int(number), 2 * int(number))
+        for i, (digest, loss, number) in enumerate(zip(digests, nats, tokens, strict=True))
+    ]
+    return Evaluation(0.0, 1.0, 0.0, None, int(sum(tokens)), 2 * int(sum(tokens)), len(nats), 8, 8, [], per_document)
+
+
+@pytest.fixture
+def losses():
+    """400 documents that differ much from each other, of 20 to 200 tokens."""
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(20, 200, 400)
+    return tokens * generator.normal(3.0, 0.5, 400), tokens, generator
+
+
+def test_an_interval_agrees_with_the_normal_approximation(losses):
+    nats, tokens, _ = losses
+    ratio = nats.sum() / tokens.sum()
+    error = math.sqrt(((nats - ratio * tokens) ** 2).sum()) / tokens.sum()
+    low, high = ratio_interval(nats, tokens)
+    assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.2 * error)
+    assert (low, high) == ratio_interval(nats, tokens)
+    assert (low, high) != ratio_interval(nats, tokens, seed=1)
+
+
+def test_a_draw_cut_into_parts(losses, monkeypatch):
+    nats, tokens, _ = losses
+    whole = ratio_interval(nats, tokens)
+    monkeypatch.setattr("flashmhf.bootstrap.ELEMENTS", 400 * (RESAMPLES // 3))  # three parts and a rest
+    assert ratio_interval(nats, tokens) == pytest.approx(whole, abs=0.02)
+
+
+def test_pairs_show_what_two_intervals_hide(losses):
+    nats, tokens, generator = losses
+    better = nats - tokens * generator.normal(0.01, 0.02, 400)
+    found = paired_difference(evaluation(nats, tokens), evaluation(better, tokens))
+    assert found.mean == pytest.approx((nats.sum() - better.sum()) / tokens.sum())
+    assert 0 < found.interval[0] < found.mean < found.interval[1]
+    alone = ratio_interval(nats, tokens)
+    assert found.interval[1] - found.interval[0] < (alone[1] - alone[0]) / 5
+    assert (found.documents, found.runs, found.measure) == (400, 1, "nats_per_token")
+    back = paired_difference(evaluation(better, tokens), evaluation(nats, tokens))
+    assert (back.mean, *back.interval) == pytest.approx((-found.mean, -found.interval[1], -found.interval[0]))
+
+
+def test_bits_a_byte_for_other_tokens(losses):
+    nats, tokens, _ = losses
+    other = evaluation(nats, tokens)
+    other = replace(other, per_document=[replace(one, tokens=one.tokens + 1) for one in other.per_document])
+    with pytest.raises(InputError, match="evaluations: expected the same tokenizer or measure='bits_per_byte', got "):
+        paired_difference(evaluation(nats, tokens), other)
+    found = paired_difference(evaluation(2 * nats, tokens), other, measure="bits_per_byte")
+    assert found.mean == pytest.approx(nats.sum() / math.log(2) / (2 * tokens.sum()))
+
+
+def test_runs_widen_the_interval_by_how_much_they_differ(losses):
+    nats, tokens, _ = losses
+    second = [evaluation(nats, tokens)] * 4
+    alike = [evaluation(nats + 0.1 * tokens, tokens)] * 4
+    apart = [evaluation(nats + shift * tokens, tokens) for shift in (-0.2, 0.0, 0.2, 0.4)]
+    one, other = paired_difference(alike, second), paired_difference(apart, second)
+    assert one.mean == pytest.approx(0.1)
+    assert one.interval == pytest.approx((0.1, 0.1))
+    assert other.mean == pytest.approx(0.1)
+    # the mean of four draws from four values, of standard deviation 0.2236 / 2, on multiples of 0.05
+    assert other.interval == pytest.approx((0.1 - 1.96 * 0.1118, 0.1 + 1.96 * 0.1118), abs=0.051)
+    assert other.runs == 4
+
+
+def test_one_document_gives_no_interval():
+    found = paired_difference(evaluation([4.0], [2]), evaluation([3.0], [2]))
+    assert (found.mean, found.interval) == (0.5, None)
+
+
+def test_a_document_without_tokens_counts_for_nothing():
+    found = paired_difference(evaluation([4.0, 0.0, 2.0], [2, 0, 1]), evaluation([3.0, 0.0, 1.0], [2, 0, 1]))
+    assert (found.mean, found.documents) == (pytest.approx(2 / 3), 2)
+    assert all(math.isfinite(end) for end in found.interval)
+
+
+def test_refusals():
+    mine = evaluation([1.0, 2.0], [1, 1])
+    for others, message in (
+        (evaluation([1.0, 2.0], [1, 1], ["0", "f"]), "expected the same documents, got document 1 and document 1"),
+        (evaluation([1.0], [1]), "expected the same documents, got 2 and 1"),
+        ([mine, mine], "expected as many of either model, got 1 and 2"),
+        ([], "expected as many of either model, got 1 and 0"),
+    ):
+        with pytest.raises(InputError, match=f"evaluations: {message}"):
+            paired_difference(mine, others)
+    with pytest.raises(InputError, match="measure: expected nats_per_token or bits_per_byte, got 'accuracy'"):
+        paired_difference(mine, mine, measure="accuracy")
