@@ -31,6 +31,10 @@ def results() -> dict:
             "tokens_per_second": measure(4321.0),
             "peak_memory_mib": measure(888.0),
             "elapsed_s": measure(60.0),
+            "documents": {"nats_per_token": loss + 0.1, "values": [loss + 0.1], "number": 5},
+            "difference": None
+            if name == "swiglu"
+            else {"nats_per_token": {"mean": -0.1, "interval": (-0.15, -0.05), "documents": 5, "runs": 2}},
         }
 
     def run(name, seed, loss):
@@ -55,6 +59,7 @@ def results() -> dict:
             "match": "parameters",
         },
         "unigram_entropy_nats": 3.2,
+        "gates": {"swiglu": [], "flashmhf": [{"layer": 0, "head": 0, "entropy": 0.875, "load": 0.99}]},
         "sweep": [{"variant": "swiglu", "learning_rate": 1e-3, "validation_loss": None}],
         "variants": [variant("swiglu", 1.7), variant("flashmhf", 1.6)],
         "runs": [run(n, s, loss) for n, loss in (("swiglu", 1.7), ("flashmhf", 1.6)) for s in (0, 1)],
@@ -91,6 +96,8 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
         "1.610 ± 0.010",
         "4,321",
         "unigram entropy",
+        "flashmhf: better than swiglu (-0.100 [-0.150, -0.050])",
+        "0.875 to 0.875",
         "def <b>",
         "</pre>z",
         "<script>alert(1)",
@@ -103,7 +110,9 @@ def test_the_table_is_sorted_by_loss():
     header, rule, first, second = markdown_table(results()).splitlines()
     assert header.startswith("| FFN | validation loss")
     assert set(rule) <= set("|-: ")
-    assert first.startswith("| flashmhf | 1.610 ± 0.010 | 2.312 ± 0.010 | 1,234,567 | 576 |")
+    assert first.startswith(
+        "| flashmhf | 1.610 ± 0.010 | 1.700 | -0.100 [-0.150, -0.050] | 2.312 ± 0.010 | 1,234,567 | 576 |"
+    )
     assert second.startswith("| swiglu |")
 
 

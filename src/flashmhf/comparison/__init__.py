@@ -51,7 +51,7 @@ def compare(
     run_trials([run.trial for run in runs], jobs, progress)
     if not any(run.trial.finished for run in runs):
         raise RunError(f"training failed in every run; {runs[0].trial.log} says why")
-    results = collect(settings, plan.sweep(), runs)
+    results = collect(settings, plan.sweep(), runs, progress)
     write_json(output_dir / "results.json", results)
     (output_dir / "table.md").write_text(markdown_table(results) + "\n")
     write_report(results, output_dir / "report.html")

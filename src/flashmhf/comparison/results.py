@@ -1,17 +1,19 @@
 """What the runs of a comparison say together: means, spreads, paired differences, samples."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from flashmhf.accounting import account
+from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage
 from flashmhf.comparison.plan import Entry, Run
 from flashmhf.comparison.queue import RESULT_FILE
 from flashmhf.comparison.settings import Comparison
 from flashmhf.data import load_corpus, tokenize
+from flashmhf.evaluation import Evaluation
 from flashmhf.generation import generate
 from flashmhf.models.loading import load_model, read_json
 from flashmhf.run_log import read_log
@@ -22,13 +24,19 @@ SAMPLE_TOKENS = 160
 MEASURES = ("validation_loss", "bits_per_byte", "tokens_per_second", "peak_memory_mib", "elapsed_s")
 
 
-def collect(settings: Comparison, sweep: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
+def collect(
+    settings: Comparison, sweep: Sequence[Run], runs: Sequence[Run], progress: Callable[[str], None]
+) -> dict[str, Any]:
     """Everything that tables and report show, as plain values.
 
-    "variants" has a row for each entry; what died is in "runs" with "status" "failed" and in no mean.
+    "variants" has a row for each entry; what died is in "runs" with "status" "failed" and in no mean. "documents" in a
+    row is the loss on the whole held-out documents, and "difference" what it is above that of the first variant on the
+    same trunk.
     """
     entries = list({run.entry.name: run.entry for run in runs}.values())
     described = [_describe(run) for run in runs]
+    evaluations = evaluate_runs(settings, runs, progress)
+    first = {entry.model: entry.name for entry in reversed(entries) if entry.contender.ffn_type == settings.variants[0]}
     return {
         "settings": asdict(settings),
         "unigram_entropy_nats": _unigram_entropy(settings),
@@ -37,8 +45,13 @@ def collect(settings: Comparison, sweep: Sequence[Run], runs: Sequence[Run]) -> 
             for run in sweep
         ],
         "variants": [
-            _summarise(settings, entry, [row for row in described if row["variant"] == entry.name]) for entry in entries
+            {
+                **_summarise(settings, entry, [row for row in described if row["variant"] == entry.name]),
+                **_judge(evaluations.get(entry.name, {}), evaluations.get(first[entry.model], {})),
+            }
+            for entry in entries
         ],
+        "gates": {run.entry.name: gate_usage(settings, run) for run in _first_runs(runs)},
         "runs": described,
         "samples": _samples(settings, runs),
     }
@@ -87,6 +100,23 @@ def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]
     return summary
 
 
+def _judge(mine: dict[int, Evaluation], baseline: dict[int, Evaluation]) -> dict[str, Any]:
+    losses = [evaluation.nats_per_token for evaluation in mine.values()]
+    return {
+        "documents": {
+            "nats_per_token": statistics.fmean(losses) if losses else None,
+            "values": losses,
+            "number": next((evaluation.documents for evaluation in mine.values()), None),
+        },
+        "difference": None if mine is baseline else differences(baseline, mine),
+    }
+
+
+def _first_runs(runs: Sequence[Run]) -> list[Run]:
+    """Of each entry, the first run that finished."""
+    return list({run.entry.name: run for run in reversed(runs) if run.trial.finished}.values())[::-1]
+
+
 def _unigram_entropy(settings: Comparison) -> float:
     """Nats a token of the best model without context: what any of the variants must beat."""
     corpus = load_corpus(settings.data, text_column=settings.text_column)
@@ -105,8 +135,7 @@ def _samples(settings: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
     room = settings.context_length - PROMPT_TOKENS - 8
     new_tokens = min(SAMPLE_TOKENS, max(room, PROMPT_TOKENS // 2))
     continuations: dict[str, str] = {}
-    for run in runs:
-        if run.trial.finished and run.entry.name not in continuations:
-            model = load_model(str(run.trial.folder))
-            continuations[run.entry.name] = generate(model, tokenizer, prompt, max_new_tokens=new_tokens)
+    for run in _first_runs(runs):
+        model = load_model(str(run.trial.folder))
+        continuations[run.entry.name] = generate(model, tokenizer, prompt, max_new_tokens=new_tokens)
     return {"prompt": prompt, "continuations": continuations}

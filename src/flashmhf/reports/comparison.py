@@ -23,6 +23,8 @@ UNIGRAM_COLOUR = "#666666"
 COLUMNS = (
     "FFN",
     "validation loss (nats a token)",
+    "held-out documents",
+    "to the first (95 %)",
     "bits a byte",
     "parameters",
     "d_ff",
@@ -55,7 +57,9 @@ def _sections(results: dict[str, Any]) -> list[str]:
             (_curves(results, "curve", 2, None), "Training loss by time in training"),
             (_curves(results, "validation_curve", 2, "o"), "Validation loss by time in training"),
         ),
+        f"<p>{_reading(results)}</p>",
         *_sweep(results),
+        *_gates(results),
         "<h2>Size</h2>",
         figures(
             (_against(results, "parameters", "parameters"), "Validation loss against parameters, mean over seeds"),
@@ -103,6 +107,8 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             row["variant"],
             _spread(row["validation_loss"]),
+            _number(row["documents"]["nats_per_token"]),
+            _difference(row["difference"]),
             _spread(row["bits_per_byte"]),
             f"{row['parameters']:,}",
             f"{row['intermediate_size']:,}",
@@ -158,6 +164,48 @@ def _sweep(results: dict[str, Any]) -> list[str]:
     ]
     columns = ("FFN", "learning rate", "validation loss, first seed")
     return ["<h2>Learning rates</h2>", html_table(columns, rows)]
+
+
+def _reading(results: dict[str, Any]) -> str:
+    """What the intervals decide, in words."""
+    first = results["settings"]["variants"][0]
+    lines = []
+    for row in results["variants"]:
+        if row["difference"] is None:
+            continue
+        found = row["difference"]["nats_per_token"]
+        if found["interval"] is None:
+            verdict = "one document decides nothing"
+        elif found["interval"][0] > 0:
+            verdict = f"worse than {first}"
+        elif found["interval"][1] < 0:
+            verdict = f"better than {first}"
+        else:
+            verdict = f"not told apart from {first}"
+        lines.append(f"<b>{html.escape(row['variant'])}</b>: {html.escape(verdict)} ({_difference(row['difference'])})")
+    return (
+        f"Nats a token on whole held-out documents, less those of {html.escape(first)} with the same seed on the same "
+        f"documents; 95 % intervals by a bootstrap over documents and seeds. {'; '.join(lines)}."
+    )
+
+
+def _gates(results: dict[str, Any]) -> list[str]:
+    """Entropy of the gate and evenness of the load, a row a layer."""
+    rows = []
+    for name, heads in results["gates"].items():
+        for layer in sorted({head["layer"] for head in heads}):
+            mine = [head for head in heads if head["layer"] == layer]
+            entropies, loads = ([head[key] for head in mine] for key in ("entropy", "load"))
+            rows.append((f"{name}, layer {layer}", _range(entropies), _range(loads)))
+    if not rows:
+        return []
+    columns = ("FFN", "gate entropy by head", "evenness of the load by head")
+    note = "<p>1: all sub-networks alike; 0: one alone. Least and most of the heads, first seed.</p>"
+    return ["<h2>Gates</h2>", note, html_table(columns, rows)]
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
 
 
 def _against(results: dict[str, Any], measure: str, name: str) -> Figure:
@@ -216,6 +264,18 @@ def _spread(measure: dict[str, Any]) -> str:
         return "died"
     deviation = measure["standard_deviation"]
     return f"{measure['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _difference(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    found = difference["nats_per_token"]
+    ends = "" if found["interval"] is None else f" [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
+    return f"{found['mean']:+.3f}{ends}"
 
 
 def _mean(measure: dict[str, Any]) -> str:

@@ -1,0 +1,60 @@
+"""The trained models of a comparison on its held-out documents: losses, paired differences, gates."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flashmhf.comparison.plan import Run
+from flashmhf.comparison.settings import Comparison
+from flashmhf.data import load_corpus
+from flashmhf.differences import paired_difference
+from flashmhf.evaluation import Evaluation, evaluate
+from flashmhf.inspection import inspect
+from flashmhf.layers import FlashMHF
+from flashmhf.models.loading import load_model, read_json
+from flashmhf.tokenization import load_tokenizer
+from flashmhf.training import write_json
+
+EVALUATION_FILE = "evaluation.json"
+MEASURES = ("nats_per_token", "bits_per_byte")
+
+
+def evaluate_runs(
+    settings: Comparison, runs: Sequence[Run], progress: Callable[[str], None]
+) -> dict[str, dict[int, Evaluation]]:
+    """By entry and seed, each finished run's loss on the whole held-out documents; kept in the run's folder."""
+    documents = load_corpus(settings.data, text_column=settings.text_column).validation
+    tokenizer = load_tokenizer(settings.tokenizer)
+    found: dict[str, dict[int, Evaluation]] = {}
+    for run in runs:
+        if not run.trial.finished:
+            continue
+        file = run.trial.folder / EVALUATION_FILE
+        if not file.exists():
+            progress(f"evaluating {run.trial.label}")
+            model = load_model(str(run.trial.folder))
+            write_json(file, evaluate(model, tokenizer, documents, context_length=settings.context_length).as_dict())
+        found.setdefault(run.entry.name, {})[run.seed] = Evaluation.from_dict(read_json(file))
+    return found
+
+
+def differences(baseline: dict[int, Evaluation], other: dict[int, Evaluation]) -> dict[str, Any] | None:
+    """By measure, `other` less `baseline` with an interval over documents and seeds, paired by both; None without."""
+    seeds = sorted(baseline.keys() & other.keys())
+    if not seeds:
+        return None
+    pairs = [other[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    return {measure: paired_difference(*pairs, measure=measure).as_dict() for measure in MEASURES}
+
+
+def gate_usage(settings: Comparison, run: Run) -> list[dict[str, Any]]:
+    """Each head's gate entropy and evenness of load, layer by layer; empty for layers without a gate."""
+    model = load_model(str(run.trial.folder))
+    if not any(isinstance(module, FlashMHF) for module in model.modules()):
+        return []
+    documents = load_corpus(settings.data, text_column=settings.text_column).validation
+    heads = inspect(model, load_tokenizer(settings.tokenizer), documents)
+    return [
+        {"layer": head.layer, "head": head.head, "entropy": head.gate_entropy, "load": head.load_entropy}
+        for head in heads
+        if head.gate_entropy is not None
+    ]
