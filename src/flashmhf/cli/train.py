@@ -1,6 +1,5 @@
 """flashmhf train: pretraining on transformers' Trainer."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -32,12 +31,11 @@ def train(
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
-        from flashmhf.resuming import RUN_FILE
+        from flashmhf.resuming import RUN_FILE, was_restarted
         from flashmhf.training import Run, parse_arguments
         from flashmhf.training import train as run_training
 
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
-        resume = resume or (restarted and (Path(output_dir) / RUN_FILE).exists())
+        resume = (was_restarted() and (Path(output_dir) / RUN_FILE).exists()) or resume
         arguments = parse_arguments(context.args, output_dir)
         run = Run(
             model, data, tokenizer, context_length, text_column, streaming, validation_tokens, document_mask, bad_data
