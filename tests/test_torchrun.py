@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from flashmhf.cli.train import OWN_STORE
 from flashmhf.models.loading import load_model
-from flashmhf.resuming import OWN_STORE
 from flashmhf.training import Run, parse_arguments, train
 from torchrun import command, torchrun
 

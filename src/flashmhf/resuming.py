@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 DISK_FULL_BYTES = 2**20
-OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a store of addresses for each start of the processes
 
 
 def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> Path | None:
@@ -74,18 +72,6 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
             + ", ".join(passed_over[:3])
         )
     return None
-
-
-def was_restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started this process in place of one that ended.
-
-    Warns where such a restart will come to nothing: torchrun keeps one store, in which the new processes find the
-    addresses of the dead ones and cannot connect, or wait for them.
-    """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(OWN_STORE) != "1":
-        if int(os.environ.get("RANK", "0")) == 0:
-            logger.warning("torchrun --max-restarts: set %s=1, or restarted processes may not find each other", OWN_STORE)
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
