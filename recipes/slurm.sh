@@ -16,6 +16,7 @@ shift 4
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=
 [ ! -f "$out/run.json" ] || resume=--resume
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted processes look for the dead ones
 exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
   -m flashmhf train --model "$model" --data "$data" --tokenizer "$tokenizer" --output-dir "$out" \

@@ -3,15 +3,19 @@
 import json
 import logging
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from flashmhf.bad_steps import GuardedTrainer, LossWindow, numbered
+from flashmhf.bad_steps import GuardedTrainer, LossWindow, _told, numbered
+from flashmhf.data import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
+from flashmhf.tokenization import byte_tokenizer
 from flashmhf.training import Run, parse_arguments, train
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
@@ -99,11 +103,64 @@ def test_blocks_are_those_of_the_batch(run, tmp_path, spoil, monkeypatch):
     assert first["blocks"] + second["blocks"] == seen[:12]
 
 
+def test_documents_are_those_of_the_blocks(run, corpus_folder, tmp_path, spoil, caplog):
+    spoil({1: math.nan})
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        start(run, tmp_path / "run")
+    (row,) = history(tmp_path / "run", "skipped")
+    data = load_blocks(run.data, byte_tokenizer(), run.recipe(42)).train
+    by_block = {int(item["block"]): item["input_ids"] for item in map(data.__getitem__, range(len(data)))}
+    for block, description in zip(row["blocks"], row["documents"], strict=True):
+        files = re.findall(rf"{corpus_folder}/(\d\d)\.txt", description)
+        whole = "".join((corpus_folder / f"{name}.txt").read_text() + "\0" for name in files)
+        text = byte_tokenizer().decode(by_block[block]).replace(byte_tokenizer().eos_token, "\0")
+        assert text in whole
+        assert f"of {corpus_folder} (" in description
+    assert f"blocks {row['blocks'][0]}, {row['blocks'][1]}: documents {row['documents'][0]}; " in caplog.text
+
+
+def test_the_blocks_with_the_worst_losses_come_first(run, tmp_path, monkeypatch):
+    compute, seen = GuardedTrainer.compute_loss, []
+
+    def one_in_three(self, model, inputs, *args, **options):
+        loss = compute(self, model, inputs, *args, **options)
+        return loss * {2: math.nan, 3: 2.0}.get(len(seen), 1.0) if model.training else loss
+
+    get = GuardedTrainer.training_step
+
+    def recording(self, model, inputs, *args, **options):
+        seen.append(inputs["block"].tolist())
+        return get(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(GuardedTrainer, "compute_loss", one_in_three)
+    monkeypatch.setattr(GuardedTrainer, "training_step", recording)
+    start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
+    (row,) = history(tmp_path / "run", "skipped")
+    assert row["blocks"] == seen[1] + seen[2] + seen[0]
+
+
+def test_what_is_told_is_bounded():
+    rows = [{"blocks": list(range(n, n + 40)), "documents": [f"d{i}" for i in range(n, n + 16)]} for n in (0, 100)]
+    numbers = ", ".join(map(str, range(16)))
+    assert _told(rows) == f"{numbers} and 64 more: documents d0; d100; d1; d101 and 76 more"
+    assert _told([{"blocks": [5], "documents": []}]) == "5: documents not known of a stream"
+    assert _told([{"blocks": [], "documents": []}]) == "unknown"
+
+
+def test_a_stream_has_blocks_without_documents(run, tmp_path, spoil, caplog):
+    spoil({2: math.nan})
+    with caplog.at_level(logging.WARNING, "flashmhf"):
+        start(replace(run, streaming=True), tmp_path / "run")
+    (row,) = history(tmp_path / "run", "skipped")
+    assert (row["blocks"], row["documents"]) == ([2, 3], [])
+    assert "; blocks 2, 3: documents not known of a stream" in caplog.text
+
+
 def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
     spoil({1: math.nan, 3: math.nan, 4: math.nan})
     message = (
         r"max-bad-steps: expected a finite loss and gradient within 2 steps, got none in steps 3 to 4 "
-        r"\(blocks \d+, \d+, \d+, \d+\); checkpoint-4 holds the weights from before them"
+        r"\(blocks \d+, \d+, \d+, \d+: documents .*\.txt.*\); checkpoint-4 holds the weights from before them"
     )
     with pytest.raises(RunError, match=message):
         start(run, tmp_path / "run", max_bad_steps=2)

@@ -106,7 +106,8 @@ def test_parquet_and_another_column(tmp_path):
         str(tmp_path / "rows.parquet")
     )
     corpus = load_corpus(str(tmp_path / "rows.parquet"), text_column="body")
-    assert corpus.train.column_names == ["text"]
+    assert corpus.train.column_names == ["text", "origin"]
+    assert corpus.train[0] == {"text": "row 0", "origin": f"{tmp_path / 'rows.parquet'}, row 1"}
     assert sorted(texts(corpus.train) + texts(corpus.validation)) == sorted(f"row {i}" for i in range(30))
 
 
@@ -177,6 +178,19 @@ def test_blocks_across_arrow_chunks():
     blocks = TokenBlocks(whole, 50)
     joined = np.concatenate([blocks[i]["input_ids"] for i in range(len(blocks))])
     assert (joined == stream[: len(joined)]).all()
+
+
+@pytest.mark.parametrize("block_length", [1, 7, 11, 22, 100])
+def test_the_documents_of_a_block(block_length):
+    tokens = tokenize(datasets.Dataset.from_dict({"text": ["abc", "d", "", "e" * 30, "h" * 9]}), byte_tokenizer())
+    whole = datasets.concatenate_datasets([tokens, tokens.select(range(1, 4)), tokens])  # a chunk that is a slice, too
+    owners = np.repeat(np.arange(len(whole)), [len(ids) for ids in whole["input_ids"]])
+    blocks = TokenBlocks(whole, block_length)
+    for index in range(len(blocks)):
+        held = np.unique(owners[index * block_length : (index + 1) * block_length]).tolist()
+        assert list(blocks.documents(index)) == held
+    with pytest.raises(IndexError):
+        blocks.documents(len(blocks))
 
 
 def bad_empty(folder):

@@ -34,6 +34,10 @@ def numbered(count: int, first: int = 0) -> TokenBlocks:
     return TokenBlocks(tokenize(datasets.Dataset.from_dict({"text": texts}), byte_tokenizer()), 2)
 
 
+def shuffled(count: int, seed: int) -> ShuffledBlocks:
+    return ShuffledBlocks([numbered(count)], [1.0], seed, names=["a"])
+
+
 def batches(loader) -> list[tuple[int, ...]]:
     return [tuple(int(ids[0]) for ids in batch["input_ids"]) for batch in loader]
 
@@ -58,7 +62,7 @@ def epochs_of(make, world: int, rank: int, epochs: int, resume_at: tuple[int, in
 @pytest.mark.parametrize("world", WORLDS)
 def test_stored_blocks_resume_at_the_exact_token(world):
     def make():
-        return ShuffledBlocks([numbered(64)], [1.0], seed=3)
+        return shuffled(64, seed=3)
 
     ranks = [epochs_of(make, world, rank, 3) for rank in range(world)]
     for rank, (epoch, skipped) in itertools.product(range(world), [(0, 3), (1, 0), (1, 5), (2, 7)]):
@@ -75,10 +79,23 @@ def test_stored_blocks_resume_at_the_exact_token(world):
 
 def test_orders_differ_by_seed():
     orders = [
-        [int(item["input_ids"][0]) for item in map(ShuffledBlocks([numbered(40)], [1.0], seed).__getitem__, range(40))]
-        for seed in (0, 0, 1)
+        [int(item["input_ids"][0]) for item in map(shuffled(40, seed).__getitem__, range(40))] for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_blocks_are_described_by_their_documents():
+    def documents(source: str, *lengths: int) -> TokenBlocks:
+        origins = [f"{source}.txt, line {i + 1}" for i in range(len(lengths))]
+        texts = datasets.Dataset.from_dict({"text": ["x" * (length - 1) for length in lengths]})
+        return TokenBlocks(tokenize(texts, byte_tokenizer()), 8, origins=origins)
+
+    data = ShuffledBlocks([documents("a", 16), documents("b", 4, 1, 1, 1, 9)], [3, 1], seed=0, names=["a", "b"])
+    assert len(data) == 8
+    assert [data.describe(number) for number in range(6)] == ["0 of a (a.txt, line 1)"] * 6  # three times over
+    assert data.describe(6) == "0-4 of b (b.txt, line 1, b.txt, line 2, b.txt, line 3 and 2 more)"
+    assert data.describe(7) == "4 of b (b.txt, line 5)"
+    assert ShuffledBlocks([numbered(4)], [1.0], 0, names=["c"]).describe(2) == "2 of c"
 
 
 @pytest.fixture
@@ -129,7 +146,7 @@ def test_streams_start_again_in_another_order(rows):
 
 
 def test_weights_are_shares_of_the_blocks():
-    data = ShuffledBlocks([numbered(6), numbered(30, first=32)], [0.5, 0.5], seed=0)
+    data = ShuffledBlocks([numbered(6), numbered(30, first=32)], [0.5, 0.5], seed=0, names=["a", "b"])
     assert len(data) == 60
     seen = [int(data[i]["input_ids"][0]) for i in range(60)]
     small = [number for number in seen if number < 65]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flashmhf.cli.train import OWN_STORE
 from flashmhf.models.loading import load_model
 from flashmhf.training import Run, parse_arguments, train
 from torchrun import command, torchrun
@@ -98,6 +99,28 @@ def test_a_dead_process_ends_the_run_and_is_named(long_run):
     assert process.returncode == 1
     assert time.monotonic() - killed_at < 60
     assert re.search(r"Root Cause[^=]*rank      : 1 [^=]*Signal 9 \(SIGKILL\)", errors)
+
+
+def test_a_job_that_torchrun_restarts_goes_on_from_its_last_checkpoint(run, tmp_path, long_run, monkeypatch):
+    flags = ("--max-steps", "60", "--save-steps", "20")
+    assert torchrun(run, tmp_path / "whole", 2, *flags).returncode == 0
+    monkeypatch.setenv(OWN_STORE, "1")
+    process, second_rank = long_run(*flags, launcher=("--max-restarts", "3"))
+    os.kill(second_rank, signal.SIGKILL)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert len(re.findall(r"going on from checkpoint-(?:20|40)\n", errors)) == 1
+    assert OWN_STORE not in errors
+    assert json.loads(output)["steps"] == 60
+    assert len(losses(tmp_path / "two")) == 60
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_restarts_without_a_store_for_each_are_warned_of(run, tmp_path, monkeypatch):
+    monkeypatch.delenv(OWN_STORE, raising=False)
+    ended = torchrun(run, tmp_path / "two", 2, "--max-steps", "1", launcher=("--max-restarts", "1"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count(f"--max-restarts: set {OWN_STORE}=1") == 1
 
 
 def test_a_hung_process_ends_the_run_and_is_named(long_run):

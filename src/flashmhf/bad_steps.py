@@ -1,7 +1,8 @@
 """Steps whose loss or gradient is not finite are skipped, and too many in a row end the run; losses that stand out are
-named. Both come with the numbers of the blocks of data that were in the batch."""
+named. Both come with the blocks of data that were in the batch and the documents in them."""
 
 import collections
+import itertools
 import logging
 import math
 import statistics
@@ -12,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.errors import InputError, RunError
 from flashmhf.saving import CheckpointTrainer
 
@@ -23,12 +25,14 @@ WINDOW = 100
 LEAST_LOSSES = 20  # before that many a loss is not judged
 SIGMAS = 6.0
 LEAST_DEVIATION = 0.01  # of the mean: losses that hardly differ make no spikes
+NUMBERED, DESCRIBED = 16, 4  # blocks in a line that are told by number, and of these with their documents
 
 
 class GuardedTrainer(CheckpointTrainer):
     """Judges each step between the gradient and the optimizer.
 
-    Rows {"step", "skipped" or "spike", "blocks"} in the state's log_history, and so in every checkpoint, tell of them.
+    Rows {"step", "skipped" or "spike", "blocks", "documents"} in the state's log_history, and so in every checkpoint,
+    tell of them: the blocks whose own loss is not finite or highest come first, "documents" describes these.
 
     Args:
         max_bad_steps: so many in a row save a checkpoint and end training; `check_finite` then raises.
@@ -68,7 +72,7 @@ class GuardedTrainer(CheckpointTrainer):
                 row = self._record(spike=loss)
                 logger.warning(
                     "loss spike at step %d: %.4g, expected below %.4g; blocks %s",
-                    *(row["step"], loss, limit, _listed(row["blocks"])),
+                    *(row["step"], loss, limit, _told([row])),
                 )
         else:
             self._skip(model, f"loss {loss:.4g}, gradient norm {mean_norm:.4g}", scaled)
@@ -79,13 +83,18 @@ class GuardedTrainer(CheckpointTrainer):
             model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
         self._bad.append(self._record(skipped=found))
         row = self._bad[-1]
-        logger.warning("step %d skipped: %s; blocks %s", row["step"], found, _listed(row["blocks"]))
+        logger.warning("step %d skipped: %s; blocks %s", row["step"], found, _told([row]))
         if len(self._bad) >= self.max_bad_steps:
             self.control.should_save = self.control.should_training_stop = True
 
     def _record(self, **what: Any) -> dict[str, Any]:
-        blocks = gather_object([number for batch in self._blocks for number in batch.tolist()])
-        row = {"step": self.state.global_step + 1, **what, "blocks": blocks}
+        losses = [loss.item() for loss in self._losses]
+        batches = gather_object([(loss, batch.tolist()) for loss, batch in zip(losses, self._blocks, strict=False)])
+        batches.sort(key=lambda pair: -pair[0] if math.isfinite(pair[0]) else -math.inf)
+        blocks = [number for _, batch in batches for number in batch]
+        row = {"step": self.state.global_step + 1, **what, "blocks": blocks, "documents": []}
+        if isinstance(self.train_dataset, ShuffledBlocks):
+            row["documents"] = [self.train_dataset.describe(number) for number in blocks[:NUMBERED]]
         self.state.log_history.append(row)
         return row
 
@@ -93,10 +102,9 @@ class GuardedTrainer(CheckpointTrainer):
         """Raises RunError where training ended for want of finite steps."""
         if len(self._bad) >= self.max_bad_steps:
             first, last = self._bad[0]["step"], self._bad[-1]["step"]
-            blocks = [number for row in self._bad for number in row["blocks"]]
             raise RunError(
                 f"max-bad-steps: expected a finite loss and gradient within {self.max_bad_steps} steps, got none in "
-                f"steps {first} to {last} (blocks {_listed(blocks)}); checkpoint-{last} holds the weights from before "
+                f"steps {first} to {last} (blocks {_told(self._bad)}); checkpoint-{last} holds the weights from before "
                 "them, and --resume goes on with the data after them"
             )
 
@@ -145,6 +153,16 @@ class NumberedStream(torch.utils.data.IterableDataset):
             self.blocks.set_epoch(epoch)
 
 
-def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(str(number) for number in numbers[:16])
-    return f"{shown} and {len(numbers) - 16} more" if len(numbers) > 16 else shown or "unknown"
+def _told(rows: list[dict[str, Any]]) -> str:
+    """The blocks of steps by number, and the documents in the first block of each, then in their second, and so on."""
+    numbers = [number for row in rows for number in row["blocks"]]
+    if not numbers:
+        return "unknown"
+    documents = [text for turn in itertools.zip_longest(*(row["documents"] for row in rows)) for text in turn if text]
+    named = _listed(documents, DESCRIBED, "; ", len(numbers)) if documents else "not known of a stream"
+    return f"{_listed(numbers, NUMBERED, ', ', len(numbers))}: documents {named}"
+
+
+def _listed(items: list[Any], most: int, separator: str, total: int) -> str:
+    shown = separator.join(str(item) for item in items[:most])
+    return f"{shown} and {total - most} more" if total > most else shown

@@ -23,10 +23,12 @@ from transformers.integrations import TensorBoardCallback
 
 from flashmhf.accounting import account
 from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
+from flashmhf.compilation import check_not_compiled_whole, compile_layers
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
 from flashmhf.manifest import write_flushed
+from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
 from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
 from flashmhf.run_log import LogLines
@@ -131,11 +133,21 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
 
 
 def train(
-    run: Run, arguments: TrainingArguments, *, resume: bool = False, max_bad_steps: int = MAX_BAD_STEPS
+    run: Run,
+    arguments: TrainingArguments,
+    *,
+    resume: bool = False,
+    max_bad_steps: int = MAX_BAD_STEPS,
+    compile_blocks: bool = False,
+    fused_loss: str = "auto",
 ) -> dict[str, Any]:
     """Trains, validates and saves model and tokenizer into `arguments.output_dir`.
 
     SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
+
+    Args:
+        compile_blocks: every decoder layer goes through torch.compile, see `flashmhf.compilation`.
+        fused_loss: "auto", "on" or "off", see `flashmhf.models.fused_loss`.
 
     Returns:
         "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats a token), "bits_per_byte",
@@ -147,6 +159,8 @@ def train(
         RunError: `max_bad_steps` in a row had no finite loss and gradient; a checkpoint is saved.
     """
     check_limit(max_bad_steps)
+    if compile_blocks:
+        check_not_compiled_whole(arguments)
     started = time.perf_counter()
     output_dir = Path(str(arguments.output_dir))
     checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
@@ -155,6 +169,9 @@ def train(
     tokenizer = load_tokenizer(run.tokenizer)
     finished = None if checkpoint is None else finished_state(checkpoint, arguments)
     model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
+    if compile_blocks:
+        compile_layers(model)
+    use_fused_loss(model, fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
     with arguments.main_process_first(desc="data"):
         data = load_blocks(run.data, tokenizer, run.recipe(_data_seed(arguments)))
     if arguments.process_index == 0:

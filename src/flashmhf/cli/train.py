@@ -10,6 +10,7 @@ import typer
 from flashmhf.cli.output import BadData, Data, Json, TextColumn, Tokenizer, emit, results_only
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a store of addresses for each start of the processes
 
 
 def train(
@@ -28,6 +29,13 @@ def train(
     bad_data: BadData = "refuse",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     max_bad_steps: Annotated[int, typer.Option(help="So many in a row without a finite loss end the run.")] = 5,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile-blocks", help="torch.compile every decoder layer; not with --torch-compile.")
+    ] = False,
+    fused_loss: Annotated[
+        str,
+        typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, without whole logits."),
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
@@ -36,13 +44,19 @@ def train(
         from flashmhf.training import Run, parse_arguments
         from flashmhf.training import train as run_training
 
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
-        resume = resume or (restarted and (Path(output_dir) / RUN_FILE).exists())
+        resume = (_was_restarted() and (Path(output_dir) / RUN_FILE).exists()) or resume
         arguments = parse_arguments(context.args, output_dir)
         run = Run(
             model, data, tokenizer, context_length, text_column, streaming, validation_tokens, document_mask, bad_data
         )
-        result = run_training(run, arguments, resume=resume, max_bad_steps=max_bad_steps)
+        result = run_training(
+            run,
+            arguments,
+            resume=resume,
+            max_bad_steps=max_bad_steps,
+            compile_blocks=compile_blocks,
+            fused_loss=fused_loss,
+        )
     number = result["interrupted_by"]
     if number is not None and arguments.process_index == 0:
         typer.echo(
@@ -53,6 +67,18 @@ def train(
     elif arguments.process_index == 0:
         emit(result, _text(result), json)
     raise typer.Exit(0 if number is None else 128 + number)
+
+
+def _was_restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started this process in place of one that ended.
+
+    Warns where such a restart may come to nothing: torchrun keeps one store, in which the new processes find the
+    addresses of the dead ones and cannot connect, or wait for them.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(OWN_STORE) != "1":
+        typer.echo(f"torchrun --max-restarts: set {OWN_STORE}=1, or restarted processes may not find others", err=True)
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _text(result: dict) -> str:

@@ -1,6 +1,6 @@
 """Tokens as one stream, cut into blocks of a fixed length."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 
@@ -21,21 +21,33 @@ class TokenBlocks(torch.utils.data.Dataset):
     The tokens stay in the memory-mapped Arrow files of the tokenised dataset; a block is copied when it is asked for.
     Items are {"input_ids", "labels"}, int64 of shape (block_length,); the models shift the labels themselves. With
     `separator`, the id of that token, also "position_ids", see `document_positions`.
+
+    Args:
+        origins: where each document comes from, a file for one, in the order of `tokens`. Default: not known.
     """
 
-    def __init__(self, tokens: Dataset, block_length: int, separator: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Dataset,
+        block_length: int,
+        separator: int | None = None,
+        *,
+        origins: Sequence[str] | None = None,
+    ) -> None:
         column = tokens.with_format("arrow").data.column("input_ids")
         self._pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
         self._ends = np.cumsum([0, *(len(piece) for piece in self._pieces)])
+        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self._first_documents = np.cumsum([0, *map(len, column.chunks)])
         self.block_length = block_length
         self.separator = separator
+        self.origins = origins
 
     def __len__(self) -> int:
         return self.stream_length // self.block_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        self._check(index)
         block = np.empty(self.block_length, dtype=np.int64)
         position, filled = index * self.block_length, 0
         piece = int(np.searchsorted(self._ends, position, side="right")) - 1
@@ -50,6 +62,22 @@ class TokenBlocks(torch.utils.data.Dataset):
         if self.separator is not None:
             item["position_ids"] = document_positions(input_ids, self.separator)
         return item
+
+    def documents(self, index: int) -> range:
+        """Numbers of the documents that block `index` holds all or a part of."""
+        self._check(index)
+        start = index * self.block_length
+        return range(self._document_at(start), self._document_at(start + self.block_length - 1) + 1)
+
+    def _document_at(self, position: int) -> int:
+        piece = int(np.searchsorted(self._ends, position, side="right")) - 1
+        offsets = self._offsets[piece]  # of a slice they begin above 0
+        within = position - self._ends[piece] + offsets[0]
+        return int(self._first_documents[piece] + np.searchsorted(offsets, within, side="right")) - 1
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
 
     @property
     def stream_length(self) -> int:

@@ -30,12 +30,14 @@ STREAMED_HOLD_OUT = 100  # held-out documents of a stream, at most
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 WRITE_ROWS = 64  # documents in memory at once
 READ_ATTEMPTS = 3
-ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "fault", "problem")})
+ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "origin", "fault", "problem")})
+DOCUMENT = ["text", "origin"]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents for training and for validation, each a dataset with the column "text", and what was read."""
+    """Documents for training and for validation, each a dataset with the columns "text" and "origin" (where
+    it comes from: a file, a line of one), and what was read."""
 
     train: Dataset | IterableDataset
     validation: Dataset
@@ -111,7 +113,9 @@ def read_files(files: list[Path], where: str, text_column: str, streaming: bool)
     workers = count_workers(num_bytes, len(files))
     for _ in range(READ_ATTEMPTS):
         before = _stamps(files)
-        key = hashlib.blake2b(f"{content_key(files)} {where} {text_column}".encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(
+            f"{content_key(files)} {where} {text_column} {list(ROW)}".encode(), digest_size=16
+        ).hexdigest()
         rows = Dataset.from_generator(
             read_rows,
             features=ROW,
@@ -191,7 +195,7 @@ def good_rows(rows: Dataset | IterableDataset, where: str, bad: BadData) -> Data
                 bad.add(one["fault"], one["problem"])
             return not one["fault"]
 
-        return rows.filter(is_good).select_columns(["text"])
+        return rows.filter(is_good).select_columns(DOCUMENT)
     faults = np.asarray(rows.with_format("numpy")["fault"])
     for index in np.flatnonzero(faults != ""):
         bad.add(faults[index], rows[int(index)]["problem"])
@@ -199,7 +203,7 @@ def good_rows(rows: Dataset | IterableDataset, where: str, bad: BadData) -> Data
     if len(kept) == 0:
         raise InputError(f"data: expected some text, got none in {where} ({bad.summary() or 'no documents'})")
     good = rows if len(kept) == len(rows) else rows.select(kept)
-    return good.select_columns(["text"])
+    return good.select_columns(DOCUMENT)
 
 
 def is_held_out(text: str) -> bool:
@@ -234,9 +238,10 @@ def _split_each(documents: Dataset) -> tuple[Dataset, Dataset]:
     """The first 19 parts of 20 of each document, and the last."""
 
     def cut(batch: dict[str, list[str]], front: bool) -> dict[str, list[str]]:
-        cuts = [len(text) - len(text) // HOLD_OUT for text in batch["text"]]
-        pairs = zip(batch["text"], cuts, strict=True)
-        return {"text": [text[:at] for text, at in pairs] if front else [text[at:] for text, at in pairs if text[at:]]}
+        (text,), (origin,) = batch["text"], batch["origin"]
+        at = len(text) - len(text) // HOLD_OUT
+        part = text[:at] if front else text[at:]
+        return {"text": [part] if part else [], "origin": [origin] if part else []}
 
     options = {"batched": True, "batch_size": 1}
     front, back = (documents.map(cut, fn_kwargs={"front": which}, **options) for which in (True, False))

@@ -64,7 +64,7 @@ def content_key(files: Iterable[Path]) -> str:
 
 
 def read_rows(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
-    """Rows {"text", "fault", "problem"}: `fault` is empty, or one of the kinds in `flashmhf.data.faults`."""
+    """Rows {"text", "origin", "fault", "problem"}: `fault` is empty, or one of the kinds in `flashmhf.data.faults`."""
     readers = {"text": _read_text, "json": _read_json, "parquet": _read_parquet}
     for name in files:
         path = Path(name)
@@ -90,11 +90,11 @@ def row(text: object, where: str) -> dict[str, str]:
         return fault(EMPTY, where)
     if not isinstance(text, str):
         return fault(NO_TEXT, f"text-column: expected text in {where}, got {type(text).__name__}")
-    return {"text": text, "fault": "", "problem": ""}
+    return {"text": text, "origin": where, "fault": "", "problem": ""}
 
 
 def fault(kind: str, problem: str) -> dict[str, str]:
-    return {"text": "", "fault": kind, "problem": problem}
+    return {"text": "", "origin": "", "fault": kind, "problem": problem}
 
 
 def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:

@@ -112,14 +112,17 @@ def load_blocks(data: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -
         streams = [partial(_stream, corpus.train, tokenizer, recipe) for corpus in corpora]
         train = IterableDataset.from_generator(partial(_interleave, streams, weights))
     else:
-        blocks = [_blocks(tokenize(corpus.train, tokenizer), tokenizer, recipe, "training") for corpus in corpora]
-        train = ShuffledBlocks(blocks, weights, recipe.seed)
+        blocks = [_blocks(corpus.train, tokenize(corpus.train, tokenizer), tokenizer, recipe) for corpus in corpora]
+        train = ShuffledBlocks(blocks, weights, recipe.seed, names=sources)
     bad = tuple(corpus.bad_data for corpus in corpora)
     return TrainingData(train, validation, bytes_per_token, sources, weights, recipe.context_length, bad)
 
 
-def _blocks(tokens: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, role: str) -> TokenBlocks:
-    blocks = TokenBlocks(tokens, recipe.context_length, tokenizer.eos_token_id if recipe.document_mask else None)
+def _blocks(
+    documents: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, role: str = "training"
+) -> TokenBlocks:
+    separator = tokenizer.eos_token_id if recipe.document_mask else None
+    blocks = TokenBlocks(tokens, recipe.context_length, separator, origins=documents["origin"])
     if len(blocks) == 0:
         raise InputError(f"data: expected at least {recipe.context_length} tokens for {role}, got fewer")
     return blocks
@@ -133,7 +136,7 @@ def _validation(
     num_blocks, num_bytes = 0, 0.0
     for corpus, weight in zip(corpora, weights, strict=True):
         tokens = tokenize(corpus.validation, tokenizer)
-        blocks = _blocks(tokens, tokenizer, recipe, "validation")
+        blocks = _blocks(corpus.validation, tokens, tokenizer, recipe, "validation")
         most = max(int(recipe.validation_tokens * weight / sum(weights)) // recipe.context_length, 1)
         taken = min(most, len(blocks))
         parts.append(Subset(blocks, range(taken)))

@@ -7,6 +7,8 @@ import torch
 
 from flashmhf.data.blocks import TokenBlocks
 
+NAMED = 3  # documents of a block
+
 
 class ShuffledBlocks(torch.utils.data.Dataset):
     """Blocks of one or more sources in the order of an epoch.
@@ -21,12 +23,16 @@ class ShuffledBlocks(torch.utils.data.Dataset):
         sources: none of them empty.
         weights: positive shares of the blocks.
         seed: of the orders of all epochs.
+        names: of the sources.
     """
 
-    def __init__(self, sources: Sequence[TokenBlocks], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[TokenBlocks], weights: Sequence[float], seed: int, *, names: Sequence[str]
+    ) -> None:
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         whole = max(len(blocks) / share for blocks, share in zip(sources, shares, strict=True))
         self._sources = list(sources)
+        self._names = list(names)
         self._counts = np.array([max(len(b), round(whole * s)) for b, s in zip(sources, shares, strict=True)])
         self._starts = np.cumsum([0, *self._counts])
         self._seed = seed
@@ -38,10 +44,23 @@ class ShuffledBlocks(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         place = int(self._order_of(int(self._epoch))[index])
-        source = int(np.searchsorted(self._starts, place, side="right")) - 1
+        source, number = self._find(place)
+        return {**self._sources[source][number], "block": torch.tensor(place)}
+
+    def describe(self, block: int) -> str:
+        """The documents in the block of that number, as `1-2 of SOURCE (a.txt, b.txt)`, the first few by name.
+
+        Documents are counted from 0, as in `load_corpus(SOURCE).train`.
+        """
+        source, number = self._find(block)
         blocks = self._sources[source]
-        item = blocks[(place - int(self._starts[source])) % len(blocks)]
-        return {**item, "block": torch.tensor(place)}
+        documents = blocks.documents(number)
+        first, last = documents[0], documents[-1]
+        text = f"{first} of {self._names[source]}" if first == last else f"{first}-{last} of {self._names[source]}"
+        if blocks.origins is None:
+            return text
+        more = f" and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
+        return f"{text} ({', '.join(blocks.origins[one] for one in documents[:NAMED])}{more})"
 
     def set_epoch(self, epoch: int) -> None:
         """accelerate calls it when an epoch begins."""
@@ -53,6 +72,11 @@ class ShuffledBlocks(torch.utils.data.Dataset):
         places = self._order_of(epochs)[:rest]
         partial = np.bincount(np.searchsorted(self._starts, places, side="right") - 1, minlength=len(self._sources))
         return (self._counts * epochs + partial).tolist()
+
+    def _find(self, block: int) -> tuple[int, int]:
+        """The source of a block and its number there; one that is short of its share is gone through again."""
+        source = int(np.searchsorted(self._starts, block, side="right")) - 1
+        return source, (block - int(self._starts[source])) % len(self._sources[source])
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

@@ -10,6 +10,7 @@
 A suffix on a tensor's name spells its shape: `q_THD`, `k_HEFD`, `gate_THE`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Problem:
         _check_shapes(q, k, u, v, gate)
         _check_dtypes(q, k, u, v, gate)
         H_kv, E, F, D = k.shape
-        tokens = q.shape[:-2].numel()
+        tokens = math.prod(q.shape[:-2])  # Size.numel() would make a graph for this number of tokens alone
         return cls(tokens, q.shape[-2], H_kv, E, F, D, q.dtype, q.device, gate is not None)
 
 

@@ -1,0 +1,173 @@
+"""The loss from hidden states: the wiring, with libraries whose calls are made in plain PyTorch (theirs want a GPU)."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import flashmhf.training
+from flashmhf.errors import InputError
+from flashmhf.models.configuration import FlashMHFConfig
+from flashmhf.models.fused_loss import choose_linear_loss, fuse_loss, use_fused_loss
+from flashmhf.training import Run, parse_arguments, train
+
+called_in: list[torch.dtype] = []
+
+
+class LigerFusedLinearCrossEntropyLoss(nn.Module):
+    """liger-kernel 0.8.5's arguments."""
+
+    def __init__(self, ignore_index=-100, reduction="mean", accum_dtype=None):
+        super().__init__()
+        self.options = {"ignore_index": ignore_index, "reduction": reduction}
+        assert accum_dtype == torch.float32
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        called_in.append(_input.dtype)
+        assert lin_weight.dtype == _input.dtype
+        assert not torch.is_autocast_enabled("cpu")
+        return cross_entropy((_input @ lin_weight.t()).float(), target, **self.options)
+
+
+def linear_cross_entropy(
+    e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high"
+):
+    """cut-cross-entropy 25.1.1's arguments."""
+    called_in.append(e.dtype)
+    assert e.shape[:-1] == targets.shape
+    assert filter_eps is None
+    return cross_entropy((e @ c.t()).float(), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed(monkeypatch):
+    called_in.clear()
+    for name in ("liger_kernel", "cut_cross_entropy"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr("flashmhf.models.fused_loss.find_spec", lambda name: sys.modules.get(name))
+
+
+def install(monkeypatch, library: str) -> None:
+    for name in ("liger_kernel", "liger_kernel.transformers") if library == "liger_kernel" else (library,):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss
+        module.linear_cross_entropy = linear_cross_entropy
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture(params=["liger_kernel", "cut_cross_entropy"])
+def installed(request, monkeypatch):
+    install(monkeypatch, request.param)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    values = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    values |= {"intermediate_size": 48, "num_subnetworks": 3, "init": "scaled"}
+    return AutoModelForCausalLM.from_config(FlashMHFConfig(**values), dtype=torch.float32)
+
+
+def loss_and_gradients(model, labels, **options):
+    model.zero_grad()
+    tokens = torch.arange(24).view(2, 12) * 11 % 320
+    out = model(input_ids=tokens, labels=labels, use_cache=False, **options)
+    out.loss.backward()
+    return out, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("num_items", [None, 37, torch.tensor(50)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_and_gradients_are_the_usual_ones(installed, model, num_items, autocast):
+    labels = torch.arange(24).view(2, 12) * 11 % 320
+    labels[0, 3:6] = -100
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected, expected_grads = loss_and_gradients(model, labels, **options)
+        fuse_loss(model, choose_linear_loss("on", "cuda", True))
+        found, grads = loss_and_gradients(model, labels, **options)
+    assert called_in == [torch.bfloat16 if autocast else torch.float32]
+    assert found.logits is None
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_without_labels_or_training_there_are_logits(installed, model):
+    fuse_loss(model, choose_linear_loss("auto", "cuda", True))
+    tokens = torch.arange(12)[None]
+    assert model(tokens).logits.shape == (1, 12, 320)
+    model.eval()
+    assert model(tokens, labels=tokens).logits.shape == (1, 12, 320)
+    assert model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2).shape == (1, 14)
+    assert not called_in
+
+
+def start(run: Run, folder: Path, *flags: str, **options) -> list[float]:
+    base = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
+    base += ["--disable-tqdm", "true", "--per-device-train-batch-size", "2", "--save-steps", "2", "--eval-steps", "2"]
+    train(run, parse_arguments([*base, *flags], str(folder)), **options)
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row.get("loss", row.get("eval_loss")) for row in rows if "loss" in row or "eval_loss" in row]
+
+
+@pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "3"), ("--bf16", "true")], ids=str)
+def test_training_is_as_with_logits(corpus_folder, model_file, tmp_path, monkeypatch, flags):
+    run = Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=320)
+    expected = start(run, tmp_path / "plain", *flags)
+    assert not called_in
+    install(monkeypatch, "liger_kernel")
+    monkeypatch.setattr(
+        flashmhf.training,
+        "use_fused_loss",
+        lambda model, choice, _, half: use_fused_loss(model, choice, "cuda", half),
+    )
+    assert start(run, tmp_path / "fused", *flags) == pytest.approx(expected, rel=1e-5)
+    assert len(called_in) == (12 if "3" in flags else 4)
+    start(run, tmp_path / "off", fused_loss="off")
+    assert len(called_in) == (12 if "3" in flags else 4)
+
+
+def test_automatically_where_a_library_can_run(monkeypatch, caplog):
+    assert choose_linear_loss("auto", "cuda", True) is None
+    install(monkeypatch, "cut_cross_entropy")
+    assert choose_linear_loss("auto", "cpu", True) is None
+    assert choose_linear_loss("auto", "cuda", False) is None  # it has no gradient in float32
+    with caplog.at_level("INFO", "flashmhf"):
+        assert choose_linear_loss("auto", "cuda", True) is not None
+        install(monkeypatch, "liger_kernel")
+        assert choose_linear_loss("auto", "cuda", False) is not None
+    assert [record.message.split("'s;")[0] for record in caplog.records] == [
+        "the loss is cut-cross-entropy",
+        "the loss is liger-kernel",
+    ]
+    assert choose_linear_loss("off", "cuda", True) is None
+
+
+def test_what_cannot_be_had_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="fused-loss: expected one of auto, on, off, got 'yes'"):
+        choose_linear_loss("yes", "cuda", True)
+    with pytest.raises(InputError, match="fused-loss: expected a GPU, got cpu"):
+        choose_linear_loss("on", "cpu", True)
+    wanted = "fused-loss: expected liger-kernel, or cut-cross-entropy and --bf16 or --fp16, got "
+    with pytest.raises(InputError, match=wanted + "neither"):
+        choose_linear_loss("on", "cuda", True)
+    install(monkeypatch, "cut_cross_entropy")
+    with pytest.raises(InputError, match=wanted + "the latter in float32"):
+        choose_linear_loss("on", "cuda", False)
+
+
+def test_other_families_have_logits(installed):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    with pytest.raises(InputError, match="fused-loss: expected a model of the Llama family, got GPT2LMHeadModel"):
+        use_fused_loss(model, "on", "cuda", True)
+    use_fused_loss(model, "auto", "cuda", True)
+    tokens = torch.arange(5)[None]
+    assert model(tokens, labels=tokens).logits.shape == (1, 5, 9)
+    assert not called_in

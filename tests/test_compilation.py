@@ -1,0 +1,126 @@
+"""Blocks compiled one by one: the same losses, few graphs for many sizes, no break, no new names."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from flashmhf.compilation import compile_layers
+from flashmhf.errors import InputError
+from flashmhf.models.configuration import FlashMHFConfig
+from flashmhf.models.loading import WEIGHTS, tensor_names
+from flashmhf.training import Run, parse_arguments, train
+from torchrun import torchrun
+
+FLAGS = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
+FLAGS += ["--disable-tqdm", "true", "--per-device-train-batch-size", "4", "--save-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """Graphs are captured and counted as ever, and run as they are: the compiler takes half a minute for each."""
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_it(function, backend="aot_eager"))
+
+
+def model_of(**options) -> torch.nn.Module:
+    values = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    values |= {"intermediate_size": 48, "num_subnetworks": 3, "init": "scaled", "use_cache": False, **options}
+    return AutoModelForCausalLM.from_config(FlashMHFConfig(**values), dtype=torch.float32)
+
+
+def loss_of(model, batch: int, length: int = 16) -> torch.Tensor:
+    tokens = torch.arange(batch * length).view(batch, length) * 7 % 320
+    return model(tokens, labels=tokens).loss
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute_q": True}, {"ffn_type": "swiglu"}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_few_graphs_without_a_break_for_all_layers_and_batches(without_code, options, checkpointing):
+    model = model_of(**options)
+    names = list(model.state_dict())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = {batch: loss_of(model, batch) for batch in (4, 3, 5, 6)}
+    expected_grads = torch.autograd.grad(expected[3], model.parameters())
+    compile_layers(model)
+    assert list(model.state_dict()) == names
+    for batch, loss in expected.items():
+        torch.testing.assert_close(loss_of(model, batch), loss)
+    torch.testing.assert_close(torch.autograd.grad(loss_of(model, 3), model.parameters()), expected_grads)
+    assert counters["stats"]["unique_graphs"] == 2  # one size, then any
+    model.eval()
+    with torch.no_grad():
+        for batch in (8, 3, 5):
+            loss_of(model, batch)
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert not counters["graph_break"]
+
+
+def start(run: Run, folder: Path, *flags: str, **options) -> dict:
+    return train(run, parse_arguments([*FLAGS, *flags], str(folder)), **options)
+
+
+def losses(folder: Path) -> list[float]:
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row.get("loss", row.get("eval_loss")) for row in rows if "loss" in row or "eval_loss" in row]
+
+
+@pytest.fixture
+def run(corpus_folder, model_file) -> Run:
+    return Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=320)
+
+
+def compare_with_eager(run: Run, folder: Path) -> None:
+    flags = ("--eval-steps", "2", "--per-device-eval-batch-size", "4")  # ten blocks: a last batch of two
+    start(run, folder / "eager", *flags)
+    start(run, folder / "compiled", *flags, compile_blocks=True)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert losses(folder / "compiled") == pytest.approx(losses(folder / "eager"), rel=1e-5)
+    names, compiled_names = (set(tensor_names(folder / one / WEIGHTS)) for one in ("eager", "compiled"))
+    assert names == compiled_names
+    shutil.rmtree(folder / "compiled/checkpoint-4")
+    start(run, folder / "compiled", *flags, resume=True)  # as it stands
+    assert losses(folder / "compiled") == pytest.approx(losses(folder / "eager"), rel=1e-5)
+
+
+def test_training_with_compiled_blocks_is_as_without(run, tmp_path, without_code):
+    compare_with_eager(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_training_with_code_by_inductor_is_as_without(run, tmp_path):
+    compare_with_eager(run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_with_compiled_blocks(run, tmp_path):
+    flags = ("--max-steps", "4", "--report-to", "none")
+    for folder, more in (("eager", ()), ("compiled", ("--compile-blocks",))):
+        ended = torchrun(run, tmp_path / folder, 2, *flags, *more)
+        assert ended.returncode == 0, ended.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
+
+
+def test_not_beside_the_trainers_own_compilation(run, tmp_path):
+    with pytest.raises(InputError, match="compile-blocks: expected no --torch-compile beside it, got both"):
+        start(run, tmp_path / "run", "--torch-compile", "true", compile_blocks=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(InputError, match="compile-blocks: expected a model with a list of layers, got GPT2LMHeadModel"):
+        compile_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
