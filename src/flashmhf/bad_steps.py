@@ -85,6 +85,7 @@ class GuardedTrainer(CheckpointTrainer):
 
     def _record(self, **what: Any) -> dict[str, Any]:
         blocks = gather_object([number for batch in self._blocks for number in batch.tolist()])
+        blocks = list(dict.fromkeys(blocks))  # processes that share their heads share their blocks
         row = {"step": self.state.global_step + 1, **what, "blocks": blocks}
         self.state.log_history.append(row)
         return row

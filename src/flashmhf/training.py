@@ -25,6 +25,7 @@ from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
+from flashmhf.layouts import check_layout
 from flashmhf.manifest import write_flushed
 from flashmhf.models.loading import load_config, load_model
 from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
@@ -153,6 +154,7 @@ def train(
     tokenizer = load_tokenizer(run.tokenizer)
     finished = None if checkpoint is None else finished_state(checkpoint, arguments)
     model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
+    check_layout(model, arguments)
     with arguments.main_process_first(desc="data"):
         data = load_blocks(run.data, tokenizer, run.recipe(_data_seed(arguments)))
     if arguments.process_index == 0:

@@ -28,10 +28,14 @@ def train(
     bad_data: BadData = "refuse",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     max_bad_steps: Annotated[int, typer.Option(help="So many in a row without a finite loss end the run.")] = 5,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Split the heads over so many of torchrun's processes; the others have other data.")
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
+        from flashmhf.layouts import split_heads
         from flashmhf.resuming import RUN_FILE
         from flashmhf.training import Run, parse_arguments
         from flashmhf.training import train as run_training
@@ -39,6 +43,7 @@ def train(
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
         resume = resume or (restarted and (Path(output_dir) / RUN_FILE).exists())
         arguments = parse_arguments(context.args, output_dir)
+        split_heads(arguments, tensor_parallel)
         run = Run(
             model, data, tokenizer, context_length, text_column, streaming, validation_tokens, document_mask, bad_data
         )

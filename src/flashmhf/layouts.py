@@ -1,0 +1,151 @@
+"""Training with the heads split over groups of processes: tensor parallelism within a group, FSDP2 over the groups.
+
+accelerate knows the mesh (`ParallelismConfig`), so its loaders give the processes of a group the same batches and the
+Trainer counts a group once in losses and batch sizes. What they leave over is here: the split itself, evaluation and
+token counts that see a group once, and checkpoints of which each process writes its part.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+
+from flashmhf.errors import InputError
+from flashmhf.parallel import check_split, shard_parameters, tensor_parallel
+from flashmhf.sharded import load_sharded, save_sharded
+
+SHARDS = "sharded"  # the folder in a checkpoint to which every process adds its part
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+
+
+def split_heads(arguments: TrainingArguments, processes: int) -> None:
+    """Lets a run with these arguments split its heads over groups of so many processes; 1 changes nothing.
+
+    Raises:
+        InputError: the run's processes do not fall into such groups, or a flag asks for another layout.
+    """
+    if processes < 1:
+        raise InputError(f"tensor-parallel: expected 1 or more, got {processes}")
+    if processes == 1:
+        return
+    world = arguments.world_size
+    if world == 1:
+        raise InputError(
+            f"tensor-parallel: expected torchrun with a multiple of {processes} processes (--nproc-per-node), got one"
+        )
+    if world % processes != 0:
+        raise InputError(f"tensor-parallel: expected a divisor of the {world} processes, got {processes}")
+    for name in ("fsdp", "deepspeed", "torch_compile", "auto_find_batch_size"):
+        if getattr(arguments, name):
+            raise InputError(f"{name.replace('_', '-')}: expected none beside tensor-parallel, got it")
+    arguments.parallelism_config = _Mesh(tp_size=processes, dp_shard_size=world // processes)
+    arguments.accelerator_config.dispatch_batches = False  # dispatched, a stream's batch would go to every group
+
+
+def head_processes(arguments: TrainingArguments) -> int:
+    """Over how many processes the heads are split."""
+    return 1 if arguments.parallelism_config is None else arguments.parallelism_config.tp_size
+
+
+def check_layout(model: nn.Module, arguments: TrainingArguments) -> None:
+    """Raises InputError where the model's heads cannot be split as `split_heads` has been told."""
+    if head_processes(arguments) > 1:
+        try:
+            check_split(model, head_processes(arguments))
+        except ValueError as error:
+            raise InputError(f"tensor-parallel: the model's {error}") from error
+
+
+class _Mesh(ParallelismConfig):
+    """accelerate's, on the CPU too: accelerate refuses it there, where all that it does works as on GPUs."""
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        if accelerator.device.type != "cpu":
+            super()._validate_accelerator(accelerator)
+
+
+class LayoutTrainer(Trainer):
+    """A Trainer that lays its model out as `split_heads` has been told, and goes on from checkpoints of any layout."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._processes = head_processes(self.args)
+        if self._processes > 1:
+            mesh = self.accelerator.torch_device_mesh
+            tensor_parallel(self.model, mesh["tp"])
+            if self.args.world_size > self._processes:
+                shard_parameters(self.model, mesh["dp_shard"])
+            self.model._tp_size = self._processes  # what accelerate asks a model that is split already
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._processes
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        return super().floating_point_ops(inputs) / self._processes
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        if self._processes > 1:
+            self.gather_function = self._gather_of_groups
+        return super().evaluation_loop(*args, **options)
+
+    def _gather_of_groups(self, values: Tensor) -> Tensor:
+        """accelerate's `gather_for_metrics` of one process of each group."""
+        groups = self.accelerator.gather(values).unflatten(0, (-1, self._processes, len(values)))
+        loader = self.accelerator.gradient_state
+        last = loader.end_of_dataloader and loader.remainder > 0
+        return groups[:, 0].flatten(0, 1)[: loader.remainder if last else None]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._processes == 1:
+            return super().save_model(output_dir, _internal_call)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=whole)  # a collective operation; empty but on the first rank
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._processes == 1:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_sharded(Path(output_dir) / SHARDS, self.model, self._plain_optimizer())
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._processes == 1:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_sharded(Path(resume_from_checkpoint) / SHARDS, self.model)
+
+    def _load_best_model(self) -> None:
+        if self._processes == 1:
+            return super()._load_best_model()
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / SHARDS).is_dir():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = self._plain_optimizer()
+        load_sharded(Path(checkpoint) / SHARDS, self.model, optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _plain_optimizer(self) -> Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
