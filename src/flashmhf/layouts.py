@@ -12,12 +12,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.evaluation import IGNORED
+from flashmhf.models.loading import load_model
 from flashmhf.parallel import check_split, shard_parameters, tensor_parallel
 from flashmhf.sharded import load_sharded, save_sharded
 
@@ -106,6 +113,16 @@ class LayoutTrainer(Trainer):
             self.gather_function = self._gather_of_groups
         return super().evaluation_loop(*args, **options)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """The Trainer's, but for the blocks that accelerate repeats to fill up the last batches: they do not count."""
+        loader = self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            labels = inputs["labels"].clone()
+            before = self.args.process_index // self._processes * len(labels)
+            labels[max(0, loader.remainder - before) :] = IGNORED
+            inputs = {**inputs, "labels": labels}
+        return super().prediction_step(model, inputs, *args, **options)
+
     def _gather_of_groups(self, values: Tensor) -> Tensor:
         """accelerate's `gather_for_metrics` of one process of each group."""
         groups = self.accelerator.gather(values).unflatten(0, (-1, self._processes, len(values)))
@@ -131,7 +148,12 @@ class LayoutTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._processes == 1:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_sharded(Path(resume_from_checkpoint) / SHARDS, self.model)
+        shards = Path(resume_from_checkpoint) / SHARDS
+        if shards.is_dir():
+            load_sharded(shards, self.model)
+        else:
+            weights = load_model(resume_from_checkpoint, dtype=torch.float32).state_dict()
+            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
 
     def _load_best_model(self) -> None:
         if self._processes == 1:
@@ -139,13 +161,31 @@ class LayoutTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / SHARDS).is_dir():
+        sharded = checkpoint is not None and (Path(checkpoint) / SHARDS).is_dir()
+        if checkpoint is None or (self._processes == 1 and not sharded):
             return super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._plain_optimizer()
-        load_sharded(Path(checkpoint) / SHARDS, self.model, optimizer)
+        if sharded:
+            load_sharded(Path(checkpoint) / SHARDS, self.model, optimizer)
+        elif (Path(checkpoint) / OPTIMIZER).is_file():
+            load_whole_optimizer(Path(checkpoint) / OPTIMIZER, self.model, optimizer)
+        else:  # of --save-only-model
+            return
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
         for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def _plain_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def load_whole_optimizer(file: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Reads what one process saved, by the parameters' numbers, into an optimizer of the same model in any layout."""
+    kept = torch.load(file, map_location="cpu", weights_only=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        "state": {order[number]: values for number, values in kept["state"].items()},
+        "param_groups": [{**group, "params": [order[i] for i in group["params"]]} for group in kept["param_groups"]],
+    }
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
