@@ -53,6 +53,8 @@ def split_heads(arguments: TrainingArguments, processes: int) -> None:
     for name in ("fsdp", "deepspeed", "torch_compile", "auto_find_batch_size"):
         if getattr(arguments, name):
             raise InputError(f"{name.replace('_', '-')}: expected none beside tensor-parallel, got it")
+    if not arguments.average_tokens_across_devices:
+        raise InputError("average-tokens-across-devices: expected true beside tensor-parallel, got false")
     arguments.parallelism_config = _Mesh(tp_size=processes, dp_shard_size=world // processes)
     arguments.accelerator_config.dispatch_batches = False  # dispatched, a stream's batch would go to every group
 
@@ -109,26 +111,28 @@ class LayoutTrainer(Trainer):
         return super().floating_point_ops(inputs) / self._processes
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        if self._processes > 1:
-            self.gather_function = self._gather_of_groups
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            self.gather_function = self._mean_of_batch
         return super().evaluation_loop(*args, **options)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """The Trainer's, but for the blocks that accelerate repeats to fill up the last batches: they do not count."""
-        loader = self.accelerator.gradient_state
-        if loader.end_of_dataloader and loader.remainder > 0:
+        if self._blocks_left() is not None:
             labels = inputs["labels"].clone()
             before = self.args.process_index // self._processes * len(labels)
-            labels[max(0, loader.remainder - before) :] = IGNORED
+            labels[max(0, self._blocks_left() - before) :] = IGNORED
             inputs = {**inputs, "labels": labels}
         return super().prediction_step(model, inputs, *args, **options)
 
-    def _gather_of_groups(self, values: Tensor) -> Tensor:
-        """accelerate's `gather_for_metrics` of one process of each group."""
-        groups = self.accelerator.gather(values).unflatten(0, (-1, self._processes, len(values)))
+    def _mean_of_batch(self, losses: Tensor) -> Tensor:
+        """The loss of the batches of all processes, as often as they hold blocks: each loss is a part of their mean."""
+        blocks = len(losses) * self.args.world_size // self._processes
+        return self.accelerator.gather(losses).mean().repeat(self._blocks_left() or blocks)
+
+    def _blocks_left(self) -> int | None:
+        """In the last batches of a loader that does not fill them."""
         loader = self.accelerator.gradient_state
-        last = loader.end_of_dataloader and loader.remainder > 0
-        return groups[:, 0].flatten(0, 1)[: loader.remainder if last else None]
+        return loader.remainder if loader.end_of_dataloader and loader.remainder > 0 else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._processes == 1:
