@@ -140,6 +140,9 @@ class LayoutTrainer(Trainer):
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.model, options=whole)  # a collective operation; empty but on the first rank
         if self.args.should_save:
+            first: dict[int, str] = {}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):  # gathered apart, saved once
+                state[name] = state[first.setdefault(id(parameter), name)]
             self._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
