@@ -50,7 +50,7 @@ def split_heads(arguments: TrainingArguments, processes: int) -> None:
         )
     if world % processes != 0:
         raise InputError(f"tensor-parallel: expected a divisor of the {world} processes, got {processes}")
-    for name in ("fsdp", "deepspeed", "torch_compile", "auto_find_batch_size"):
+    for name in ("fsdp", "deepspeed", "torch_compile", "auto_find_batch_size"):  # compiled, DTensors reach the kernels
         if getattr(arguments, name):
             raise InputError(f"{name.replace('_', '-')}: expected none beside tensor-parallel, got it")
     if not arguments.average_tokens_across_devices:
