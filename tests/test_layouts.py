@@ -177,7 +177,7 @@ def test_processes_and_flags_that_do_not_fit(given, processes, message):
 def test_a_model_whose_heads_cannot_be_split():
     given = arguments(6)
     split_heads(given, 3)
-    with pytest.raises(InputError, match="tensor-parallel: the model's num_attention_heads: expected a multiple .* 3"):
+    with pytest.raises(InputError, match=r"tensor-parallel: the model's num_attention_heads: expected a multiple .* 3"):
         check_layout(build("flashmhf"), given)
     check_layout(build("flashmhf", num_attention_heads=3, hidden_size=24), given)
 

@@ -56,7 +56,8 @@ def split_heads(arguments: TrainingArguments, processes: int) -> None:
     if not arguments.average_tokens_across_devices:
         raise InputError("average-tokens-across-devices: expected true beside tensor-parallel, got false")
     arguments.parallelism_config = _Mesh(tp_size=processes, dp_shard_size=world // processes)
-    arguments.accelerator_config.dispatch_batches = False  # dispatched, a stream's batch would go to every group
+    loading: Any = arguments.accelerator_config
+    loading.dispatch_batches = False  # dispatched, a stream's batch would go to every group
 
 
 def head_processes(arguments: TrainingArguments) -> int:
@@ -84,6 +85,10 @@ class _Mesh(ParallelismConfig):
 class LayoutTrainer(Trainer):
     """A Trainer that lays its model out as `split_heads` has been told, and goes on from checkpoints of any layout."""
 
+    model: Any  # what the Trainer calls optional is there when these methods are called
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._processes = head_processes(self.args)
@@ -107,8 +112,8 @@ class LayoutTrainer(Trainer):
         super()._track_num_input_tokens(inputs)
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._processes
 
-    def floating_point_ops(self, inputs: Any) -> float:
-        return super().floating_point_ops(inputs) / self._processes
+    def floating_point_ops(self, inputs: Any) -> int:
+        return super().floating_point_ops(inputs) // self._processes
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
@@ -136,7 +141,8 @@ class LayoutTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._processes == 1:
-            return super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
+            return
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.model, options=whole)  # a collective operation; empty but on the first rank
         if self.args.should_save:
@@ -147,16 +153,17 @@ class LayoutTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._processes == 1:
-            return super()._save_optimizer_and_scheduler(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
         save_sharded(Path(output_dir) / SHARDS, self.model, self._plain_optimizer())
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._processes == 1:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         shards = Path(resume_from_checkpoint) / SHARDS
-        if shards.is_dir():
+        if self._processes == 1:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif shards.is_dir():
             load_sharded(shards, self.model)
         else:
             weights = load_model(resume_from_checkpoint, dtype=torch.float32).state_dict()
@@ -164,23 +171,24 @@ class LayoutTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if self._processes == 1:
-            return super()._load_best_model()
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharded = checkpoint is not None and (Path(checkpoint) / SHARDS).is_dir()
-        if checkpoint is None or (self._processes == 1 and not sharded):
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = self._plain_optimizer()
-        if sharded:
-            load_sharded(Path(checkpoint) / SHARDS, self.model, optimizer)
-        elif (Path(checkpoint) / OPTIMIZER).is_file():
-            load_whole_optimizer(Path(checkpoint) / OPTIMIZER, self.model, optimizer)
-        else:  # of --save-only-model
-            return
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        folder = Path(checkpoint or "")
+        sharded = checkpoint is not None and (folder / SHARDS).is_dir()
+        if not sharded and self._processes == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif sharded or (checkpoint is not None and (folder / OPTIMIZER).is_file()):  # else --save-only-model wrote it
+            optimizer = self._plain_optimizer()
+            if sharded:
+                load_sharded(folder / SHARDS, self.model, optimizer)
+            else:
+                load_whole_optimizer(folder / OPTIMIZER, self.model, optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+            for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     def _plain_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -191,7 +199,7 @@ def load_whole_optimizer(file: Path, model: nn.Module, optimizer: Optimizer) -> 
     kept = torch.load(file, map_location="cpu", weights_only=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
+    state: dict[str, Any] = {
         "state": {order[number]: values for number, values in kept["state"].items()},
         "param_groups": [{**group, "params": [order[i] for i in group["params"]]} for group in kept["param_groups"]],
     }

@@ -85,7 +85,8 @@ def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
 def check_split(module: nn.Module, ranks: int) -> None:
     """Raises the ValueError of `tensor_parallel` where `module` cannot be split over so many ranks."""
     if not hasattr(module, "model"):
-        return _check_ffn(module, ranks)
+        _check_ffn(module, ranks)
+        return
     trunk: Any = module.model
     for layer in trunk.layers:
         _check_attention(layer.self_attn, ranks)
