@@ -1,7 +1,7 @@
 #!/bin/sh
 # Any preset on the GPUs of one machine, or on its CPU (GPUS=2 for two processes); a dead process restarts the run from its
 # last checkpoint, at most three times. `flashmhf info PRESET --gpus 8` estimates memory and time beforehand.
-#   GPUS=8 recipes/torchrun.sh PRESET DATA TOKENIZER OUT [flags of flashmhf train, such as --fsdp]
+#   GPUS=8 recipes/torchrun.sh PRESET DATA TOKENIZER OUT [flags of flashmhf train, such as --fsdp or --tensor-parallel 2]
 set -eu
 model=$1 data=$2 tokenizer=$3 out=$4
 shift 4

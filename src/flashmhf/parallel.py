@@ -67,14 +67,11 @@ def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dimension, got {mesh.ndim}")
+    check_split(module, mesh.size())  # all of it before the first change
     if not hasattr(module, "model"):
-        _check_ffn(module, mesh.size())
         _split_ffn(module, mesh)
         return module
     trunk: Any = module.model
-    for layer in trunk.layers:  # all checks before the first change
-        _check_attention(layer.self_attn, mesh.size())
-        _check_ffn(layer.mlp, mesh.size())
     for layer in trunk.layers:
         _split_attention(layer.self_attn, mesh)
         _split_ffn(layer.mlp, mesh)
@@ -85,11 +82,22 @@ def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
     return module
 
 
+def check_split(module: nn.Module, ranks: int) -> None:
+    """Raises the ValueError of `tensor_parallel` where `module` cannot be split over so many ranks."""
+    if not hasattr(module, "model"):
+        _check_ffn(module, ranks)
+        return
+    trunk: Any = module.model
+    for layer in trunk.layers:
+        _check_attention(layer.self_attn, ranks)
+        _check_ffn(layer.mlp, ranks)
+
+
 def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
     """FSDP2's `fully_shard` of each layer and of the rest of a model on a Llama trunk, in place.
 
-    K, U and V are cut along their rows or columns where the mesh divides these, rather than by heads: there are often
-    fewer heads than ranks, and FSDP2 would leave the ranks beyond with nothing.
+    K, U and V, and what else has fewer heads than there are ranks, are cut along their rows or columns where the mesh
+    divides these: FSDP2 would leave the ranks beyond with nothing.
 
     Args:
         model: as it is, or after `tensor_parallel` over another dimension of the same mesh.
@@ -107,9 +115,10 @@ def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
 
 def _shard_placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
     """The dimension for FSDP2 to cut, None for its own choice, the first; others must be multiples of the ranks."""
-    if parameter.ndim < 3 or parameter.shape[0] % ranks == 0:
+    shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
+    if shape[0] % ranks == 0:
         return None
-    return next((Shard(i) for i in reversed(range(1, parameter.ndim)) if parameter.shape[i] % ranks == 0), None)
+    return next((Shard(i) for i in reversed(range(1, len(shape))) if shape[i] % ranks == 0), None)
 
 
 def _check_ffn(ffn: Any, ranks: int) -> None:

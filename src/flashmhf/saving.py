@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
+from flashmhf.layouts import LayoutTrainer
 from flashmhf.manifest import check, rename_flushed, write_flushed, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ ARGUMENTS = "training_args.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(LayoutTrainer):
     """Writes a checkpoint beside, flushes it, and gives it its name when all of it, with its manifest, is on the disk.
 
     What `save_total_limit` keeps is counted in whole checkpoints. No pickle holds the training arguments.

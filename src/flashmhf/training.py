@@ -27,6 +27,7 @@ from flashmhf.compilation import check_not_compiled_whole, compile_layers
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
+from flashmhf.layouts import check_layout, head_processes
 from flashmhf.manifest import write_flushed
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
@@ -169,9 +170,11 @@ def train(
     tokenizer = load_tokenizer(run.tokenizer)
     finished = None if checkpoint is None else finished_state(checkpoint, arguments)
     model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
+    check_layout(model, arguments, compiled=compile_blocks, fused_loss=fused_loss == "on")
     if compile_blocks:
         compile_layers(model)
-    use_fused_loss(model, fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
+    split = head_processes(arguments) > 1
+    use_fused_loss(model, "off" if split else fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
     with arguments.main_process_first(desc="data"):
         data = load_blocks(run.data, tokenizer, run.recipe(_data_seed(arguments)))
     if arguments.process_index == 0:

@@ -36,16 +36,21 @@ def train(
         str,
         typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, without whole logits."),
     ] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Split the heads over so many of torchrun's processes; the others have other data.")
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
+        from flashmhf.layouts import split_heads
         from flashmhf.resuming import RUN_FILE
         from flashmhf.training import Run, parse_arguments
         from flashmhf.training import train as run_training
 
         resume = (_was_restarted() and (Path(output_dir) / RUN_FILE).exists()) or resume
         arguments = parse_arguments(context.args, output_dir)
+        split_heads(arguments, tensor_parallel)
         run = Run(
             model, data, tokenizer, context_length, text_column, streaming, validation_tokens, document_mask, bad_data
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -71,7 +70,7 @@ def fuse_loss(model: PreTrainedModel, linear_loss: LinearLoss) -> None:
 
     def forward(*args: Any, labels: Tensor | None = None, **options: Any) -> Any:
         weight = model.lm_head.weight
-        if labels is None or not model.training or isinstance(weight, DTensor):  # of a vocabulary split over ranks
+        if labels is None or not model.training:
             return plain(*args, labels=labels, **options)
         num_items = options.pop("num_items_in_batch", None)
         hidden = model.model(*args, **options).last_hidden_state
