@@ -6,23 +6,37 @@ import signal
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from flashmhf.bad_steps import GuardedTrainer
+from flashmhf.learning_rates import learning_rate_factors, scale_learning_rates
 
 logger = logging.getLogger(__name__)
 
 
 class SpeedTrainer(GuardedTrainer):
-    """Logs the speed of the training steps alone, without validation and saving."""
+    """Logs the speed of the training steps alone, without validation and saving.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    Args:
+        base_width: scales learning rates by fan-in, see `flashmhf.learning_rates`.
+    """
+
+    def __init__(self, *args: Any, base_width: int | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._base_width = base_width
         self._step_seconds = 0.0
         self._tokens_logged = 0
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **options)
+        if new and self._base_width is not None:
+            scale_learning_rates(optimizer, learning_rate_factors(cast(nn.Module, self.model), self._base_width))
+        return optimizer
 
     def training_step(self, *args: Any, **options: Any):
         started = time.perf_counter()

@@ -25,6 +25,7 @@ from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
+from flashmhf.learning_rates import check_base_width
 from flashmhf.manifest import write_flushed
 from flashmhf.models.loading import load_config, load_model
 from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
@@ -71,6 +72,7 @@ class Run:
         validation_tokens: at most so many are used for validation.
         document_mask: no attention from one document to another in a block.
         bad_data: `skip` or `refuse` what cannot be read.
+        width_scaled_learning_rate: a hidden size for which the learning rate is; see `flashmhf.learning_rates`.
     """
 
     model: str
@@ -82,6 +84,7 @@ class Run:
     validation_tokens: int = 2**19
     document_mask: bool = False
     bad_data: str = REFUSE
+    width_scaled_learning_rate: int | None = None
 
     def recipe(self, seed: int) -> Recipe:
         """What concerns the data alone."""
@@ -145,6 +148,7 @@ def train(
         RunError: `max_bad_steps` in a row had no finite loss and gradient; a checkpoint is saved.
     """
     check_limit(max_bad_steps)
+    check_base_width(run.width_scaled_learning_rate, arguments)
     started = time.perf_counter()
     output_dir = Path(str(arguments.output_dir))
     checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
@@ -158,7 +162,7 @@ def train(
     if arguments.process_index == 0:
         write_json(output_dir / RUN_FILE, asdict(run))
     stop = StopOnSignal()
-    trainer = _trainer(model, arguments, data, tokenizer, stop, max_bad_steps)
+    trainer = _trainer(model, arguments, data, tokenizer, stop, max_bad_steps, run.width_scaled_learning_rate)
     if finished is None:
         with stop, explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -190,6 +194,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     stop: StopOnSignal,
     max_bad_steps: int,
+    base_width: int | None,
 ) -> SpeedTrainer:
     trainer = SpeedTrainer(
         model=model,
@@ -199,6 +204,7 @@ def _trainer(
         processing_class=tokenizer,
         callbacks=[stop, Watchdog(arguments.ddp_timeout)],
         max_bad_steps=max_bad_steps,
+        base_width=base_width,
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
