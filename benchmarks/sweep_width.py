@@ -1,9 +1,10 @@
 """Loss over learning rate and width: does the best learning rate transfer from one width to the next?
 
     python benchmarks/sweep_width.py DATA benchmarks/results/sweep_width.jsonl [--minutes 30]
+    python benchmarks/sweep_width.py DATA ROWS --minutes 0 --picture docs/width_sweep.png
 
-Two-layer models with heads of 32 on bytes, equal parameters at every width, one thread, one line of JSON a run. Finished
-rows are kept, and no new run starts after so many minutes.
+Two-layer models with heads of 32 on bytes, equal parameters at every width, one thread, one line of JSON a run.
+Finished rows are kept, and no new run starts after so many minutes.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def sweep(data: str, output: Path, minutes: float) -> None:
     finished = {Trial(**{name: row[name] for name in asdict(Trial("", 0, 0.0))}) for row in read(output)}
     started = time.monotonic()
     for trial in trials():
-        if trial in finished or time.monotonic() - started > 60 * minutes:
+        if trial in finished or time.monotonic() - started >= 60 * minutes:
             continue
         row = run_trial(trial, data)
         assert math.isfinite(row["validation_loss"])
@@ -104,13 +105,81 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]]:
+    """learning rate -> validation losses of its seeds, for the rows that have these values."""
+    found: dict[float, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
+        if all(row[name] == value for name, value in chosen.items()):
+            found.setdefault(row["learning_rate"], []).append(row["validation_loss"])
+    return found
+
+
+def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool, str, int]]:
+    """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH stands under both rules."""
+    found = {(row["init"], row["by_fan_in"], row["variant"], row["width"]) for row in rows}
+    found |= {(init, True, *rest) for init, _, *rest in found if init == "scaled" and rest[1] == BASE_WIDTH}
+    return sorted(found)
+
+
+def line(rows: list[dict[str, Any]], init: str, by_fan_in: bool, variant: str, width: int) -> dict[float, list[float]]:
+    """The losses of one of `lines_of`."""
+    by_fan_in = by_fan_in and width != BASE_WIDTH
+    return losses(rows, init=init, by_fan_in=by_fan_in, variant=variant, width=width)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the losses of every seed, a column a learning rate."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    text = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for init, by_fan_in, variant, width in lines_of(rows):
+        found = line(rows, init, by_fan_in, variant, width)
+        best = min(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
+        cells = [", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates]
+        cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
+        rule = "by fan-in" if by_fan_in else "one rate"
+        text.append(f"| {variant} {width}, `{init}`, {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Loss against learning rate, a panel a rule and a variant, a line a width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [entry for entry in lines_of(rows) if entry[0] == "scaled"]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained")
+    for _, by_fan_in, variant, width in shown:
+        found = line(rows, "scaled", by_fan_in, variant, width)
+        panel = axes[int(variant == "swiglu")][int(by_fan_in)]
+        means = [sum(values) / len(values) for values in found.values()]
+        (drawn,) = panel.plot(list(found), means, "-", label=f"width {width}")
+        points = [(rate, loss) for rate, values in found.items() for loss in values]
+        panel.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=4)
+        rule = f"rates by fan-in from {BASE_WIDTH}" if by_fan_in else "one learning rate"
+        panel.set(
+            title=f"{variant}, {rule}", xscale="log", xlabel="learning rate", ylabel="validation loss, nats a byte"
+        )
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     sweep(arguments.data, arguments.output, arguments.minutes)
+    rows = read(arguments.output)
+    print(table(rows))
+    if arguments.picture is not None:
+        draw(rows, arguments.picture)
 
 
 if __name__ == "__main__":
