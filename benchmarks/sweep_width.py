@@ -128,14 +128,16 @@ def line(rows: list[dict[str, Any]], init: str, by_fan_in: bool, variant: str, w
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the losses of every seed, a column a learning rate."""
+    """Markdown: the losses of every seed, a column a learning rate; the best mean of three or more is bold."""
     rates = sorted({row["learning_rate"] for row in rows})
     text = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
     for init, by_fan_in, variant, width in lines_of(rows):
         found = line(rows, init, by_fan_in, variant, width)
         best = min(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
         cells = [", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates]
-        cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
+        cells = [
+            f"**{cell}**" if rate == best and len(found) > 2 else cell for rate, cell in zip(rates, cells, strict=True)
+        ]
         rule = "by fan-in" if by_fan_in else "one rate"
         text.append(f"| {variant} {width}, `{init}`, {rule} | " + " | ".join(cells) + " |")
     return "\n".join(text)
