@@ -8,12 +8,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from flashmhf.bad_steps import GuardedTrainer
+from flashmhf.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.ops.roofline import peak_tflops
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,22 @@ class SpeedTrainer(GuardedTrainer):
 
     Args:
         flops_per_token: of a training step, as `accounting.account` counts them.
+        base_width: scales learning rates by fan-in, see `flashmhf.learning_rates`.
     """
 
-    def __init__(self, *args: Any, flops_per_token: float, **options: Any) -> None:
+    def __init__(self, *args: Any, flops_per_token: float, base_width: int | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._base_width = base_width
         self.flops_per_token = flops_per_token
         self._clock = _Clock()
         self._tokens_logged = 0
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **options)
+        if new and self._base_width is not None:
+            scale_learning_rates(optimizer, learning_rate_factors(cast(nn.Module, self.model), self._base_width))
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **options: Any):
         if not self._clock.running:

@@ -28,6 +28,7 @@ from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
 from flashmhf.layouts import check_layout, head_processes
+from flashmhf.learning_rates import check_base_width
 from flashmhf.manifest import write_flushed
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
@@ -76,6 +77,7 @@ class Run:
         validation_tokens: at most so many are used for validation.
         document_mask: no attention from one document to another in a block.
         bad_data: `skip` or `refuse` what cannot be read.
+        width_scaled_learning_rate: a hidden size for which the learning rate is; see `flashmhf.learning_rates`.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Run:
     validation_tokens: int = 2**19
     document_mask: bool = False
     bad_data: str = REFUSE
+    width_scaled_learning_rate: int | None = None
 
     def recipe(self, seed: int) -> Recipe:
         """What concerns the data alone."""
@@ -162,6 +165,7 @@ def train(
     check_limit(max_bad_steps)
     if compile_blocks:
         check_not_compiled_whole(arguments)
+    check_base_width(run.width_scaled_learning_rate, arguments)
     started = time.perf_counter()
     output_dir = Path(str(arguments.output_dir))
     checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
@@ -180,7 +184,7 @@ def train(
     if arguments.process_index == 0:
         write_json(output_dir / RUN_FILE, asdict(run))
     stop = StopOnSignal()
-    trainer = _trainer(model, arguments, data, tokenizer, stop, max_bad_steps)
+    trainer = _trainer(model, arguments, data, tokenizer, stop, max_bad_steps, run.width_scaled_learning_rate)
     if finished is None:
         with stop, explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -212,6 +216,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     stop: StopOnSignal,
     max_bad_steps: int,
+    base_width: int | None,
 ) -> SpeedTrainer:
     trainer = SpeedTrainer(
         model=model,
@@ -222,6 +227,7 @@ def _trainer(
         callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
         max_bad_steps=max_bad_steps,
         flops_per_token=account(model.config, data.block_length)["training_flops_per_token"],
+        base_width=base_width,
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:

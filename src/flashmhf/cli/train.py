@@ -27,6 +27,10 @@ def train(
         bool, typer.Option("--document-mask", help="No attention from one document to another in a block.")
     ] = False,
     bad_data: BadData = "refuse",
+    width_scaled_learning_rate: Annotated[
+        int | None,
+        typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given one is for this width."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     max_bad_steps: Annotated[int, typer.Option(help="So many in a row without a finite loss end the run.")] = 5,
     compile_blocks: Annotated[
@@ -52,7 +56,16 @@ def train(
         arguments = parse_arguments(context.args, output_dir)
         split_heads(arguments, tensor_parallel)
         run = Run(
-            model, data, tokenizer, context_length, text_column, streaming, validation_tokens, document_mask, bad_data
+            model,
+            data,
+            tokenizer,
+            context_length,
+            text_column,
+            streaming,
+            validation_tokens,
+            document_mask,
+            bad_data,
+            width_scaled_learning_rate,
         )
         result = run_training(
             run,

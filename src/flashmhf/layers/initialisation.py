@@ -7,7 +7,7 @@ from torch import nn
 INITS = ("reference", "scaled")
 REFERENCE_STD = 0.02
 REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
-SCALED_SCORE_RMS = 0.64  # of M and N at initialisation, for inputs of unit RMS
+SCALED_SCORE_RMS = 0.64  # of M, N and the gate's logits at initialisation, for inputs of unit RMS
 SCALED_PKV_KEY_RMS = 1.0  # of PKV's logits
 SCALED_PKV_VALUE_STD = 1.0
 SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection

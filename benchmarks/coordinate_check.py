@@ -1,0 +1,239 @@
+"""Sizes of activations, and of their changes in a few Adam steps, against width and against number of heads.
+
+    python benchmarks/coordinate_check.py benchmarks/results/coordinate_check.json docs/coordinate_check.png
+
+A one-layer model on the bytes of a module of the standard library. Along "width" a head keeps 64 numbers and the number
+of heads grows; along "heads" the width stays 256. Prints the exponents of the power laws as Markdown. A few minutes.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STEPS, BATCH, CONTEXT, LEARNING_RATE, SEEDS = 4, 2, 128, 1e-3, 2
+BASE_WIDTH, HEAD_DIM, SUBNETWORK_SIZE = 64, 64, 192
+WIDTHS, HEADS, HEADS_WIDTH = (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16), 256
+VARIANTS = ("flashmhf", "mhffn", "pkv", "swiglu")
+SETTINGS = (("reference", False), ("scaled", False), ("scaled", True))  # (init, learning rates by fan-in)
+PARTS = ("scores", "gate", "ffn", "attention", "logits")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model: heads of its feed-forward layer, and whether learning rates go by fan-in."""
+
+    variant: str
+    init: str
+    by_fan_in: bool
+    width: int
+    heads: int
+    seed: int = 0
+
+
+def configuration(case: Case) -> dict[str, Any]:
+    """The model of a case, as a configuration's values: d_ff in proportion to the width, sub-networks of one size."""
+    rows = 3 * case.width
+    values = {"ffn_type": case.variant, "init": case.init, "hidden_size": case.width, "intermediate_size": rows}
+    values |= {"num_hidden_layers": 1, "num_attention_heads": case.width // HEAD_DIM, "vocab_size": 256}
+    values |= {"max_position_embeddings": CONTEXT, "tie_word_embeddings": False, "num_ffn_heads": case.heads}
+    subnetworks = rows // SUBNETWORK_SIZE if case.variant == "flashmhf" else 1
+    return values | {"num_subnetworks": subnetworks, "q_norm": case.variant == "flashmhf"}
+
+
+def measure(case: Case) -> dict[str, tuple[float, float]]:
+    """part -> (RMS at initialisation, RMS of its change after STEPS steps), on the first batch."""
+    from flashmhf.learning_rates import learning_rate_factors, scale_learning_rates
+    from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+
+    torch.manual_seed(case.seed)
+    model = FlashMHFForCausalLM(FlashMHFConfig(**configuration(case)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    if case.by_fan_in:
+        scale_learning_rates(optimizer, learning_rate_factors(model, BASE_WIDTH))
+    batches = tokens(case.seed)
+    before = parts(model, batches[0])
+    for batch in batches:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = parts(model, batches[0])
+    return {name: (rms(start), rms(after[name] - start)) for name, start in before.items()}
+
+
+def tokens(seed: int) -> list[Tensor]:
+    text = Path(argparse.__file__).read_bytes()
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8)[seed * STEPS * BATCH * CONTEXT :].long()
+    return list(ids[: STEPS * BATCH * CONTEXT].view(STEPS, BATCH, CONTEXT))
+
+
+@torch.no_grad()
+def parts(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    """What each part of the model computes for a batch."""
+    block = model.model.layers[0]  # type: ignore[union-attr, index]
+    found: dict[str, Tensor] = {}
+
+    def keep_ffn(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.update(inner_parts(module, inputs[0]) | {"ffn": output})
+
+    def keep_attention(module: nn.Module, inputs: Any, output: Any) -> None:
+        found["attention"] = output[0]
+
+    hooks = [block.mlp.register_forward_hook(keep_ffn), block.self_attn.register_forward_hook(keep_attention)]  # type: ignore[union-attr]
+    found["logits"] = model(input_ids=batch).logits
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def inner_parts(layer: Any, x: Tensor) -> dict[str, Tensor]:
+    """Scores M (a SwiGLU's gate_proj, PKV's logits), and the logits of the gate where there is one."""
+    from flashmhf.layers import FlashMHF, SwiGLU
+
+    if isinstance(layer, SwiGLU):
+        return {"scores": layer.gate_proj(x)}
+    q = layer.in_proj(x).unflatten(-1, (-1, layer.head_dim))
+    if not isinstance(layer, FlashMHF):
+        return {"scores": torch.einsum("...hd,hsd->...hs", q, layer.k) / math.sqrt(layer.head_dim)}
+    q = q if layer.q_norm is None else layer.q_norm(q)
+    found = {"scores": layer.score_scale * torch.einsum("...hd,hefd->...hef", q, layer.k)}
+    if layer.gate_weight is not None:
+        found["gate"] = layer.gate_scale * torch.einsum("...hd,hde->...he", q, layer.gate_weight)
+    return found
+
+
+def rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
+
+
+def cases() -> list[tuple[str, Case]]:
+    """(axis, case), all of them."""
+    along_width = [("width", width, width // HEAD_DIM) for width in WIDTHS]
+    along_heads = [("heads", HEADS_WIDTH, heads) for heads in HEADS]
+    return [
+        (axis, Case(variant, init, by_fan_in, width, heads, seed))
+        for variant in VARIANTS
+        for init, by_fan_in in SETTINGS
+        for axis, width, heads in along_width + (along_heads if variant != "swiglu" and not by_fan_in else [])
+        for seed in range(SEEDS)
+    ]
+
+
+def run() -> list[dict[str, Any]]:
+    """A row for every part of every case, the seeds' geometric means."""
+    measured: dict[tuple[str, Case], list[dict[str, tuple[float, float]]]] = {}
+    for axis, case in cases():
+        measured.setdefault((axis, Case(**{**asdict(case), "seed": 0})), []).append(measure(case))
+        if axis == "width" and case.seed == SEEDS - 1:
+            print(f"{case.variant} {case.init} {case.width}", flush=True)
+    rows = []
+    for (axis, case), results in measured.items():
+        for part in results[0]:
+            size, change = (mean_log([result[part][i] for result in results]) for i in (0, 1))
+            rows.append({"axis": axis, **asdict(case), "part": part, "size": size, "change": change})
+    return rows
+
+
+def mean_log(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def exponent(rows: list[dict[str, Any]], axis: str, quantity: str) -> float:
+    """Slope of log(quantity) against log(axis) by least squares."""
+    x = torch.tensor([math.log(row[axis]) for row in rows])
+    y = torch.tensor([math.log(row[quantity]) for row in rows])
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def line_of(rows: list[dict[str, Any]], **chosen: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in chosen.items())]
+
+
+def table(rows: list[dict[str, Any]], axis: str, quantity: str) -> str:
+    """Markdown: exponents of a quantity along an axis, a line for each variant and part."""
+    settings = [pair for pair in SETTINGS if axis == "width" or not pair[1]]
+    lines = [f"| {quantity} along {axis} | " + " | ".join(label(*pair) for pair in settings) + " |"]
+    lines.append("|---|" + "---:|" * len(settings))
+    for variant in VARIANTS:
+        for part in PARTS:
+            cells = [
+                line_of(rows, axis=axis, variant=variant, part=part, init=init, by_fan_in=by_fan_in)
+                for init, by_fan_in in settings
+            ]
+            if all(cells):
+                exponents = " | ".join(f"{exponent(cell, axis, quantity):+.2f}" for cell in cells)
+                lines.append(f"| {variant}, {part} | {exponents} |")
+    return "\n".join(lines)
+
+
+def label(init: str, by_fan_in: bool) -> str:
+    return f"`{init}`" + (", rates by fan-in" if by_fan_in else "")
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Changes against width and against heads, a column a setting, a row a part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = [("width", *pair) for pair in SETTINGS] + [("heads", *pair) for pair in SETTINGS[:2]]
+    shown = ("scores", "gate", "ffn", "logits")
+    figure, axes = plt.subplots(
+        len(shown), len(columns), figsize=(15, 10), sharex="col", sharey="row", layout="constrained"
+    )
+    for y, part in enumerate(shown):
+        for x, (axis, init, by_fan_in) in enumerate(columns):
+            panel = axes[y][x]
+            for variant in VARIANTS:
+                line = line_of(rows, axis=axis, variant=variant, part=part, init=init, by_fan_in=by_fan_in)
+                if line:
+                    across = [row[axis] for row in line]
+                    (drawn,) = panel.plot(across, [row["change"] for row in line], "o-", label=variant)
+                    panel.plot(across, [row["size"] for row in line], ":", color=drawn.get_color())
+            panel.set(xscale="log", yscale="log", xticks=across, xticklabels=across)
+            panel.grid(alpha=0.3)
+            panel.minorticks_off()
+            if y == 0:
+                panel.set_title(label(init, by_fan_in).replace("`", ""))
+            if y == len(shown) - 1:
+                panel.set_xlabel(axis)
+        axes[y][0].set_ylabel(f"{part}: RMS")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(f"change after {STEPS} Adam steps at {LEARNING_RATE:g} (lines); size at the beginning (dotted)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--draw-only", action="store_true", help="from the results that are there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.draw_only:
+        settings: dict[str, Any] = {
+            "steps": STEPS,
+            "tokens_a_step": BATCH * CONTEXT,
+            "learning_rate": LEARNING_RATE,
+            "seeds": SEEDS,
+        }
+        settings |= {"base_width": BASE_WIDTH, "torch": str(torch.__version__)}
+        content = ",\n".join(json.dumps(row) for row in run())
+        arguments.results.write_text(f'{{"settings": {json.dumps(settings)}, "rows": [\n{content}\n]}}\n')
+    rows = json.loads(arguments.results.read_text())["rows"]
+    for axis in ("width", "heads"):
+        for quantity in ("size", "change"):
+            print(table(rows, axis, quantity) + "\n")
+    draw(rows, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Loss over learning rate and width: does the best learning rate transfer from one width to the next?
+
+    python benchmarks/sweep_width.py DATA benchmarks/results/sweep_width.jsonl [--minutes 30]
+    python benchmarks/sweep_width.py DATA ROWS --minutes 0 --picture docs/width_sweep.png
+
+Two-layer models with heads of 32 on bytes, equal parameters at every width, one thread, one line of JSON a run.
+Finished rows are kept, and no new run starts after so many minutes.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+STEPS, BATCH, CONTEXT, WARMUP = 160, 4, 128, 16
+BASE_WIDTH, HEAD_DIM = 64, 32
+SUBNETWORK_SIZE = 74  # with E = d / 32: d_ff = 2.3125 d, level with a SwiGLU of 3 d
+# Learning rates as powers of 1/2, (init, by fan-in, width) -> which; around what is best there.
+GRID: dict[tuple[str, bool, int], tuple[int, ...]] = {
+    ("scaled", False, 64): (5, 6, 7, 8, 9, 10),
+    ("scaled", False, 128): (8, 7, 9),
+    ("scaled", True, 128): (7, 6, 8),
+    ("scaled", False, 32): (7, 6, 8, 5),
+    ("scaled", True, 32): (7, 8, 6),
+    ("reference", False, 64): (7, 6, 8),
+    ("scaled", True, 256): (7, 8, 6),
+    ("scaled", False, 256): (9, 8, 10),
+}
+SEEDS, LARGE = 2, 256
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run. With `by_fan_in` the learning rate is that of BASE_WIDTH."""
+
+    variant: str
+    width: int
+    learning_rate: float
+    init: str = "scaled"
+    by_fan_in: bool = False
+    seed: int = 0
+
+
+def trials() -> list[Trial]:
+    """The whole grid, seed by seed, the large width first. At BASE_WIDTH both rules are the same for `scaled`."""
+    grid = [
+        Trial(variant, width, 2.0**-power, init, by_fan_in, seed)
+        for seed in range(SEEDS)
+        for (init, by_fan_in, width), powers in GRID.items()
+        for power in powers
+        for variant in ("flashmhf", "swiglu")
+    ]
+    return sorted(grid, key=lambda trial: trial.width < LARGE)
+
+
+def configuration(trial: Trial) -> dict[str, Any]:
+    """The model of a trial, as a configuration's values."""
+    heads = trial.width // HEAD_DIM
+    values = {"ffn_type": trial.variant, "init": trial.init, "hidden_size": trial.width, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": heads, "tie_word_embeddings": False, "max_position_embeddings": CONTEXT}
+    if trial.variant == "swiglu":
+        return values | {"intermediate_size": 3 * trial.width}
+    sizes = {"num_ffn_heads": heads, "num_subnetworks": heads, "intermediate_size": heads * SUBNETWORK_SIZE}
+    return values | sizes | {"q_norm": True}
+
+
+def run_trial(trial: Trial, data: str) -> dict[str, Any]:
+    """Trains one model and returns its row."""
+    from flashmhf.models import FlashMHFConfig
+    from flashmhf.training import Run, parse_arguments, train
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(FlashMHFConfig(**configuration(trial)).to_dict()))
+        flags = ["--max-steps", str(STEPS), "--per-device-train-batch-size", str(BATCH), "--seed", str(trial.seed)]
+        flags += ["--learning-rate", str(trial.learning_rate), "--warmup-steps", str(WARMUP), "--report-to", "none"]
+        flags += ["--eval-strategy", "no", "--save-strategy", "no", "--disable-tqdm", "true"]
+        base_width = BASE_WIDTH if trial.by_fan_in else None
+        run = Run(str(file), data, "bytes", CONTEXT, validation_tokens=2**15, width_scaled_learning_rate=base_width)
+        result = train(run, parse_arguments(flags, f"{folder}/run"))
+    return asdict(trial) | {name: result[name] for name in ("parameters", "validation_loss", "elapsed_s")}
+
+
+def sweep(data: str, output: Path, minutes: float) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    finished = {Trial(**{name: row[name] for name in asdict(Trial("", 0, 0.0))}) for row in read(output)}
+    started = time.monotonic()
+    for trial in trials():
+        if trial in finished or time.monotonic() - started >= 60 * minutes:
+            continue
+        row = run_trial(trial, data)
+        assert math.isfinite(row["validation_loss"])
+        with output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]]:
+    """learning rate -> validation losses of its seeds, for the rows that have these values."""
+    found: dict[float, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
+        if all(row[name] == value for name, value in chosen.items()):
+            found.setdefault(row["learning_rate"], []).append(row["validation_loss"])
+    return found
+
+
+def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool, str, int]]:
+    """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH stands under both rules."""
+    found = {(row["init"], row["by_fan_in"], row["variant"], row["width"]) for row in rows}
+    found |= {(init, True, *rest) for init, _, *rest in found if init == "scaled" and rest[1] == BASE_WIDTH}
+    return sorted(found)
+
+
+def line(rows: list[dict[str, Any]], init: str, by_fan_in: bool, variant: str, width: int) -> dict[float, list[float]]:
+    """The losses of one of `lines_of`."""
+    by_fan_in = by_fan_in and width != BASE_WIDTH
+    return losses(rows, init=init, by_fan_in=by_fan_in, variant=variant, width=width)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the losses of every seed, a column a learning rate; the best mean of three or more is bold."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    text = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for init, by_fan_in, variant, width in lines_of(rows):
+        found = line(rows, init, by_fan_in, variant, width)
+        best = min(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
+        cells = [", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates]
+        cells = [
+            f"**{cell}**" if rate == best and len(found) > 2 else cell for rate, cell in zip(rates, cells, strict=True)
+        ]
+        rule = "by fan-in" if by_fan_in else "one rate"
+        text.append(f"| {variant} {width}, `{init}`, {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Loss against learning rate, a panel a rule and a variant, a line a width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [entry for entry in lines_of(rows) if entry[0] == "scaled"]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained")
+    for _, by_fan_in, variant, width in shown:
+        found = line(rows, "scaled", by_fan_in, variant, width)
+        panel = axes[int(variant == "swiglu")][int(by_fan_in)]
+        means = [sum(values) / len(values) for values in found.values()]
+        (drawn,) = panel.plot(list(found), means, "-", label=f"width {width}")
+        points = [(rate, loss) for rate, values in found.items() for loss in values]
+        panel.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=4)
+        rule = f"rates by fan-in from {BASE_WIDTH}" if by_fan_in else "one learning rate"
+        panel.set(
+            title=f"{variant}, {rule}", xscale="log", xlabel="learning rate", ylabel="validation loss, nats a byte"
+        )
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--picture", type=Path)
+    arguments = parser.parse_args()
+    sweep(arguments.data, arguments.output, arguments.minutes)
+    rows = read(arguments.output)
+    print(table(rows))
+    if arguments.picture is not None:
+        draw(rows, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
