@@ -1,28 +1,18 @@
 """A comparison as one self-contained HTML page: table, curves, speed and memory, samples."""
 
 import html
-import io
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flashmhf.inspection import FIGURES, HeadReport
+from flashmhf.pages import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, html_figure, html_table, write_page
 
-COLOURS = {  # Okabe and Ito's, told apart with any colour vision
-    "flashmhf": "#0072B2",
-    "swiglu": "#D55E00",
-    "mhffn": "#009E73",
-    "pkv": "#CC79A7",
-    "dense_moe": "#E69F00",
-}
-UNIGRAM_COLOUR = "#666666"
+COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "mhffn": GREEN, "pkv": PURPLE, "dense_moe": ORANGE}
+UNIGRAM_COLOUR = GREY
 FIGURE_INCHES = (5.0, 3.4)
 COLUMNS = (
     "FFN",
@@ -34,40 +24,10 @@ COLUMNS = (
     "peak memory (MiB)",
 )
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>FlashMHF comparison</title>
-<style>
-  :root {{ color-scheme: light; }}
-  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #1a1a1a;
-         background: #fff; }}
-  h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-  .scroll {{ overflow-x: auto; }}
-  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-  th:first-child, td:first-child {{ text-align: left; }}
-  th {{ font-weight: 600; white-space: normal; vertical-align: bottom; }}
-  figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; max-width: 40rem; height: auto; }}
-  pre {{ background: #f5f5f5; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
-        font-size: 0.85rem; }}
-  .prompt {{ color: #777; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
 
 def write_report(results: dict[str, Any], file: Path) -> None:
     """Writes the page for what `comparison.compare` returns; it loads nothing from anywhere."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(PAGE.format(body="\n".join(_sections(results))), encoding="utf-8")
-    beside.replace(file)
+    write_page(file, "FlashMHF comparison", _sections(results))
 
 
 def draw_heads(reports: list[HeadReport], file: Path) -> None:
@@ -106,13 +66,13 @@ def _sections(results: dict[str, Any]) -> list[str]:
         f"seeds {seeds}; same trunk, matched parameters, same order of the data. Lowest validation loss here: "
         f"<b>{html.escape(best['variant'])}</b>. A model without context could reach "
         f"{results['unigram_entropy_nats']:.3f} nats a token (the unigram entropy).</p>",
-        _html_table(results),
+        html_table(COLUMNS, _rows(results)),
         "<h2>Loss</h2>",
-        _figure(_curves(results, "curve", None), "Training loss, one line a run"),
-        _figure(_curves(results, "validation_curve", "o"), "Validation loss, one line a run"),
+        html_figure(_curves(results, "curve", None), "Training loss, one line a run"),
+        html_figure(_curves(results, "validation_curve", "o"), "Validation loss, one line a run"),
         "<h2>Speed and memory</h2>",
-        _figure(_bars(results, "tokens_per_second"), "Tokens a second of the training step"),
-        _figure(_bars(results, "peak_memory_mib"), "Peak memory of the training process, MiB"),
+        html_figure(_bars(results, "tokens_per_second"), "Tokens a second of the training step"),
+        html_figure(_bars(results, "peak_memory_mib"), "Peak memory of the training process, MiB"),
         "<h2>Samples</h2>",
         *_samples(results["samples"]),
         "<h2>Settings</h2>",
@@ -124,14 +84,6 @@ def markdown_table(results: dict[str, Any]) -> str:
     """One row a variant, the lowest validation loss first."""
     rows = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *_rows(results)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _html_table(results: dict[str, Any]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(results)
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -191,19 +143,6 @@ def _samples(samples: dict[str, Any]) -> list[str]:
 
 def _settings_text(settings: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in settings.items())
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
-    caption = html.escape(caption)
-    return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
 
 
 def _spread(measure: dict[str, Any]) -> str:
