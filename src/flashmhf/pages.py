@@ -33,8 +33,8 @@ PAGE = """<!DOCTYPE html>
   .scroll {{ overflow-x: auto; }}
   table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
   th, td {{ padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-  th:first-child, td:first-child {{ text-align: left; }}
   th {{ font-weight: 600; white-space: normal; vertical-align: bottom; }}
+  th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 7rem; }}
   figure {{ margin: 1rem 0; }} figure svg {{ width: 100%; max-width: 40rem; height: auto; }}
   pre {{ background: #f5f5f5; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
         font-size: 0.85rem; }}

@@ -18,13 +18,14 @@ VERDICTS = ("faster", "slower", "within noise", "unknown", "new", "gone", "faile
 def compare_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """What changed from one result to another.
 
-    A row is faster or slower if the quartiles of the two runs do not overlap and the medians differ by at least 3 %.
-    Of two equal programs with 7 repeats each, the quartiles are apart by chance once in 34 times. `unknown` is a row of
-    which a run has fewer than 3 repeats, or no quartiles.
+    A row is faster or slower if the quartiles of the two runs lie at least 3 % apart. Of two equal programs with 7
+    repeats each, the quartiles do not overlap by chance once in 34 times, and less often lie 3 % apart. `unknown` is a
+    row of which a run has fewer than 3 repeats, or no quartiles.
 
     Returns:
-        `rows`: the identity, both medians, `ratio` (new time / old), its bounds by the quartiles, and the verdict, one
-        of VERDICTS; `counts` of the verdicts; `differences` of machine and versions, which may explain any of them.
+        `rows`: the identity, both medians, `ratio` (new time / old), its bounds by the quartiles, `memory_ratio` where
+        memory is measured, and the verdict, one of VERDICTS; `counts` of the verdicts; `differences` of machine and
+        versions, which may explain any of them.
     """
     before, after = ({_identity(row): row for row in complete(result)} for result in (old, new))
     rows = [_compare_rows(before.get(key), after.get(key)) for key in {**after, **before}]
@@ -49,36 +50,51 @@ def _identity(row: Row) -> tuple[str, ...]:
 def _compare_rows(old: Row | None, new: Row | None) -> Row:
     row = new or old or {}
     result = {key: row[key] for key in IDENTITY if row.get(key) is not None}
-    old_ms, new_ms = (side and side.get("median_ms") for side in (old, new))
+    before, after = old or {}, new or {}
+    old_ms, new_ms = before.get("median_ms"), after.get("median_ms")
     result |= {"old_ms": old_ms, "new_ms": new_ms, "ratio": None, "ratio_from": None, "ratio_to": None}
     if new is None:
         return {**result, "verdict": "gone"}
     if new_ms is None:
         return {**result, "verdict": "failed"}
-    if old is None or old_ms is None:
+    if old_ms is None:
         return {**result, "verdict": "new"}
-    ratio: float = new_ms / old_ms
-    (old_lower, old_upper), (new_lower, new_upper) = ([side.get(key) for key in QUARTILES] for side in (old, new))
-    if None in (old_lower, old_upper, new_lower, new_upper):
-        return {**result, "ratio": ratio, "verdict": "unknown"}
-    bounds = new_lower / old_upper, new_upper / old_lower
-    result |= {"ratio": ratio, "ratio_from": bounds[0], "ratio_to": bounds[1]}
-    return {**result, "verdict": _verdict(ratio, *bounds)}
+    result["ratio"] = new_ms / old_ms
+    if before.get("peak_mib") and after.get("peak_mib"):
+        result["memory_ratio"] = after["peak_mib"] / before["peak_mib"]
+    quartiles = [side[key] for side in (before, after) for key in QUARTILES if side.get(key) is not None]
+    if len(quartiles) < 4:
+        return {**result, "verdict": "unknown"}
+    old_lower, old_upper, new_lower, new_upper = quartiles
+    result |= {"ratio_from": new_lower / old_upper, "ratio_to": new_upper / old_lower}
+    return {**result, "verdict": _verdict(result["ratio_from"], result["ratio_to"])}
 
 
-def _verdict(ratio: float, least: float, most: float) -> str:
-    if most < 1 and ratio <= 1 / LEAST_CHANGE:
+def _verdict(least: float, most: float) -> str:
+    if most <= 1 / LEAST_CHANGE:
         return "faster"
-    if least > 1 and ratio >= LEAST_CHANGE:
+    if least >= LEAST_CHANGE:
         return "slower"
     return "within noise"
 
 
 def comparison_table(comparison: dict[str, Any]) -> list[Row]:
-    """The rows with what tells them apart, and without the sizes that all of them share."""
+    """The rows to print: what each is of, in one cell and as far as they differ, then the verdict and the figures."""
     rows = comparison["rows"]
-    shared = {key for key in IDENTITY[4:] if len({str(row.get(key)) for row in rows}) == 1}
-    return [{key: value for key, value in row.items() if key not in shared} for row in rows]
+    names = ("variant", "model")
+    telling = [key for key in IDENTITY if key in names or len({str(row.get(key)) for row in rows}) > 1]
+    return [
+        {
+            "what": ", ".join(_phrase(key, row[key]) for key in telling if key in row),
+            "verdict": row["verdict"],
+            **{key: value for key, value in row.items() if key not in IDENTITY},
+        }
+        for row in rows
+    ]
+
+
+def _phrase(key: str, value: Any) -> str:
+    return f"{key.replace('_', ' ')} {value}" if isinstance(value, int) else str(value)
 
 
 def comparison_summary(comparison: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import cell
@@ -37,7 +37,7 @@ LABELS = {
 LOGARITHMIC = ("peak_mib", "median_ms")
 COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "naive": GREEN, "blockwise": BLUE, "reference": GREY}
 OTHER_COLOURS = (PURPLE, ORANGE, SKY, GREEN, GREY, "black")
-PANEL_INCHES = (5.0, 3.4)
+WIDTH, HEIGHT = 5.0, 3.4  # of a panel, in inches
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Panel:
     def across(self) -> bool:
         """Whether tokens vary, so that there is something to draw lines over."""
         return len({row.get("tokens") for rows in self.lines.values() for row in rows}) > 1
+
+    @property
+    def height(self) -> float:
+        """In inches."""
+        return HEIGHT if self.across else 0.9 + 0.35 * len(self.lines)
 
     @property
     def label(self) -> str:
@@ -75,12 +80,22 @@ def grid(chosen: list[Panel], columns: int = 2) -> Figure:
     """All panels in one figure, at most that many beside each other."""
     columns = max(min(columns, len(chosen)), 1)
     lines = max(-(-len(chosen) // columns), 1)  # a figure needs one, also where all variants failed
-    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    heights = [
+        max((panel.height for panel in chosen[columns * i : columns * (i + 1)]), default=1) for i in range(lines)
+    ]
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(WIDTH * columns, sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
     for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, chosen, strict=False):
         draw(axis, panel)
+        axis.set_title(panel.title, fontsize="medium")
     return figure
 
 
@@ -93,8 +108,7 @@ def png(figure: Figure) -> bytes:
 
 
 def draw(axis: Axes, panel: Panel) -> None:
-    """Draws a panel; quartiles are whiskers."""
-    axis.set_title(panel.title, fontsize="medium")
+    """Draws a panel without its title; quartiles are whiskers."""
     axis.spines[["top", "right"]].set_visible(False)
     (_lines if panel.across else _bars)(axis, panel)
 
@@ -108,6 +122,7 @@ def _lines(axis: Axes, panel: Panel) -> None:
     if panel.quantity in LOGARITHMIC:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axis.set(xlabel="tokens", ylabel=panel.label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", frameon=False)

@@ -6,15 +6,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from flashmhf.benchmarking.comparing import comparison_summary, comparison_table
-from flashmhf.benchmarking.drawing import PANEL_INCHES, Panel, draw, panels
+from flashmhf.benchmarking.drawing import WIDTH, Panel, draw, panels
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import cell, columns_of
 from flashmhf.benchmarking.results import FACTS, measured
 from flashmhf.pages import html_figure, html_table, page
 
 NOTE = (
-    "Times are medians of calls that took turns, with the quartiles beside them; ratios are to the first variant of the "
-    "same run. Memory is the allocator's peak: of activations for op and layer, of all that a model holds for model."
+    "Times are medians of calls that took turns, with the quartiles beside them; ratios are to the first variant of "
+    "the same run. Memory is the allocator's peak: of activations for op and layer, for model of all it holds."
 )
 
 
@@ -28,11 +28,9 @@ def webpage(result: dict[str, Any]) -> str:
             *(f"<p>{html.escape(line)}</p>" for line in comparison_summary(comparison)),
             _table(comparison_table(comparison)),
         ]
-    drawn = panels(result["kind"], result["rows"])
-    sections += [
-        "<h2>Pictures</h2>",
-        *(html_figure(_figure(panel), f"{panel.title}: {panel.label}") for panel in drawn),
-    ]
+    sections.append("<h2>Pictures</h2>")
+    for panel in panels(result["kind"], result["rows"]):
+        sections.append(html_figure(_figure(panel), f"{panel.title}: {panel.label}"))
     facts = [(name, cell(result[name])) for name in ("command", *FACTS, "shape") if name in result]
     sections += [
         "<h2>Rows</h2>", f"<p>{NOTE}</p>", _table(measured(result["rows"])),
@@ -53,7 +51,6 @@ def _table(rows: list[Row]) -> str:
 
 
 def _figure(panel: Panel) -> plt.Figure:
-    height = PANEL_INCHES[1] if panel.across else 1.0 + 0.4 * len(panel.lines)
-    figure, axis = plt.subplots(figsize=(PANEL_INCHES[0], height), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, panel.height), layout="constrained")
     draw(axis, panel)
     return figure
