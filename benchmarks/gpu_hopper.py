@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.benchmarking import Row
-from flashmhf.benchmarking.measuring import interleaved_median_ms, matmul_call
+from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper.forward import plan_forward
 from flashmhf.ops.hopper.tiles import Tile, tile_for
@@ -100,7 +100,7 @@ def _time_tile(bench: Bench, D: int, tile: Tile) -> list[Row]:
     q, k, u, v, gate, _ = bench.inputs(*TUNING_SIZE, D, torch.bfloat16)
     matmul, matmul_flops = matmul_call(bench.device, torch.bfloat16)
     launch = plan_forward(q, k, u, v, gate, torch.empty_like(q), tile)
-    times = interleaved_median_ms({"matmul": matmul, "forward": launch.run}, bench.device, bench.repeats)
-    tflops = 3 * 2 * T * H * D * E * F / times["forward"] / 1e9
-    cublas = matmul_flops / times["matmul"] / 1e9
-    return [{**check, "median_ms": times["forward"], "tflops": tflops, "ratio_to_cublas": tflops / cublas}]
+    times = interleaved_times({"matmul": matmul, "forward": launch.run}, bench.device, bench.repeats)
+    tflops = 3 * 2 * T * H * D * E * F / times["forward"].median_ms / 1e9
+    cublas = matmul_flops / times["matmul"].median_ms / 1e9
+    return [{**check, **vars(times["forward"]), "tflops": tflops, "ratio_to_cublas": tflops / cublas}]

@@ -39,7 +39,7 @@ class Record:
         self.output = output
         self.bench = bench
         self.device_broken = False
-        self.result: dict[str, Any] = {**provenance(), "code": code_hash(), "sections": {}}
+        self.result: dict[str, Any] = {**provenance(bench.device), "code": code_hash(), "sections": {}}
         file = output.with_suffix(".json")
         if file.exists():
             earlier = json.loads(file.read_text())

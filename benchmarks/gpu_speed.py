@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flashmhf.benchmarking import LAYERS, Row, Shape, bench_decode, bench_layer
-from flashmhf.benchmarking.measuring import interleaved_median_ms, matmul_call
+from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
 from flashmhf.ops.flash_mhf import flash_mhf
 from gpu_bench import Bench, Case, name_of
 
@@ -40,14 +40,14 @@ def _op(bench: Bench, backend: str, dtype: torch.dtype, name: str, shape: Shape,
         "forward": functools.partial(run, *(leaf.detach() for leaf in leaves)),
         "backward": functools.partial(torch.autograd.grad, run(*leaves), leaves, dout, retain_graph=True),
     }
-    times = interleaved_median_ms(calls, bench.device, bench.repeats)
-    cublas = matmul_flops / times["matmul"] / 1e9
+    times = interleaved_times(calls, bench.device, bench.repeats)
+    cublas = matmul_flops / times["matmul"].median_ms / 1e9
     rows = []
     for measured_pass, products in (("forward", 3), ("backward", 8)):
-        tflops = products * 2 * T * shape.hidden_size * E * F / times[measured_pass] / 1e9
+        tflops = products * 2 * T * shape.hidden_size * E * F / times[measured_pass].median_ms / 1e9
         case = {"backend": backend, "shape": name, "dtype": name_of(dtype), "tokens": T, "measured_pass": measured_pass}
         speed = {"tflops": tflops, "cublas_tflops": cublas, "ratio_to_cublas": tflops / cublas}
-        rows.append({**case, "median_ms": times[measured_pass], **speed})
+        rows.append({**case, **vars(times[measured_pass]), **speed})
     return rows
 
 

@@ -22,7 +22,7 @@ import gpu_kernels
 from compile_kernels import GRID, SHARED_LIMITS, Compiled
 from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.layer import describe
-from flashmhf.benchmarking.measuring import copy_call, interleaved_median_ms
+from flashmhf.benchmarking.measuring import copy_call, interleaved_times
 from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, device_class, table_rows
 from gpu_bench import Bench, Case, OutOfTimeError, check_device, name_of
 from gpu_compile import compile_ahead
@@ -114,8 +114,8 @@ def _times(
         calls: dict[str, Callable[[], Any]] = {
             str(i): gpu_kernels.KERNELS[kernel](inputs, tile) for i, tile in enumerate(tiles)
         }
-        for i, milliseconds in interleaved_median_ms(calls, bench.device, repeats, before_each).items():
-            times[tiles[int(i)]][T] = milliseconds
+        for i, measured in interleaved_times(calls, bench.device, repeats, before_each).items():
+            times[tiles[int(i)]][T] = measured.median_ms
     return times
 
 
@@ -139,7 +139,8 @@ def _two_kernels_ms(bench: Bench, dtype: torch.dtype, D: int, shipped: dict[tupl
         calls: dict[str, Callable[[], Any]] = {
             kernel: gpu_kernels.KERNELS[kernel](inputs, shipped[kernel, D]) for kernel in kernels
         }
-        total[T] = sum(interleaved_median_ms(calls, bench.device, bench.repeats).values())
+        times = interleaved_times(calls, bench.device, bench.repeats)
+        total[T] = sum(measured.median_ms for measured in times.values())
     return total
 
 

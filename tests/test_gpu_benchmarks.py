@@ -26,7 +26,7 @@ def record(tmp_path, monkeypatch):
     same = {"machine": "toy", "torch": "2", "triton": "3"}
 
     def open_record(time_limit_s: float = 60, code: str = "abc", **changes: str) -> Record:
-        monkeypatch.setattr(gpu_record, "provenance", lambda: same | changes)
+        monkeypatch.setattr(gpu_record, "provenance", lambda device: same | changes)
         monkeypatch.setattr(gpu_record, "code_hash", lambda: code)
         return Record(tmp_path / "out", Bench(True, time_limit_s))
 

@@ -91,7 +91,7 @@ class GuardedTrainer(CheckpointTrainer):
         losses = [loss.item() for loss in self._losses]
         batches = gather_object([(loss, batch.tolist()) for loss, batch in zip(losses, self._blocks, strict=False)])
         batches.sort(key=lambda pair: -pair[0] if math.isfinite(pair[0]) else -math.inf)
-        blocks = list(dict.fromkeys(number for _, batch in batches for number in batch))  # sharers of heads share blocks
+        blocks = list(dict.fromkeys(number for _, batch in batches for number in batch))  # head groups share them
         row = {"step": self.state.global_step + 1, **what, "blocks": blocks, "documents": []}
         if isinstance(self.train_dataset, ShuffledBlocks):
             row["documents"] = [self.train_dataset.describe(number) for number in blocks[:NUMBERED]]

@@ -48,12 +48,16 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
     return None
 
 
-def write_flushed(file: Path, text: str) -> None:
+def write_flushed(file: Path, content: str | bytes) -> None:
     """Writes beside, flushes and renames: at any moment `file` is what it was or what it becomes, power cut or not."""
     beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    _flush(beside)
-    beside.replace(file)
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(beside)
+        beside.replace(file)
+    except BaseException:  # a disk that is full, an interrupt
+        beside.unlink(missing_ok=True)
+        raise
     _flush(file.parent)
 
 

@@ -149,14 +149,17 @@ def test_convert(command, tmp_path):
 def test_bench_layer_and_op(command, tmp_path):
     sizes = ["--hidden-size", "32", "--num-heads", "2", "--num-subnetworks", "2", "--subnetwork-size", "16"]
     sizes += ["--tokens", "8,16", "--repeats", "1"]
-    output = tmp_path / "rows.json"
+    output = tmp_path / "out"
     outcome = command("bench", "layer", *sizes, "--dtypes", "float32", "--output", str(output), "--json")
     assert outcome.code == 0
-    assert json.loads(output.read_text()) == outcome.json
+    assert json.loads((output / "results.json").read_text()) == outcome.json
+    assert {file.name for file in output.iterdir()} == {"results.json", "results.csv", "results.png", "report.html"}
     assert {row["variant"] for row in outcome.json["rows"]} == {"swiglu", "naive", "flashmhf"}
     assert len(outcome.json["rows"]) == 2 * 2 * 3
     assert {"machine", "torch", "commit", "command"} <= outcome.json.keys()
-    assert "| blockwise |" in command("bench", "op", *sizes).out
+    op = command("bench", "op", *sizes, "--dtypes", "float32", "--compare", str(output / "results.json"))
+    assert "| blockwise |" in op.out
+    assert "8 new, 12 gone; commit" in op.out
 
 
 def test_bench_decode_and_model(command, model_file):
@@ -203,6 +206,11 @@ BAD = {
     "bench model with tokens": (
         ["bench", "model", "--tokens", "9"],
         "tokens: expected nothing with bench model, got '9'",
+    ),
+    "bench to a file": (["bench", "op", "--output", "rows.json"], "output: expected a folder, got 'rows.json'"),
+    "bench against nothing": (
+        ["bench", "op", "--compare", "gone.json"],
+        "compare: expected the results.json of a benchmark, got 'gone.json': No such file",
     ),
     "bench unknown model": (["bench", "model", "--models", "gpt-9"], "model: expected a preset"),
     "temperature": (["generate", "x", "--temperature", "-1"], "temperature"),

@@ -5,10 +5,29 @@ machine drifts. Memory is that of activations: the peak of the allocator above w
 parameters' gradients, which every layer has to return. Results are rows, dicts with units in their keys.
 """
 
+from flashmhf.benchmarking.comparing import compare_results, comparison_summary, comparison_table
 from flashmhf.benchmarking.decode import bench_decode
 from flashmhf.benchmarking.layer import bench_layer, bench_op
 from flashmhf.benchmarking.measuring import Row, peak_bytes
 from flashmhf.benchmarking.provenance import provenance, table
+from flashmhf.benchmarking.results import check_folder, complete, read_result, write_results
 from flashmhf.benchmarking.variants import LAYERS, Shape
 
-__all__ = ["LAYERS", "Row", "Shape", "bench_decode", "bench_layer", "bench_op", "peak_bytes", "provenance", "table"]
+__all__ = [
+    "LAYERS",
+    "Row",
+    "Shape",
+    "bench_decode",
+    "bench_layer",
+    "bench_op",
+    "check_folder",
+    "compare_results",
+    "comparison_summary",
+    "comparison_table",
+    "complete",
+    "peak_bytes",
+    "provenance",
+    "read_result",
+    "table",
+    "write_results",
+]

@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from flashmhf.benchmarking.measuring import Row, copy_call, graphed, interleaved_median_ms
-from flashmhf.benchmarking.variants import Shape, build_layers
+from flashmhf.benchmarking.measuring import Row, copy_call, graphed, interleaved_times
+from flashmhf.benchmarking.variants import Shape, backend_of, build_layers
 
 
 def bench_decode(
@@ -23,18 +23,21 @@ def bench_decode(
     x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=device)
     copy, copied_bytes = copy_call(device)
     calls = {name: graphed(functools.partial(layer, x), device)[0] for name, layer in layers.items()}
-    times = interleaved_median_ms({"copy": copy, **calls}, device, repeats, before_each=copy)
-    copy_gb_s = copied_bytes / times["copy"] / 1e6
+    times = interleaved_times({"copy": copy, **calls}, device, repeats, before_each=copy)
+    copy_gb_s = copied_bytes / times["copy"].median_ms / 1e6
     rows = []
     for name, layer in layers.items():
-        weights_gb_s = sum(parameter.nbytes for parameter in layer.parameters()) / times[name] / 1e6
+        weight_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+        weights_gb_s = weight_bytes / times[name].median_ms / 1e6
         rows.append(
             {
                 "variant": name,
                 "tokens": tokens,
                 "dtype": str(dtype).removeprefix("torch."),
-                "median_us": 1e3 * times[name],
-                "ratio": times[name] / times[variants[0]],
+                "backend": backend_of(layer, tokens, dtype),
+                **vars(times[name]),
+                "ratio": times[name].median_ms / times[variants[0]].median_ms,
+                "weights_mib": weight_bytes / 2**20,
                 "weights_gb_s": weights_gb_s,
                 "copy_gb_s": copy_gb_s,
                 "ratio_to_copy": weights_gb_s / copy_gb_s,

@@ -5,17 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashmhf.benchmarking.measuring import (
     PASSES,
     Row,
     gradient_bytes,
-    interleaved_median_ms,
+    interleaved_times,
     peak_bytes,
     timed_call,
 )
-from flashmhf.benchmarking.variants import Shape, build_layers
+from flashmhf.benchmarking.variants import Shape, backend_of, build_layers
 from flashmhf.ops.flash_mhf import flash_mhf
 
 # Variant -> the function or module, its inputs, the gradient of its output.
@@ -78,8 +78,8 @@ def _measure(
             if reason := _failure(calls[name], tolerate):
                 failures[name] = reason
                 del calls[name]
-        medians = interleaved_median_ms(calls, dout.device, repeats, warm_up=False)
-        reference = medians.get(next(iter(variants)))
+        times = interleaved_times(calls, dout.device, repeats, warm_up=False)
+        reference = times.get(next(iter(variants)))
         for name, variant in variants.items():
             row = {"variant": name, **common}
             if name in failures:
@@ -90,13 +90,18 @@ def _measure(
             rows.append(
                 {
                     **row,
-                    "median_ms": medians[name],
-                    "ratio": None if reference is None else medians[name] / reference,
+                    "backend": _backend(name, variant[0], dout),
+                    **vars(times[name]),
+                    "ratio": None if reference is None else times[name].median_ms / reference.median_ms,
                     "peak_mib": peak / 2**20,
                     "peak_bytes_per_token": peak / len(dout),
                 }
             )
     return rows
+
+
+def _backend(name: str, function: Callable[..., Tensor], dout: Tensor) -> str | None:
+    return backend_of(function, len(dout), dout.dtype) if isinstance(function, nn.Module) else name
 
 
 def _failure(call: Callable[[], Any], tolerate: tuple[type[Exception], ...]) -> str | None:

@@ -4,6 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,25 @@ from torch.profiler import ProfilerActivity, profile
 
 Row = dict[str, Any]
 PASSES = ("forward", "forward+backward")
+LEAST_REPEATS = 3  # fewer say nothing of how far apart they are
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a row says of the timed calls of one variant."""
+
+    median_ms: float
+    lower_quartile_ms: float | None  # None for fewer than LEAST_REPEATS
+    upper_quartile_ms: float | None
+    repeats: int
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> "Times":
+        """Summarises the calls; with three of them the quartiles are the least and the most."""
+        lower = upper = None
+        if len(milliseconds) >= LEAST_REPEATS:
+            lower, _, upper = statistics.quantiles(milliseconds, n=4)
+        return cls(statistics.median(milliseconds), lower, upper, len(milliseconds))
 
 
 def timed_call(
@@ -36,14 +56,14 @@ def timed_call(
     return run
 
 
-def interleaved_median_ms(
+def interleaved_times(
     calls: dict[str, Callable[[], Any]],
     device: torch.device,
     repeats: int,
     before_each: Callable[[], Any] | None = None,
     warm_up: bool = True,
-) -> dict[str, float]:
-    """Median milliseconds of each call, timed in turn.
+) -> dict[str, Times]:
+    """Median and quartiles of each call, timed in turn.
 
     Args:
         warm_up: make each call once before; not needed where each has run already.
@@ -59,7 +79,7 @@ def interleaved_median_ms(
             if before_each is not None:
                 before_each()
             times[name].append(_elapsed_ms(call, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: Times.of(values) for name, values in times.items()}
 
 
 def _elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from flashmhf.accounting import account
-from flashmhf.benchmarking.measuring import Row, interleaved_median_ms, matmul_call, peak_bytes
+from flashmhf.benchmarking.measuring import Row, interleaved_times, matmul_call, peak_bytes
+from flashmhf.benchmarking.variants import backend_of
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_config
 from flashmhf.ops.roofline import GPUS, Gpu
@@ -36,19 +37,20 @@ def bench_training(
     """
     steps = {name: TrainingStep(load_config(name), batch_size, context_length, dtype, device) for name in names}
     matmul, matmul_flops = matmul_call(device, dtype)
-    times = interleaved_median_ms({"matmul": matmul, **steps}, device, repeats)
-    matmul_tflops = matmul_flops / times["matmul"] / 1e9
+    times = interleaved_times({"matmul": matmul, **steps}, device, repeats)
+    matmul_tflops = matmul_flops / times["matmul"].median_ms / 1e9
     gpu = data_sheet(device)
     rows = []
     for name, step in steps.items():
         tokens = batch_size * context_length
-        tflops = tokens * account(step.config, context_length)["training_flops_per_token"] / times[name] / 1e9
+        tflops = tokens * account(step.config, context_length)["training_flops_per_token"] / times[name].median_ms / 1e9
         rows.append(
             {
                 **_common("training", name, batch_size, context_length, dtype),
-                "median_ms": times[name],
-                "ratio": times[name] / times[names[0]],
-                "tokens_per_s": 1e3 * tokens / times[name],
+                "backend": backend_of(step.model, tokens, dtype),
+                **vars(times[name]),
+                "ratio": times[name].median_ms / times[names[0]].median_ms,
+                "tokens_per_s": 1e3 * tokens / times[name].median_ms,
                 "tflops": tflops,
                 "matmul_tflops": matmul_tflops,
                 "mfu_of_matmul": tflops / matmul_tflops,
@@ -80,14 +82,15 @@ def bench_generation(
         name: Generation(load_config(name), batch_size, prompt_length, new_tokens, dtype, device, cache)
         for name in names
     }
-    times = interleaved_median_ms({**runs}, device, repeats)
+    times = interleaved_times({**runs}, device, repeats)
     return [
         {
             **_common(f"generation, {cache} cache", name, batch_size, prompt_length, dtype),
             "new_tokens": new_tokens,
-            "median_ms": times[name],
-            "ratio": times[name] / times[names[0]],
-            "tokens_per_s": 1e3 * batch_size * new_tokens / times[name],
+            "backend": backend_of(run.model, batch_size, dtype),
+            **vars(times[name]),
+            "ratio": times[name].median_ms / times[names[0]].median_ms,
+            "tokens_per_s": 1e3 * batch_size * new_tokens / times[name].median_ms,
             "peak_mib": (run.weight_bytes() + peak_bytes(run, device)) / 2**20,
         }
         for name, run in runs.items()

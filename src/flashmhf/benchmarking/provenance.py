@@ -1,5 +1,6 @@
 """What a measurement must say of itself, and rows as a Markdown table."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,22 +11,22 @@ from typing import Any
 
 import torch
 
+import flashmhf
 from flashmhf.benchmarking.measuring import Row
 
 RESULTS = ":(top,exclude)benchmarks/results"  # writing results does not make another commit of the code
 
 
-def provenance() -> dict[str, Any]:
-    """Machine, versions, commit and command."""
-    processor = platform.processor()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
-        processor = f"{len(names)} x {names[0]}" if names else processor
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Machine, versions, commit and command of what is measured on `device`."""
     return {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": device.type,
         "python": platform.python_version(),
+        "flashmhf": flashmhf.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _commit(),
@@ -34,23 +35,39 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def _processor() -> str:
+    """The number of processors and their name where Linux says it."""
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
+        if names:
+            return f"{len(names)} x {names[0]}"
+    return platform.processor()
+
+
 def table(rows: list[Row]) -> str:
     """Rows as Markdown, one column for every key that occurs."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = columns_of(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def columns_of(rows: list[Row]) -> list[str]:
+    """Every key that occurs, in the order in which they do."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def cell(value: Any) -> str:
+    """A value as people read it: four digits of a number, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_cell(content)}" for key, content in value.items())
+        return ", ".join(f"{key}: {cell(content)}" for key, content in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_cell, value))
+        return ", ".join(map(cell, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

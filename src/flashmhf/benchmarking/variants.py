@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flashmhf.benchmarking.chunked import chunked_mhf
 from flashmhf.layers import FlashMHF, SwiGLU
+from flashmhf.ops.backends import BACKENDS, select
+from flashmhf.ops.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,14 @@ def build_layers(
 ) -> dict[str, nn.Module]:
     """The named layers, each with random parameters of its own."""
     return {name: LAYERS[name](shape, {"dtype": dtype, "device": device}) for name in names}
+
+
+def backend_of(module: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
+    """The backend that runs the FlashMHF layers of a layer or model, or None where nothing asks for one."""
+    layer = next((inner for inner in module.modules() if isinstance(inner, FlashMHF)), None)
+    if layer is None or isinstance(module, NaiveMHF):
+        return None
+    H_kv, E, F, D = layer.k.shape
+    problem = Problem(tokens, layer.num_heads, H_kv, E, F, D, dtype, layer.k.device, layer.gate is not None)
+    chosen = select(problem, layer.backend).__name__
+    return next(backend.name for backend in BACKENDS if backend.module == chosen)

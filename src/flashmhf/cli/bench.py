@@ -37,7 +37,13 @@ ContextLength = Annotated[
 ]
 NewTokens = Annotated[int | None, typer.Option(min=1, help="Of model: tokens to generate. Default: 32.")]
 Output = Annotated[
-    str | None, typer.Option(help="Also write the rows, with machine, versions and commit, to this JSON.")
+    str | None,
+    typer.Option(
+        metavar="DIR", help="Also write results.json, .csv and .png and report.html there, with machine and versions."
+    ),
+]
+Compare = Annotated[
+    str | None, typer.Option(metavar="OLD.json", help="Say what became faster or slower than in that results.json.")
 ]
 
 DEFAULT_TOKENS = {"op": "4096", "layer": "4096", "decode": "1,2,4,8,16,32,64,128"}
@@ -67,6 +73,7 @@ def bench(
     new_tokens: NewTokens = None,
     device: Device = None,
     output: Output = None,
+    compare: Compare = None,
     json: Json = False,
 ) -> None:
     """Time and memory of FlashMHF against SwiGLU of equal FLOPs and others, or of one backend against another."""
@@ -76,10 +83,14 @@ def bench(
     }  # fmt: skip
     _refuse(kind, of_layers if kind == "model" else of_models)
     with results_only():
-        from flashmhf.benchmarking import Shape, provenance, table
+        from flashmhf.benchmarking import Shape, check_folder, complete, provenance, read_result, table, write_results
 
+        if output is not None:
+            check_folder(Path(output))
+        old = None if compare is None else read_result(Path(compare))
         names = _choices("dtypes", dtypes, DTYPES)
-        common = {"device": pick_device(device), "repeats": repeats}
+        picked = pick_device(device)
+        common = {"device": picked, "repeats": repeats}
         sizes: dict[str, Any]
         if kind == "model":
             sizes = DEFAULT_MODEL | {name: given for name, given in of_models.items() if given is not None}
@@ -88,26 +99,39 @@ def bench(
             shape = Shape(hidden_size, num_heads, num_subnetworks, subnetwork_size)
             sizes = {"shape": vars(shape)}
             rows = _measure(kind, _layer_runs(kind, shape, tokens, variants, names, common))
-        result = {**provenance(), **sizes, "rows": rows}
-        _write(output, result)
-    emit(result, table(rows), json)
+        result = {"kind": kind, **provenance(picked), **sizes, "rows": rows}
+        result["rows"] = complete(result)
+        text = [table(rows), *([] if old is None else _compare(old, result))]
+        if output is not None:
+            write_results(result, Path(output))
+    emit(result, "\n".join(text), json)
 
 
-def _write(output: str | None, result: dict[str, Any]) -> None:
-    if output is not None:
-        from flashmhf.training import write_json
+def _compare(old: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """Adds the comparison to the result; returns what to print of it."""
+    from flashmhf.benchmarking import compare_results, comparison_summary, comparison_table, table
 
-        write_json(Path(output), result)
+    result["comparison"] = comparison = compare_results(old, result)
+    return ["", table(comparison_table(comparison)), "", *comparison_summary(comparison)]
 
 
 def _measure(kind: str, runs: Runs) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
     rows = []
-    for title, run in runs:
-        typer.echo(f"{kind}: {title}", err=True)
-        try:
-            rows += run()
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    chosen = list(runs)
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn())
+    # Drawn once a second: more would take the processor away from what is timed.
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=1) as bar:
+        task = bar.add_task(f"bench {kind}", total=len(chosen))
+        for title, run in chosen:
+            typer.echo(f"{kind}: {title}", err=True)
+            try:
+                rows += run()
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            bar.advance(task)
     return rows
 
 

@@ -9,17 +9,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flashmhf.reports.page import FIGURE_INCHES, figures, html_table, markdown_rows, new_axes, write_page
+from flashmhf.reports.page import (
+    BLUE,
+    FIGURE_INCHES,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    figures,
+    html_table,
+    markdown_rows,
+    new_axes,
+    write_page,
+)
 
-COLOURS = {  # Okabe and Ito's, told apart with any colour vision
-    "flashmhf": "#0072B2",
-    "swiglu": "#D55E00",
-    "mhffn": "#009E73",
-    "pkv": "#CC79A7",
-    "dense_moe": "#E69F00",
-}
+COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "mhffn": GREEN, "pkv": PURPLE, "dense_moe": ORANGE}
 ABLATION_STYLES = ("--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
-UNIGRAM_COLOUR = "#666666"
+UNIGRAM_COLOUR = GREY
 COLUMNS = (
     "FFN",
     "validation loss (nats a token)",
@@ -37,7 +44,7 @@ LEAST_SIZES = 3  # for a power law
 def write_report(results: dict[str, Any], file: Path) -> None:
     """Writes the page for what `comparison.compare` returns."""
     names = ", ".join(results["settings"]["variants"])
-    write_page(f"Feed-forward layers compared: {names}", _sections(results), file)
+    write_page(file, f"Feed-forward layers compared: {names}", _sections(results))
 
 
 def markdown_table(results: dict[str, Any]) -> str:

@@ -10,12 +10,12 @@ from matplotlib.ticker import MaxNLocator
 
 from flashmhf.errors import InputError
 from flashmhf.models.loading import read_json
-from flashmhf.reports.page import figures, html_table, new_axes, write_page
+from flashmhf.reports.page import BLUE, GREY, VERMILION, figures, html_table, new_axes, write_page
 from flashmhf.resuming import RUN_FILE
 from flashmhf.run_log import RunLog, read_log
 from flashmhf.saving import TRAINER_STATE, checkpoints
 
-TRAINING, VALIDATION = "#0072B2", "#D55E00"
+TRAINING, VALIDATION = BLUE, VERMILION
 SMOOTHING = 0.9  # of the line over the single losses
 
 
@@ -35,7 +35,7 @@ def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
     if not log.curve("loss"):
         raise InputError(f"DIR: expected a run with at least one logged loss, got {folder}")
     summary = _summary(folder, log)
-    write_page(f"Training run {folder.name}", _sections(folder, log, summary), file)
+    write_page(file, f"Training run {folder.name}", _sections(folder, log, summary))
     return summary
 
 
@@ -118,7 +118,7 @@ def _losses(log: RunLog, against: str, label: str) -> Figure:
         axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", markersize=4, label="validation")
     if against == "step":
         for start in log.starts[1:]:
-            axes.axvline(start["start"], color="#666666", linestyle=":", linewidth=1)
+            axes.axvline(start["start"], color=GREY, linestyle=":", linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
