@@ -10,7 +10,7 @@ import torch
 
 from flashmhf.benchmarking import check_folder, compare_results, complete, provenance, read_result, write_results
 from flashmhf.benchmarking.comparing import comparison_summary, comparison_table
-from flashmhf.benchmarking.drawing import PANELS, grid, panels
+from flashmhf.benchmarking.drawing import PANELS, _colours, grid, panels
 from flashmhf.benchmarking.measuring import Times
 from flashmhf.benchmarking.webpage import webpage
 from flashmhf.errors import InputError
@@ -118,6 +118,12 @@ def test_every_kind_is_drawn_as_lines_or_bars():
         drawn = panels(kind, [one, other])
         assert [panel.across for panel in drawn] == [True, True]
         assert len(grid(drawn).axes) == 2
+
+
+def test_lines_of_a_panel_have_different_colours():
+    names = ["flashmhf-compiled", "swiglu", "flashmhf", "swiglu-tiny", "chunked", "naive"]
+    assert len(set(_colours(names))) == len(names)
+    assert _colours(["swiglu-tiny", "flashmhf-tiny"]) == _colours(["swiglu", "flashmhf"])
 
 
 @pytest.mark.parametrize(

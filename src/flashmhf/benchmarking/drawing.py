@@ -1,6 +1,7 @@
 """Pictures of rows: one panel a quantity, tokens across and one line a variant, or bars where tokens do not vary."""
 
 import io
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ LABELS = {
 }
 LOGARITHMIC = ("peak_mib", "median_ms")
 COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "naive": GREEN, "blockwise": BLUE, "reference": GREY}
-OTHER_COLOURS = (PURPLE, ORANGE, SKY, GREEN, GREY, "black")
+PALETTE = (PURPLE, ORANGE, SKY, GREEN, GREY, VERMILION, BLUE, "black")
 WIDTH, HEIGHT = 5.0, 3.4  # of a panel, in inches
 
 
@@ -61,6 +62,13 @@ class Panel:
     @property
     def label(self) -> str:
         return LABELS.get(self.quantity, self.quantity.replace("_", " "))
+
+
+class PlainLogFormatter(LogFormatter):
+    """Labels the ticks that `LogFormatter` would, without powers of ten."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return f"{value:,.5g}" if super().__call__(value, position) else ""
 
 
 def panels(kind: str, rows: Iterable[Row], kinds: Panels = PANELS) -> list[Panel]:
@@ -121,11 +129,11 @@ def _lines(axis: Axes, panel: Panel) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _thousands(tokens)))
     if panel.quantity in LOGARITHMIC:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
-        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        axis.yaxis.set_major_formatter(PlainLogFormatter())
+        axis.yaxis.set_minor_formatter(PlainLogFormatter(labelOnlyBase=False))
     axis.set(xlabel="tokens", ylabel=panel.label)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", frameon=False)
+    axis.legend(fontsize="small", edgecolor="none")
 
 
 def _bars(axis: Axes, panel: Panel) -> None:
@@ -151,10 +159,15 @@ def _whiskers(panel: Panel, rows: list[Row]) -> list[list[float]] | None:
 
 
 def _colours(names: Iterable[str]) -> list[str]:
-    """The same for the same variant in every panel, as far as it has one of its own."""
+    """A variant's own, a model's by its layer (`flashmhf-tiny`), or one that is still free, again and again."""
     names = list(names)
-    others = [name for name in names if name not in COLOURS]
-    return [COLOURS.get(name) or OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)] for name in names]
+    given = {name: COLOURS[name] for name in names if name in COLOURS}
+    for name in names:
+        own = COLOURS.get(name.partition("-")[0])
+        if name not in given and own is not None and own not in given.values():
+            given[name] = own
+    free = itertools.cycle([colour for colour in PALETTE if colour not in given.values()])
+    return [given.get(name) or next(free) for name in names]
 
 
 def _thousands(tokens: float) -> str:
