@@ -55,14 +55,19 @@ def test_scales_are_those_of_the_new_layer():
 def test_a_comparison_is_whole_and_goes_on(settings, tmp_path):
     lines = []
     results = compare(settings(), tmp_path / "out", lines.append)
-    assert lines == ["run 1 of 2: swiglu, seed 0", "run 2 of 2: flashmhf, seed 0"]
+    assert lines == [
+        "run 1 of 2: swiglu, seed 0",
+        "run 2 of 2: flashmhf, seed 0",
+        "evaluating swiglu, seed 0",
+        "evaluating flashmhf, seed 0",
+    ]
     for name in ("compare.json", "table.md", "results.json", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert json.loads((tmp_path / "out/results.json").read_text()) == json.loads(json.dumps(results))
     for row in results["variants"]:
         assert row["validation_loss"]["mean"] > 0
     for run in results["runs"]:
-        assert [step for step, _ in run["curve"]] == [1, 2, 3, 4]
+        assert [step for step, _, _ in run["curve"]] == [1, 2, 3, 4]
         assert run["tokens"] == 4 * 2 * 64
     assert set(results["samples"]["continuations"]) == {"swiglu", "flashmhf"}
     assert 2 < results["unigram_entropy_nats"] < 4
@@ -81,7 +86,7 @@ def test_where_every_run_dies_nothing_is_reported(settings, tmp_path):
     broken = settings(training_flags=(*FLAGS, "--optim", "adafactor", "--optim-args", "nonsense"))
     with pytest.raises(RunError, match=r"training failed in every run; .*swiglu-seed0.log says why"):
         compare(broken, tmp_path / "out", lambda line: None, jobs=2)
-    assert "nonsense" in (tmp_path / "out/runs/swiglu-seed0.log").read_text()
+    assert "not enough values to unpack" in (tmp_path / "out/runs/swiglu-seed0.log").read_text()
     assert not (tmp_path / "out/report.html").exists()
 
 
@@ -143,7 +148,7 @@ def test_flops_can_be_matched_instead():
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
-@pytest.mark.parametrize(("base", "other", "layers"), [("flashmhf-370m", "swiglu", 24), ("swiglu-370m", "mhffn", 20)])
+@pytest.mark.parametrize(("base", "other", "layers"), [("flashmhf-1.3b", "swiglu", 24), ("swiglu-1.3b", "mhffn", 20)])
 def test_the_papers_depths(base, other, layers):
     config = FlashMHFConfig.from_preset(base)
     matched = match(config, Contender(other), depth="paper")

@@ -145,7 +145,7 @@ def test_a_power_law_wants_three_sizes(tmp_path):
 
 
 def log_lines(folder, *lines):
-    (folder / "run.json").write_text('{"model": "flashmhf-tiny"}')
+    (folder / "run.json").write_text('{"model": "flashmhf-tiny", "data": "books"}')
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -233,7 +233,7 @@ def test_bad_input_for_a_trained_model(command, trained, corpus_folder, tmp_path
     for arguments, message in (
         (["eval", "--context-length", "999"], "context-length: expected 2 to the model's 128, got 999"),
         (["eval", "--stride", "0"], "stride: expected 1 to the context length 128, got 0"),
-        (["eval", "--split", "test"], "split: expected validation or all, got 'test'"),
+        (["eval", "--split", "test"], "split: expected validation, train or all, got 'test'"),
         (["eval", "--data", "nowhere/at-all"], "data: expected stdlib, a file, a folder"),
         (["eval", "--device", "quantum"], "device: 'quantum' cannot be used here"),
         (["generate", "--max-new-tokens", "999"], "max-new-tokens: expected at most 127 after this prompt"),

@@ -1,5 +1,6 @@
 """flashmhf compare: feed-forward layers against each other at matched parameters."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,9 @@ def compare(
             match=match,
             depth=depth,
         )
-        results = run_comparison(settings, Path(output_dir), lambda line: typer.echo(line, err=True), jobs=jobs)
+        results = run_comparison(
+            settings, Path(output_dir), lambda line: typer.echo(line, err=True), jobs=jobs, environment=os.environ
+        )
     report = Path(output_dir) / "report.html"
     samples = results["samples"]
     text = [markdown_table(results), ""]

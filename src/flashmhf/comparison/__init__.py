@@ -1,7 +1,7 @@
 """Feed-forward layers against each other: same trunk, matched size, same data order, same seeds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ SETTINGS_FILE = "compare.json"
 
 
 def compare(
-    settings: Comparison, output_dir: Path, progress: Callable[[str], None], *, jobs: int = 1
+    settings: Comparison,
+    output_dir: Path,
+    progress: Callable[[str], None],
+    *,
+    jobs: int = 1,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Trains every contender with every seed and writes table.md, results.json and report.html into `output_dir`.
 
@@ -34,6 +39,7 @@ def compare(
         output_dir: new, empty, or holding the same comparison.
         progress: called with one line at the start of each run.
         jobs: runs at a time.
+        environment: variables of the runs' processes, see `comparison.queue`.
 
     Raises:
         InputError: the settings do not fit, or the folder holds something else.
@@ -46,9 +52,9 @@ def compare(
     _claim(output_dir, settings)
     for entry in entries:
         write_json(plan.config_file(entry), entry.config.to_dict())
-    run_trials([run.trial for run in plan.sweep()], jobs, progress)
+    run_trials([run.trial for run in plan.sweep()], jobs, environment, progress)
     runs = plan.final()
-    run_trials([run.trial for run in runs], jobs, progress)
+    run_trials([run.trial for run in runs], jobs, environment, progress)
     if not any(run.trial.finished for run in runs):
         raise RunError(f"training failed in every run; {runs[0].trial.log} says why")
     results = collect(settings, plan.sweep(), runs, progress)

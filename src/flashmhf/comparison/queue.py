@@ -2,11 +2,10 @@
 
 import json
 import logging
-import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +38,18 @@ class Trial:
         return self.folder.with_name(self.folder.name + ".log")
 
 
-def run_trials(trials: Sequence[Trial], jobs: int, progress: Callable[[str], None]) -> list[Trial]:
-    """Runs those that have not finished, in turn, and returns those that failed.
+def run_trials(
+    trials: Sequence[Trial], jobs: int, environment: Mapping[str, str] | None, progress: Callable[[str], None]
+) -> None:
+    """Runs those that have not finished, in turn.
 
     One that ends with an error leaves the others alone; Ctrl-C ends all of them with a checkpoint.
 
     Args:
         trials: in the order in which they begin.
-        jobs: at a time; each gets its share of the CPU's cores, or the next of several GPUs.
+        jobs: at a time.
+        environment: variables of the processes, to which each one's share of the CPU's cores, or the next of several
+            GPUs, is added; None leaves these as they are.
         progress: called with one line at the start of each run.
     """
     waiting = [trial for trial in trials if not trial.finished]
@@ -55,26 +58,26 @@ def run_trials(trials: Sequence[Trial], jobs: int, progress: Callable[[str], Non
         slots.put(slot)
     processes: set[subprocess.Popen] = set()
 
-    def run(trial: Trial) -> int:
+    def run(trial: Trial) -> None:
         slot = slots.get()
         try:
             progress(f"run {trials.index(trial) + 1} of {len(trials)}: {trial.label}")
-            return _run(trial, _environment(slot, jobs), jobs == 1, processes)
+            mine = None if environment is None else {**environment, **_share(environment, slot, jobs)}
+            _run(trial, mine, jobs == 1, processes)
         finally:
             slots.put(slot)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            codes = list(pool.map(run, waiting))
+            list(pool.map(run, waiting))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(processes):
                 process.terminate()
             raise
-    return [trial for trial, code in zip(waiting, codes, strict=True) if code != 0]
 
 
-def _run(trial: Trial, environment: dict[str, str], alone: bool, processes: set[subprocess.Popen]) -> int:
+def _run(trial: Trial, environment: Mapping[str, str] | None, alone: bool, processes: set[subprocess.Popen]) -> None:
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [*trial.command, *(["--resume"] if (trial.folder / "run.json").exists() else [])]
     with trial.log.open("ab") as log:
@@ -90,17 +93,15 @@ def _run(trial: Trial, environment: dict[str, str], alone: bool, processes: set[
         trial.log.unlink()
     else:
         logger.warning("%s failed with exit code %d", trial.label, process.returncode)
-    return process.returncode
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
-    environment = dict(os.environ)
+def _share(environment: Mapping[str, str], slot: int, jobs: int) -> dict[str, str]:
     gpus = torch.cuda.device_count()
     if gpus > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-    elif gpus == 0 and jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
-    return environment
+        return {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}
+    if gpus == 0 and jobs > 1 and "OMP_NUM_THREADS" not in environment:
+        return {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // jobs, 1))}
+    return {}
 
 
 def train_command(options: dict[str, object], flags: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from flashmhf.run_log import RunLog, read_log
 from flashmhf.saving import TRAINER_STATE, checkpoints
 
 TRAINING, VALIDATION = BLUE, VERMILION
-SMOOTHING = 0.9  # of the line over the single losses
+SMOOTHING = 0.7  # of the line over the single losses
 
 
 def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
@@ -34,8 +34,9 @@ def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
     log = read_log(folder)
     if not log.curve("loss"):
         raise InputError(f"DIR: expected a run with at least one logged loss, got {folder}")
+    run = read_json(folder / RUN_FILE)
     summary = _summary(folder, log)
-    write_page(file, f"Training run {folder.name}", _sections(folder, log, summary))
+    write_page(file, f"{run['model']} on {run['data']}", _sections(run, log, summary))
     return summary
 
 
@@ -67,7 +68,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return [] if state is None else read_json(state)["log_history"]
 
 
-def _sections(folder: Path, log: RunLog, summary: dict[str, Any]) -> list[str]:
+def _sections(run: dict[str, Any], log: RunLog, summary: dict[str, Any]) -> list[str]:
     drawn = [
         (_losses(log, "step", "step"), "Loss by step; a dotted line where a process began again"),
         (
@@ -85,7 +86,6 @@ def _sections(folder: Path, log: RunLog, summary: dict[str, Any]) -> list[str]:
     ):
         if log.curve(name):
             drawn.append((_line(log, name, label), caption))
-    run = read_json(folder / RUN_FILE)
     return [
         html_table(("", "value"), [(_label(name), _shown(value)) for name, value in summary.items()]),
         figures(*drawn),
