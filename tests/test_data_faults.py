@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from flashmhf.data import Recipe, load_blocks, load_corpus
+from flashmhf.data import Recipe, files, load_blocks, load_corpus
 from flashmhf.data import corpus as corpus_module
 from flashmhf.data.faults import BadData
 from flashmhf.errors import InputError
@@ -139,3 +139,30 @@ def test_a_run_sums_up(folder):
     binary(folder)
     data = load_blocks(str(folder), byte_tokenizer(), Recipe(16, bad_data="skip"))
     assert data.bad_summary().startswith("bad data skipped: 1 binary file (data: expected text, got binary in ")
+
+
+LONG = "".join(f"line {i} of an é or 漢\r\n" for i in range(40))
+
+
+@pytest.mark.parametrize("part", [16, 17, 18, 19, 20, 64, 10_000])
+def test_a_long_file_is_read_in_parts(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(files, "PART_BYTES", part)
+    file = tmp_path / "long.txt"
+    file.write_bytes(LONG.encode())
+    rows = list(files.read_rows([str(file)], "text"))
+    assert "".join(row["text"] for row in rows).rstrip() == LONG.replace("\r\n", "\n").rstrip()
+    assert len(rows) == 1 if part == 10_000 else len(rows) > 5
+    assert all(len(row["text"]) <= 3 * part for row in rows)
+    if part >= 64:
+        assert all(row["text"].endswith("\n") for row in rows)
+    expected = [f"{file}, part {i + 1}" for i in range(len(rows))] if len(rows) > 1 else [str(file)]
+    assert [row["origin"] for row in rows] == expected
+
+
+def test_a_long_file_with_another_encoding_names_the_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PART_BYTES", 16)
+    file = tmp_path / "long.txt"
+    file.write_bytes("é".encode() * 50 + b"\xff" + b"x" * 30)
+    assert list(files.read_rows([str(file)], "text"))[-1]["problem"].endswith(
+        "got " + str(file) + " with invalid start byte at byte 100"
+    )

@@ -1,5 +1,6 @@
 """Files of text as rows: one for each document, and one for each thing that could not be read."""
 
+import codecs
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SNIFF_BYTES = 8192
 PARQUET_ROWS = 256
 READ_BYTES = 2**20
+PART_BYTES = 2**24  # a longer file of text becomes several documents, so that memory stays bounded
 UNREADABLE_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
 
@@ -98,16 +100,31 @@ def fault(kind: str, problem: str) -> dict[str, str]:
 
 
 def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
-    content = file.read()
-    if b"\0" in content[:SNIFF_BYTES]:
-        yield fault(BINARY, f"data: expected text, got binary in {name}")
-        return
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        yield fault(ENCODING, f"data: expected UTF-8, got {name} with {error.reason} at byte {error.start}")
-        return
-    yield row(text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, name)
+    """The file as one document, or in parts that end with a line where there is one."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    rest, parts, position, ended = "", 0, 0, False
+    while not ended:
+        content = file.read(PART_BYTES)
+        ended = not content
+        if position == 0 and b"\0" in content[:SNIFF_BYTES]:
+            yield fault(BINARY, f"data: expected text, got binary in {name}")
+            return
+        if len(rest) >= PART_BYTES and not ended:
+            parts += 1
+            cut = rest.rfind("\n") + 1 or len(rest)
+            yield row(rest[:cut], f"{name}, part {parts}")
+            rest = rest[cut:]
+        begun = position - len(decoder.getstate()[0])  # where a character begins that the last read has cut
+        try:
+            rest += lines.decode(decoder.decode(content, final=ended), final=ended)
+        except UnicodeDecodeError as error:
+            at = begun + error.start
+            yield fault(ENCODING, f"data: expected UTF-8, got {name} with {error.reason} at byte {at}")
+            return
+        position += len(content)
+    if rest.strip() or parts == 0:
+        yield row(rest, f"{name}, part {parts + 1}" if parts else name)
 
 
 def _read_json(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
