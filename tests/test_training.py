@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flashmhf import trainer
 from flashmhf.errors import InputError
 from flashmhf.manifest import check
 from flashmhf.models.loading import load_model
+from flashmhf.run_log import read_log
 from flashmhf.tokenization import is_byte_tokenizer, load_tokenizer
 from flashmhf.training import Run, parse_arguments, train
 
@@ -61,6 +64,52 @@ def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+SPEED = ("tokens_per_second", "tflops_per_second", "data_wait_share", "memory_mib")
+
+
+def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
+    flags = ("--save-steps", "3", "--max-steps", "6", "--report-to", "tensorboard")
+    start(run, tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    (tmp_path / "run/model.safetensors").unlink()
+    start(run, tmp_path / "run", *flags, resume=True)
+    log = read_log(tmp_path / "run")
+    assert [(entry["start"], entry["processes"]) for entry in log.starts] == [(0, 1), (3, 1)]
+    rows = [row for row in log.rows if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert all(row[name] > 0 for name in SPEED), row
+        assert row["data_wait_share"] < 1
+    events = EventAccumulator(str(max((tmp_path / "run/runs").iterdir())))
+    events.Reload()
+    assert {f"train/{name}" for name in SPEED} <= set(events.Tags()["scalars"])
+
+
+def test_speed_counts_waiting_and_the_optimizer_but_no_validation(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    clock = trainer._Clock()
+    clock.start()
+    with clock.waiting():
+        now[0] += 1
+    now[0] += 3
+    with clock.paused():
+        now[0] += 50
+    assert clock.lap() == (4.0, 1.0)
+    now[0] += 2
+    assert clock.lap() == (2.0, 0.0)
+
+
+def test_a_resumed_run_counts_its_own_tokens(run, tmp_path, monkeypatch):
+    """The speed of the first line after a resume is not that of all tokens since the run began."""
+    monkeypatch.setattr(trainer._Clock, "lap", lambda clock: (1.0, 0.0))
+    flags = ("--save-steps", "3", "--max-steps", "6", "--eval-strategy", "no")
+    start(run, tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    start(run, tmp_path / "run", *flags, resume=True)
+    assert {row["tokens_per_second"] for row in read_log(tmp_path / "run").rows if "loss" in row} == {4 * 32}
 
 
 def test_a_finished_run_is_evaluated_again_and_nothing_else(run, tmp_path, monkeypatch):
