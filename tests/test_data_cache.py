@@ -12,7 +12,7 @@ import pytest
 
 from flashmhf.data import corpus as corpus_module
 from flashmhf.data import load_corpus, tokenize, tokens, workers
-from flashmhf.data.workers import count_workers
+from flashmhf.data.workers import count_rows, count_workers
 from flashmhf.tokenization import byte_tokenizer, encode_documents, train_bpe
 
 
@@ -110,6 +110,10 @@ def test_workers_are_bounded(monkeypatch):
     assert count_workers(2**20, 1000) == 1
 
 
+def test_few_long_documents_are_held_at_once():
+    assert [count_rows(size) for size in (0, 1000, 2**20, 2**23, 2**30)] == [64, 64, 32, 4, 1]
+
+
 def test_large_documents_are_encoded_few_at_once():
     texts = ["a" * 10, "b" * tokens.BATCH_CHARACTERS, "c", "d", "e" * (tokens.BATCH_CHARACTERS - 1)]
     assert [[text[0] for text in part] for part in tokens._parts(texts)] == [["a"], ["b"], ["c", "d"], ["e"]]
@@ -122,7 +126,7 @@ import datasets
 datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
 from flashmhf.data import load_corpus, tokenize, tokens
 from flashmhf.tokenization import byte_tokenizer
-tokens.BATCH_DOCUMENTS = 4
+tokens.rows_at_once = lambda documents: 4
 plain = tokens.encode_documents
 def slow(tokenizer, texts):
     print("encoding", flush=True)

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from flashmhf.data.faults import REFUSE, SKIP, BadData
-from flashmhf.data.files import content_key, list_files, missing_column, read_rows, row
-from flashmhf.data.workers import count_workers
+from flashmhf.data.files import PART_BYTES, content_key, list_files, missing_column, read_rows, row
+from flashmhf.data.workers import MOST_ROWS, count_rows, count_workers, rows_at_once
 from flashmhf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ SHARD = re.compile(r"-\d+-of-\d+$")  # at the end of a file's name, as the Hub c
 HOLD_OUT = 20  # one document of so many, by a hash of its text, or the last 20th of each, is held out for validation
 STREAMED_HOLD_OUT = 100  # held-out documents of a stream, at most
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-WRITE_ROWS = 64  # documents in memory at once
 READ_ATTEMPTS = 3
 ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "origin", "fault", "problem")})
 DOCUMENT = ["text", "origin"]
@@ -123,7 +123,7 @@ def read_files(files: list[Path], where: str, text_column: str, streaming: bool)
             gen_kwargs=arguments,
             num_proc=workers if workers > 1 else None,
             fingerprint=key,
-            writer_batch_size=WRITE_ROWS,
+            writer_batch_size=count_rows(min(max(size for _, size in before), PART_BYTES)),
         )
         if _stamps(files) == before:
             return rows
@@ -182,7 +182,7 @@ def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str)
         made = [row(text, f"{where}, row {index + 1}") for index, text in zip(indices, batch[text_column], strict=True)]
         return {name: [one[name] for one in made] for name in ROW}
 
-    options = {"batched": True, "batch_size": WRITE_ROWS, "with_indices": True, "remove_columns": columns}
+    options = {"batched": True, "batch_size": MOST_ROWS, "with_indices": True, "remove_columns": columns}
     return documents.map(rows, features=ROW, **options)
 
 
@@ -223,9 +223,7 @@ def _hold_out(documents: Dataset | IterableDataset) -> tuple[Dataset | IterableD
         return documents.filter(lambda one: not is_held_out(one["text"])), Dataset.from_list(held_out)
     if len(documents) < HOLD_OUT:
         return _split_each(documents)
-    hashes = np.array(
-        [text_hash(text) for batch in documents.iter(WRITE_ROWS) for text in batch["text"]], dtype=np.uint64
-    )
+    hashes = np.array([text_hash(text) for text in _texts(documents)], dtype=np.uint64)
     chosen = hashes % HOLD_OUT == 0
     if not chosen.any():
         chosen[hashes.argmin()] = True
@@ -254,8 +252,13 @@ def _split_each(documents: Dataset) -> tuple[Dataset, Dataset]:
 def _describe(documents: Dataset | IterableDataset) -> str:
     if isinstance(documents, IterableDataset):
         return "a stream of documents"
-    megabytes = sum(len(text.encode()) for batch in documents.iter(WRITE_ROWS) for text in batch["text"]) / 1e6
+    megabytes = sum(len(text.encode()) for text in _texts(documents)) / 1e6
     return f"{len(documents):,} documents, {megabytes:,.1f} MB"
+
+
+def _texts(documents: Dataset) -> Iterator[str]:
+    for batch in documents.iter(rows_at_once(documents)):
+        yield from batch["text"]
 
 
 def is_called(path: Path, root: Path, names: tuple[str, ...]) -> bool:

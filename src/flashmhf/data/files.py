@@ -23,7 +23,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SNIFF_BYTES = 8192
 PARQUET_ROWS = 256
 READ_BYTES = 2**20
-PART_BYTES = 2**24  # a longer file of text becomes several documents, so that memory stays bounded
+PART_BYTES = 2**23  # a longer file of text becomes several documents, so that memory stays bounded
 UNREADABLE_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
 
@@ -105,7 +105,7 @@ def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[st
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     rest, parts, position, ended = "", 0, 0, False
     while not ended:
-        content = file.read(PART_BYTES)
+        content = file.read(min(READ_BYTES, PART_BYTES))
         ended = not content
         if position == 0 and b"\0" in content[:SNIFF_BYTES]:
             yield fault(BINARY, f"data: expected text, got binary in {name}")

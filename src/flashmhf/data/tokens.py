@@ -7,10 +7,9 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from flashmhf.data.workers import count_workers
+from flashmhf.data.workers import count_workers, rows_at_once
 from flashmhf.tokenization import encode_documents, tokenizer_key
 
-BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 2**22  # encoded at once: a tokenizer needs up to a hundred bytes for one
 VERSION = 1  # of what is written; a new one leaves old caches alone
 
@@ -35,7 +34,7 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return documents.map(
         encode,
         batched=True,
-        batch_size=BATCH_DOCUMENTS,
+        batch_size=rows_at_once(documents),
         remove_columns=documents.column_names,
         features=features,
         num_proc=workers if workers > 1 else None,
