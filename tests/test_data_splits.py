@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from flashmhf.data import load_corpus, load_documents
+from flashmhf.data import beginnings, load_corpus, load_documents
 from flashmhf.errors import InputError
 
 SIZES = {"train": 30, "validation": 4, "test": 3}
@@ -75,3 +75,12 @@ def test_a_dataset_of_a_script_is_refused_with_a_way_out(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_script)
     with pytest.raises(InputError, match=r"found pg19.py; take a copy of it that is in parquet"):
         load_documents("deepmind/pg19", split="test")
+
+
+def test_beginnings_end_between_characters():
+    documents = datasets.Dataset.from_dict({"text": ["naïve", "abc", ""], "origin": ["a", "b", "c"]})
+    assert list(beginnings(documents, 3)["text"]) == ["na", "abc", ""]  # ï takes bytes 3 and 4
+    assert list(beginnings(documents, 4)["text"]) == ["naï", "abc", ""]
+    assert list(beginnings(documents, 4)["origin"]) == ["a", "b", "c"]
+    with pytest.raises(InputError, match="document-bytes: expected 1 or more, got 0"):
+        beginnings(documents, 0)

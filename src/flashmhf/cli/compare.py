@@ -34,6 +34,9 @@ def compare(
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     text_column: TextColumn = "text",
     validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**17,
+    document_bytes: Annotated[
+        int, typer.Option(help="Of each held-out document at most so many are scored at the end.")
+    ] = 2**16,
     json: Json = False,
 ) -> None:
     """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train` too."""
@@ -64,6 +67,7 @@ def compare(
             training_flags=tuple(flags),
             text_column=text_column,
             validation_tokens=validation_tokens,
+            document_bytes=document_bytes,
             ablations={name: _split(values) for name, values in ablations.items() if values},
             match=match,
             depth=depth,

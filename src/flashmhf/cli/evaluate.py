@@ -17,6 +17,9 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="validation (as training holds it out), train, all, or one that the data has: test.")
     ] = "validation",
+    document_bytes: Annotated[
+        int | None, typer.Option(help="Score at most so many bytes of each document. Default: all.")
+    ] = None,
     text_column: TextColumn = "text",
     bad_data: BadData = "refuse",
     tasks: Annotated[str, typer.Option(help="Run these lm-eval tasks instead, with commas; paper: its six.")] = "",
@@ -45,9 +48,11 @@ def evaluate(
             )
             result["tasks"], text = measures, _tasks_text(measures)
         else:
-            from flashmhf.data import load_documents
+            from flashmhf.data import beginnings, load_documents
 
             documents = load_documents(data, split=split, text_column=text_column, bad_data=bad_data)
+            if document_bytes is not None:
+                documents = beginnings(documents, document_bytes)
             result |= {"data": data, "split": split}
             result |= _language_modelling(loaded, own_tokenizer, documents, context_length, stride)
             text = _text(result)

@@ -5,7 +5,7 @@ from typing import Any
 
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
-from flashmhf.data import load_corpus
+from flashmhf.data import beginnings, load_corpus
 from flashmhf.differences import paired_difference
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.inspection import inspect
@@ -21,8 +21,9 @@ MEASURES = ("nats_per_token", "bits_per_byte")
 def evaluate_runs(
     settings: Comparison, runs: Sequence[Run], progress: Callable[[str], None]
 ) -> dict[str, dict[int, Evaluation]]:
-    """By entry and seed, each finished run's loss on the whole held-out documents; kept in the run's folder."""
-    documents = load_corpus(settings.data, text_column=settings.text_column).validation
+    """By entry and seed, each finished run's loss on the beginnings of held-out documents; kept in its folder."""
+    corpus = load_corpus(settings.data, text_column=settings.text_column)
+    documents = beginnings(corpus.validation, settings.document_bytes)
     tokenizer = load_tokenizer(settings.tokenizer)
     found: dict[str, dict[int, Evaluation]] = {}
     for run in runs:

@@ -30,8 +30,8 @@ def collect(
     """Everything that tables and report show, as plain values.
 
     "variants" has a row for each entry; what died is in "runs" with "status" "failed" and in no mean. "documents" in a
-    row is the loss on the whole held-out documents, and "difference" what it is above that of the first variant on the
-    same trunk.
+    row is the loss on the beginnings of the held-out documents, and "difference" what it is above that of the first
+    variant on the same trunk.
     """
     entries = list({run.entry.name: run.entry for run in runs}.values())
     described = [_describe(run) for run in runs]

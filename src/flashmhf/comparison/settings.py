@@ -59,6 +59,7 @@ class Comparison:
         training_flags: further flags of `flashmhf train`, the same for every run.
         ablations: options (`gate`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each is a contender
             of its own, `flashmhf` with that one change.
+        document_bytes: of each held-out document at most so many are scored at the end.
         match: the trunk's "parameters" or its "flops" a token.
         depth: "same" for all, or the "paper"'s: 5 layers with several heads for 6 without.
     """
@@ -73,6 +74,7 @@ class Comparison:
     training_flags: tuple[str, ...]
     text_column: str = "text"
     validation_tokens: int = 2**17
+    document_bytes: int = 2**16
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)
     match: str = "parameters"
     depth: str = "same"
@@ -86,6 +88,8 @@ class Comparison:
         for name in self.variants:
             if name not in FFN_TYPES:
                 raise InputError(f"variants: expected some of {', '.join(FFN_TYPES)}, got {name!r}")
+        if self.document_bytes < 1:
+            raise InputError(f"document-bytes: expected 1 or more, got {self.document_bytes}")
         if parse_sources(self.data) != [(1.0, self.data)]:
             raise InputError(f"data: expected one SOURCE without a weight, got {self.data!r}")
         for name in self.learning_rates:

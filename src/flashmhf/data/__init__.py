@@ -9,7 +9,7 @@ from flashmhf.data.blocks import TokenBlocks, stream_blocks
 from flashmhf.data.corpus import Corpus, load_corpus, text_hash
 from flashmhf.data.faults import REFUSE, SKIP, BadData
 from flashmhf.data.mixing import Recipe, TrainingData, load_blocks
-from flashmhf.data.splits import load_documents
+from flashmhf.data.splits import beginnings, load_documents
 from flashmhf.data.tokens import tokenize
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "TokenBlocks",
     "TrainingData",
+    "beginnings",
     "load_blocks",
     "load_corpus",
     "load_documents",

@@ -58,6 +58,18 @@ def load_documents(
     return corpus.train if split == TRAIN else datasets.concatenate_datasets([corpus.train, corpus.validation])
 
 
+def beginnings(documents: Dataset, most_bytes: int) -> Dataset:
+    """Each document's first bytes as UTF-8, at most `most_bytes` and without a character cut in two.
+
+    Raises:
+        InputError: fewer than one byte.
+    """
+    if most_bytes < 1:
+        raise InputError(f"document-bytes: expected 1 or more, got {most_bytes}")
+    texts = [text.encode()[:most_bytes].decode(errors="ignore") for text in documents["text"]]
+    return documents.remove_columns("text").add_column("text", texts)
+
+
 def _good_documents(rows: Dataset | IterableDataset, source: str, bad: BadData) -> Dataset:
     good = good_rows(rows, source, bad)
     assert isinstance(good, Dataset)

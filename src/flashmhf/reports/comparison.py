@@ -191,7 +191,8 @@ def _reading(results: dict[str, Any]) -> str:
             verdict = f"not told apart from {first}"
         lines.append(f"<b>{html.escape(row['variant'])}</b>: {html.escape(verdict)} ({_difference(row['difference'])})")
     return (
-        f"Nats a token on whole held-out documents, less those of {html.escape(first)} with the same seed on the same "
+        f"Nats a token on the held-out documents, of each the first {results['settings']['document_bytes']:,} bytes, "
+        f"less those of {html.escape(first)} with the same seed on the same "
         f"documents; 95 % intervals by a bootstrap over documents and seeds. {'; '.join(lines)}."
     )
 
