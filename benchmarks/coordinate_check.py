@@ -48,8 +48,8 @@ def configuration(case: Case) -> dict[str, Any]:
 
 def measure(case: Case) -> dict[str, tuple[float, float]]:
     """part -> (RMS at initialisation, RMS of its change after STEPS steps), on the first batch."""
-    from flashmhf.learning_rates import learning_rate_factors, scale_learning_rates
     from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+    from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 
     torch.manual_seed(case.seed)
     model = FlashMHFForCausalLM(FlashMHFConfig(**configuration(case)))

@@ -15,6 +15,12 @@ ALLOWED = {
     "ops": {"ops"},
     "layers": {"ops", "layers"},
     "models": {"ops", "layers", "errors", "models"},
+    "data": {"errors", "tokenization", "data"},
+    "evaluation": {"data", "errors", "evaluation"},
+    "training": {
+        *("ops", "layers", "models", "data", "evaluation", "training"),
+        *("accounting", "errors", "parallel", "sharded", "tokenization", "writing"),
+    },
 }
 UPPER = {"cli"}  # nothing but the entry points imports it
 

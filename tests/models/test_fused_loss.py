@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import flashmhf.training
+import flashmhf.training.run
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.fused_loss import choose_linear_loss, fuse_loss, use_fused_loss
@@ -124,7 +124,7 @@ def test_training_is_as_with_logits(corpus_folder, model_file, tmp_path, monkeyp
     assert not called_in
     install(monkeypatch, "liger_kernel")
     monkeypatch.setattr(
-        flashmhf.training,
+        flashmhf.training.run,
         "use_fused_loss",
         lambda model, choice, _, half: use_fused_loss(model, choice, "cuda", half),
     )

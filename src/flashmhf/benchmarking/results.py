@@ -12,7 +12,7 @@ from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import columns_of
 from flashmhf.benchmarking.variants import Shape
 from flashmhf.errors import InputError
-from flashmhf.manifest import write_flushed
+from flashmhf.writing import write_flushed
 
 # What is said once of a result and repeated in every row, so that a row can be read alone.
 FACTS = (

@@ -41,7 +41,7 @@ def evaluate(
         check_same_tokenizer(model, own_tokenizer)
         result: dict[str, Any] = {"model": model}
         if tasks:
-            from flashmhf.tasks import evaluate_tasks
+            from flashmhf.evaluation.tasks import evaluate_tasks
 
             measures = evaluate_tasks(
                 loaded, own_tokenizer, tasks.split(","), tasks_path=tasks_path, context_length=context_length

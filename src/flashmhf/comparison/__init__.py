@@ -13,7 +13,7 @@ from flashmhf.comparison.settings import Comparison
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import read_json
 from flashmhf.reports.comparison import markdown_table, write_report
-from flashmhf.training import write_json
+from flashmhf.writing import write_json
 
 __all__ = ["Comparison", "compare"]
 

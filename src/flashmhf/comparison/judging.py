@@ -6,13 +6,13 @@ from typing import Any
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
 from flashmhf.data import beginnings, load_corpus
-from flashmhf.differences import paired_difference
 from flashmhf.evaluation import Evaluation, evaluate
+from flashmhf.evaluation.differences import paired_difference
 from flashmhf.inspection import inspect
 from flashmhf.layers import FlashMHF
 from flashmhf.models.loading import load_model, read_json
 from flashmhf.tokenization import load_tokenizer
-from flashmhf.training import write_json
+from flashmhf.writing import write_json
 
 EVALUATION_FILE = "evaluation.json"
 MEASURES = ("nats_per_token", "bits_per_byte")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flashmhf.training import write_json
+from flashmhf.writing import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from flashmhf.data import load_corpus, tokenize
 from flashmhf.evaluation import Evaluation
 from flashmhf.generation import generate
 from flashmhf.models.loading import load_model, read_json
-from flashmhf.run_log import read_log
 from flashmhf.tokenization import load_tokenizer
+from flashmhf.training.run_log import read_log
 
 PROMPT_TOKENS = 48
 SAMPLE_TOKENS = 160

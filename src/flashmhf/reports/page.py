@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flashmhf.manifest import write_flushed
+from flashmhf.writing import write_flushed
 
 # Okabe and Ito's, told apart with any colour vision.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (

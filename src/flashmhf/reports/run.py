@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from flashmhf.errors import InputError
 from flashmhf.models.loading import read_json
 from flashmhf.reports.page import BLUE, GREY, VERMILION, figures, html_table, new_axes, write_page
-from flashmhf.resuming import RUN_FILE
-from flashmhf.run_log import RunLog, read_log
-from flashmhf.saving import TRAINER_STATE, checkpoints
+from flashmhf.training.resuming import RUN_FILE
+from flashmhf.training.run_log import RunLog, read_log
+from flashmhf.training.saving import TRAINER_STATE, checkpoints
 
 TRAINING, VALIDATION = BLUE, VERMILION
 SMOOTHING = 0.7  # of the line over the single losses

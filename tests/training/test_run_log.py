@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flashmhf.run_log import LOG_FILE, read_log
+from flashmhf.training.run_log import LOG_FILE, read_log
 
 
 def write(folder, *lines):
@@ -37,7 +37,7 @@ def test_time_in_training_leaves_out_what_was_lost_and_what_lay_between(tmp_path
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "ti', '{"step": 3, "time": 4.0}', "\x00\x00"])
 def test_a_torn_line_costs_itself_alone(tmp_path, torn):
-    from flashmhf.run_log import _add
+    from flashmhf.training.run_log import _add
 
     write(tmp_path, {"start": 0, "time": 1.0}, {"step": 2, "time": 3.0, "loss": 2.0})
     with (tmp_path / LOG_FILE).open("a") as file:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from flashmhf.bad_steps import GuardedTrainer
-from flashmhf.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.ops.roofline import peak_tflops
+from flashmhf.training.bad_steps import GuardedTrainer
+from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class SpeedTrainer(GuardedTrainer):
 
     Args:
         flops_per_token: of a training step, as `accounting.account` counts them.
-        base_width: scales learning rates by fan-in, see `flashmhf.learning_rates`.
+        base_width: scales learning rates by fan-in, see `flashmhf.training.learning_rates`.
     """
 
     def __init__(self, *args: Any, flops_per_token: float, base_width: int | None = None, **options: Any) -> None:

@@ -13,13 +13,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flashmhf import trainer
 from flashmhf.errors import InputError
-from flashmhf.manifest import check
 from flashmhf.models.loading import load_model
-from flashmhf.run_log import read_log
 from flashmhf.tokenization import is_byte_tokenizer, load_tokenizer
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training import Run, parse_arguments, train, trainer
+from flashmhf.training.manifest import check
+from flashmhf.training.run_log import read_log
 
 FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
 FLAGS += ["--disable-tqdm", "true"]

@@ -75,7 +75,7 @@ def test_sums_agree_with_scoring_token_by_token(model, stride):
 
 def test_batches_change_nothing(model, monkeypatch):
     together = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=16)
-    monkeypatch.setattr("flashmhf.evaluation.LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr("flashmhf.evaluation.loss.LOGIT_ELEMENTS", 1)
     alone = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=16)
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 

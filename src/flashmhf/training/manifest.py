@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from flashmhf.writing import flush, write_flushed
 
 MANIFEST = "manifest.json"
 
@@ -12,10 +13,10 @@ def write_manifest(folder: Path) -> None:
     """Flushes every file in `folder` to the disk, then writes the manifest beside, flushes and renames it."""
     entries = {}
     for name, file in _files(folder).items():
-        _flush(file)
+        flush(file)
         entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     for inner in sorted({file.parent for file in _files(folder).values()}):
-        _flush(inner)
+        flush(inner)
     write_flushed(folder / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
 
 
@@ -48,26 +49,6 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
     return None
 
 
-def write_flushed(file: Path, content: str | bytes) -> None:
-    """Writes beside, flushes and renames: at any moment `file` is what it was or what it becomes, power cut or not."""
-    beside = file.with_name(file.name + ".tmp")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(beside)
-        beside.replace(file)
-    except BaseException:  # a disk that is full, an interrupt
-        beside.unlink(missing_ok=True)
-        raise
-    _flush(file.parent)
-
-
-def rename_flushed(source: Path, destination: Path) -> None:
-    """Renames, and returns when the disk knows."""
-    source.rename(destination)
-    _flush(source.parent)
-    _flush(destination.parent)
-
-
 def _files(folder: Path) -> dict[str, Path]:
     """Every file below `folder` but the manifest, by its name there."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -77,11 +58,3 @@ def _files(folder: Path) -> dict[str, Path]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from flashmhf.manifest import check
-from flashmhf.resuming import RUN_FILE
-from flashmhf.saving import UNFINISHED, checkpoints
+from flashmhf.training.manifest import check
+from flashmhf.training.resuming import RUN_FILE
+from flashmhf.training.saving import UNFINISHED, checkpoints
 
 SAVE_STEPS = 3
 SERVER = multiprocessing.get_context("forkserver")

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from flashmhf.layouts import LayoutTrainer
-from flashmhf.manifest import check, rename_flushed, write_flushed, write_manifest
+from flashmhf.training.layouts import LayoutTrainer
+from flashmhf.training.manifest import check, write_manifest
+from flashmhf.writing import rename_flushed, write_flushed
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmhf.manifest import MANIFEST, check, write_manifest
+from flashmhf.training.manifest import MANIFEST, check, write_manifest
 
 
 @pytest.fixture

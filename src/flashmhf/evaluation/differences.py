@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from flashmhf.bootstrap import ratio_interval
 from flashmhf.errors import InputError
 from flashmhf.evaluation import Evaluation
+from flashmhf.evaluation.bootstrap import ratio_interval
 
 NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
 

@@ -1,6 +1,6 @@
 """Which process is to blame for a run that stands still."""
 
-from flashmhf.watchdog import blamed
+from flashmhf.training.watchdog import blamed
 
 
 def test_a_process_that_no_longer_beats():

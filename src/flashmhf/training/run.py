@@ -1,6 +1,5 @@
 """Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
 
-import json
 import logging
 import math
 import time
@@ -22,21 +21,21 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from flashmhf.accounting import account
-from flashmhf.bad_steps import MAX_BAD_STEPS, check_limit, numbered
-from flashmhf.compilation import check_not_compiled_whole, compile_layers
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
 from flashmhf.evaluation import check_vocabulary
-from flashmhf.layouts import check_layout, head_processes
-from flashmhf.learning_rates import check_base_width
-from flashmhf.manifest import write_flushed
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
-from flashmhf.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
-from flashmhf.run_log import LogLines
 from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
-from flashmhf.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
-from flashmhf.watchdog import Watchdog
+from flashmhf.training.bad_steps import MAX_BAD_STEPS, check_limit, numbered
+from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
+from flashmhf.training.layouts import check_layout, head_processes
+from flashmhf.training.learning_rates import check_base_width
+from flashmhf.training.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
+from flashmhf.training.run_log import LogLines
+from flashmhf.training.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
+from flashmhf.training.watchdog import Watchdog
+from flashmhf.writing import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class Run:
         validation_tokens: at most so many are used for validation.
         document_mask: no attention from one document to another in a block.
         bad_data: `skip` or `refuse` what cannot be read.
-        width_scaled_learning_rate: a hidden size for which the learning rate is; see `flashmhf.learning_rates`.
+        width_scaled_learning_rate: a hidden size for which the learning rate is; see `learning_rates`.
     """
 
     model: str
@@ -150,7 +149,7 @@ def train(
     SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
 
     Args:
-        compile_blocks: every decoder layer goes through torch.compile, see `flashmhf.compilation`.
+        compile_blocks: every decoder layer goes through torch.compile, see `flashmhf.training.compilation`.
         fused_loss: "auto", "on" or "off", see `flashmhf.models.fused_loss`.
 
     Returns:
@@ -248,12 +247,6 @@ def _summary(trainer: SpeedTrainer, data: TrainingData, validation_loss: float |
         "tokens_used": data.tokens_used(trainer.state.num_input_tokens_seen),
         "bad_data": data.bad_summary(),
     }
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes beside and renames, so that a good file is never replaced by half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_flushed(file, json.dumps(content, indent=2) + "\n")
 
 
 def _data_seed(arguments: TrainingArguments) -> int:

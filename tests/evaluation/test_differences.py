@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashmhf.bootstrap import RESAMPLES, ratio_interval
-from flashmhf.differences import paired_difference
 from flashmhf.errors import InputError
 from flashmhf.evaluation import DocumentLoss, Evaluation
+from flashmhf.evaluation.bootstrap import RESAMPLES, ratio_interval
+from flashmhf.evaluation.differences import paired_difference
 
 
 def evaluation(nats, tokens, digests=None):
@@ -42,7 +42,7 @@ def test_an_interval_agrees_with_the_normal_approximation(losses):
 def test_a_draw_cut_into_parts(losses, monkeypatch):
     nats, tokens, _ = losses
     whole = ratio_interval(nats, tokens)
-    monkeypatch.setattr("flashmhf.bootstrap.ELEMENTS", 400 * (RESAMPLES // 3))  # three parts and a rest
+    monkeypatch.setattr("flashmhf.evaluation.bootstrap.ELEMENTS", 400 * (RESAMPLES // 3))  # three parts and a rest
     assert ratio_interval(nats, tokens) == pytest.approx(whole, abs=0.02)
 
 

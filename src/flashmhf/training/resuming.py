@@ -11,10 +11,10 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
-from flashmhf.manifest import check
 from flashmhf.models.loading import read_json
-from flashmhf.pickles import why_unsafe
-from flashmhf.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
+from flashmhf.training.manifest import check
+from flashmhf.training.pickles import why_unsafe
+from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
 
 logger = logging.getLogger(__name__)
 

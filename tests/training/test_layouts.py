@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from flashmhf.errors import InputError
-from flashmhf.layouts import SHARDS, check_layout, split_heads
-from flashmhf.manifest import check
 from flashmhf.models.loading import load_model
 from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.layouts import SHARDS, check_layout, split_heads
+from flashmhf.training.manifest import check
 from parallel_cases import build
 from torchrun import torchrun
 

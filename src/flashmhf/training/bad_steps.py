@@ -15,7 +15,7 @@ from torch import nn
 
 from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.errors import InputError, RunError
-from flashmhf.saving import CheckpointTrainer
+from flashmhf.training.saving import CheckpointTrainer
 
 logger = logging.getLogger(__name__)
 

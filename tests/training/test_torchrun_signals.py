@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmhf.manifest import check
 from flashmhf.training import Run
+from flashmhf.training.manifest import check
 from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmhf.bootstrap import ratio_interval
 from flashmhf.data import text_hash, tokenize
 from flashmhf.errors import InputError, RunError
+from flashmhf.evaluation.bootstrap import ratio_interval
 
 LOGIT_ELEMENTS = 2**25  # of one batch
 IGNORED = -100
@@ -48,7 +48,7 @@ class Evaluation:
     """Every token of every document is scored once, the first from the separator alone.
 
     `intervals` holds the 95 % interval of each of the three measures, by a bootstrap over documents; None for one
-    document. `flashmhf.differences` compares two evaluations of the same documents.
+    document. `flashmhf.evaluation.differences` compares two evaluations of the same documents.
     """
 
     nats_per_token: float

@@ -15,8 +15,8 @@ from flashmhf.data import Recipe, TokenBlocks, load_blocks, tokenize
 from flashmhf.data.blocks import iterate_blocks
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
 from flashmhf.tokenization import byte_tokenizer
-from flashmhf.trainer import SpeedTrainer
 from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.trainer import SpeedTrainer
 
 BATCH = 2
 WORLDS = [1, 2, 4]

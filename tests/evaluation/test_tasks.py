@@ -10,8 +10,8 @@ from lm_eval.tasks import TaskManager
 
 from flashmhf import cli
 from flashmhf.errors import InputError
+from flashmhf.evaluation.tasks import ALIASES, evaluate_tasks
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from flashmhf.tasks import ALIASES, evaluate_tasks
 from flashmhf.tokenization import byte_tokenizer, save_tokenizer
 
 DATA = """
@@ -158,7 +158,7 @@ def test_refusals(only_own_tasks, model, tasks_path, monkeypatch):
         evaluate_tasks(model, byte_tokenizer(), ["toy", "nonsense"], tasks_path=tasks_path)
     with pytest.raises(InputError, match="tasks-path: expected a folder, got 'nowhere'"):
         evaluate_tasks(model, byte_tokenizer(), ["toy"], tasks_path="nowhere")
-    monkeypatch.setattr("flashmhf.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("flashmhf.evaluation.tasks.find_spec", lambda name: None)
     with pytest.raises(InputError, match="tasks: expected the package lm-eval, got none; pip install"):
         evaluate_tasks(model, byte_tokenizer(), ["toy"])
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmhf.bad_steps import GuardedTrainer, LossWindow, _told, numbered
 from flashmhf.data import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
 from flashmhf.tokenization import byte_tokenizer
 from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.bad_steps import GuardedTrainer, LossWindow, _told, numbered
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--eval-strategy", "no", "--save-strategy", "no", "--logging-nan-inf-filter", "false", "--warmup-steps", "0"]
@@ -173,7 +173,7 @@ def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
 
 
 def test_a_spike_is_named_and_learnt_from(run, tmp_path, spoil, caplog, monkeypatch):
-    monkeypatch.setattr("flashmhf.bad_steps.LEAST_LOSSES", 3)
+    monkeypatch.setattr("flashmhf.training.bad_steps.LEAST_LOSSES", 3)
     sums = spoil({5: 50.0})
     with caplog.at_level(logging.WARNING, "flashmhf"):
         start(run, tmp_path / "run", "--learning-rate", "1e-9")

@@ -9,11 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from flashmhf.compilation import compile_layers
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.loading import WEIGHTS, tensor_names
 from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.compilation import compile_layers
 from torchrun import torchrun
 
 FLAGS = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]

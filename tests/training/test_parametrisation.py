@@ -13,10 +13,10 @@ import coordinate_check
 import sweep_width
 from coordinate_check import Case, measure
 from flashmhf.errors import InputError
-from flashmhf.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.models.loading import load_model
 from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 
 INNER = {"scores", "gate", "ffn"}
 

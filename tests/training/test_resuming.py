@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from flashmhf.errors import InputError
-from flashmhf.manifest import MANIFEST, check, write_manifest
-from flashmhf.pickles import why_unsafe
-from flashmhf.resuming import last_good_checkpoint, prepare_output_dir
-from flashmhf.saving import UNFINISHED, checkpoints, recover, rotate
 from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.manifest import MANIFEST, check, write_manifest
+from flashmhf.training.pickles import why_unsafe
+from flashmhf.training.resuming import last_good_checkpoint, prepare_output_dir
+from flashmhf.training.saving import UNFINISHED, checkpoints, recover, rotate
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--save-steps", "2", "--eval-strategy", "no", "--save-total-limit", "9"]
@@ -142,7 +142,7 @@ def test_a_malicious_pickle_is_named_and_never_run(run, folder, caplog, name, fo
 
 def test_the_trainer_itself_runs_no_pickle(run, folder, monkeypatch):
     """Were the look at the pickles to miss one, loading would still refuse it."""
-    monkeypatch.setattr("flashmhf.resuming.why_unsafe", lambda folder: None)
+    monkeypatch.setattr("flashmhf.training.resuming.why_unsafe", lambda folder: None)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         file, trace = folder / "checkpoint-6" / name, folder.parent / "executed"
         whole = file.read_bytes()
