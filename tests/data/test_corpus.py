@@ -4,13 +4,15 @@ import bz2
 import gzip
 import json
 import lzma
+from itertools import islice
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from flashmhf.data import TokenBlocks, load_corpus, stream_blocks, tokenize
+from flashmhf.data import TokenBlocks, load_corpus, tokenize
+from flashmhf.data.blocks import SHUFFLED_DOCUMENTS, iterate_blocks
 from flashmhf.data.corpus import is_held_out
 from flashmhf.errors import InputError
 from flashmhf.tokenization import byte_tokenizer
@@ -142,10 +144,10 @@ def test_streaming_gives_the_same_blocks(tmp_path):
     file.write_text("\n".join(json.dumps(row) for row in rows))
     corpus = load_corpus(str(file), streaming=True)
     assert 5 < len(corpus.validation) < 30
-    streamed = list(stream_blocks(corpus.train, byte_tokenizer(), 64))
-    kept = datasets.Dataset.from_list([one for one in rows if not is_held_out(one["text"])])
-    stored = TokenBlocks(tokenize(kept, byte_tokenizer()), 64)
-    assert len(streamed) == len(stored)
+    shuffled = list(corpus.train.shuffle(np.random.default_rng([0, 0]), buffer_size=SHUFFLED_DOCUMENTS))
+    assert texts(shuffled) == sorted(one["text"] for one in rows if not is_held_out(one["text"]))
+    stored = TokenBlocks(tokenize(datasets.Dataset.from_list(shuffled), byte_tokenizer()), 64)
+    streamed = islice(iterate_blocks(corpus.train, byte_tokenizer(), 64), len(stored))
     for mine, theirs in zip(streamed, stored, strict=True):
         assert mine["input_ids"] == theirs["input_ids"].tolist()
 

@@ -5,7 +5,7 @@ A SOURCE is `stdlib` (the Python standard library of this machine), a file or fo
 Training also takes several by weight, `0.7*SOURCE,0.3*SOURCE`.
 """
 
-from flashmhf.data.blocks import TokenBlocks, stream_blocks
+from flashmhf.data.blocks import TokenBlocks
 from flashmhf.data.corpus import Corpus, load_corpus, text_hash
 from flashmhf.data.faults import REFUSE, SKIP, BadData
 from flashmhf.data.mixing import Recipe, TrainingData, load_blocks
@@ -24,7 +24,6 @@ __all__ = [
     "load_blocks",
     "load_corpus",
     "load_documents",
-    "stream_blocks",
     "text_hash",
     "tokenize",
 ]

@@ -1,7 +1,6 @@
 """Tokens as one stream, cut into blocks of a fixed length."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import count
 
 import numpy as np
@@ -100,15 +99,6 @@ def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
     return position - torch.where(input_ids == separator, position, 0).cummax(0).values
 
 
-def stream_blocks(
-    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_length: int, document_mask: bool = False
-) -> IterableDataset:
-    """The same blocks as `TokenBlocks`, once, from a stream of documents; with positions under `document_mask`."""
-    return IterableDataset.from_generator(
-        partial(_cut, lambda: iter(documents), tokenizer, block_length, document_mask)
-    )
-
-
 def iterate_blocks(
     documents: IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,7 +107,7 @@ def iterate_blocks(
     document_mask: bool = False,
     seed: int = 0,
 ) -> Iterator[dict[str, list[int]]]:
-    """Blocks for ever: a stream that has ended starts again in another order.
+    """The blocks of `TokenBlocks` from a stream, for ever: one that has ended starts again in another order.
 
     The order of the files and, within `SHUFFLED_DOCUMENTS`, of the documents depends on the seed and the pass alone.
     """
