@@ -41,7 +41,7 @@ def paired_difference(
         first: an evaluation, or one a training run (seed); the means over runs are compared.
         second: as many, of the same documents in the same order; run i of one is paired with run i of the other.
         measure: `nats_per_token`, or `bits_per_byte` for models whose tokenizers differ.
-        seed: of the bootstrap, which draws documents and, of several runs, runs.
+        seed: of the bootstrap, see `bootstrap.ratio_interval`: of several runs, their spread widens the interval.
 
     Raises:
         InputError: the documents, their tokens or the numbers of runs differ.

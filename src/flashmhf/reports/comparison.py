@@ -190,10 +190,12 @@ def _reading(results: dict[str, Any]) -> str:
         else:
             verdict = f"not told apart from {first}"
         lines.append(f"<b>{html.escape(row['variant'])}</b>: {html.escape(verdict)} ({_difference(row['difference'])})")
+    seeds = len(results["settings"]["seeds"])
+    over = "documents and Student's t over the seeds" if seeds > 1 else "documents; one seed says nothing of another"
     return (
         f"Nats a token on the held-out documents, of each the first {results['settings']['document_bytes']:,} bytes, "
         f"less those of {html.escape(first)} with the same seed on the same "
-        f"documents; 95 % intervals by a bootstrap over documents and seeds. {'; '.join(lines)}."
+        f"documents; 95 % intervals by a bootstrap over {over}. {'; '.join(lines)}."
     )
 
 
