@@ -56,6 +56,8 @@ def results() -> dict:
             "tokenizer": "bytes",
             "seeds": [0, 1],
             "context_length": 512,
+            "document_bytes": 65536,
+            "models": ["flashmhf-tiny"],
             "match": "parameters",
         },
         "unigram_entropy_nats": 3.2,
@@ -114,6 +116,19 @@ def test_the_table_is_sorted_by_loss():
         "| flashmhf | 1.610 ± 0.010 | 1.700 | -0.100 [-0.150, -0.050] | 2.312 ± 0.010 | 1,234,567 | 576 |"
     )
     assert second.startswith("| swiglu |")
+
+
+def test_ablations_are_judged_against_what_they_change(tmp_path):
+    ablated = results()
+    mine = dict(ablated["variants"][1]) | {"variant": "flashmhf-gate-none", "ablation": ["gate", "none"]}
+    ablated["variants"].append(mine | {"effect": {"nats_per_token": {"mean": 0.02, "interval": (0.01, 0.03)}}})
+    ablated["variants"].append(mine | {"ablation": ["q-norm", "off"], "effect": None})
+    assert markdown_table(ablated).splitlines()[-2:] == [
+        "| gate none | +0.020 [+0.010, +0.030] | worse than flashmhf |",
+        "| q-norm off |  | not decided |",
+    ]
+    write_report(ablated, tmp_path / "report.html")
+    assert "+0.020 [+0.010, +0.030]" in (tmp_path / "report.html").read_text()
 
 
 def test_one_seed_has_no_spread():

@@ -38,12 +38,18 @@ def evaluate_runs(
     return found
 
 
-def differences(baseline: dict[int, Evaluation], other: dict[int, Evaluation]) -> dict[str, Any] | None:
-    """By measure, `other` less `baseline` with an interval over documents and seeds, paired by both; None without."""
-    seeds = sorted(baseline.keys() & other.keys())
-    if not seeds:
+def differences(
+    evaluations: dict[str, dict[int, Evaluation]], baseline: str, other: str
+) -> dict[str, dict[str, Any]] | None:
+    """By measure, entry `other` less entry `baseline` with an interval over documents and seeds, paired by both.
+
+    None of an entry with itself, and where no seed ended well in both.
+    """
+    first, second = evaluations.get(baseline, {}), evaluations.get(other, {})
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds or baseline == other:
         return None
-    pairs = [other[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    pairs = [second[seed] for seed in seeds], [first[seed] for seed in seeds]
     return {measure: paired_difference(*pairs, measure=measure).as_dict() for measure in MEASURES}
 
 

@@ -11,7 +11,7 @@ from flashmhf.accounting import account
 from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage
 from flashmhf.comparison.plan import Entry, Run
 from flashmhf.comparison.queue import RESULT_FILE
-from flashmhf.comparison.settings import Comparison
+from flashmhf.comparison.settings import ABLATED, Comparison, Contender
 from flashmhf.data import load_corpus, tokenize
 from flashmhf.evaluation import Evaluation
 from flashmhf.generation import generate
@@ -30,13 +30,14 @@ def collect(
     """Everything that tables and report show, as plain values.
 
     "variants" has a row for each entry; what died is in "runs" with "status" "failed" and in no mean. "documents" in a
-    row is the loss on the beginnings of the held-out documents, and "difference" what it is above that of the first
-    variant on the same trunk.
+    row is the loss on the beginnings of the held-out documents, "difference" what it is above that of the first
+    variant on the same trunk, and "effect" what an ablation's is above that of the layer it changes.
     """
     entries = list({run.entry.name: run.entry for run in runs}.values())
     described = [_describe(run) for run in runs]
     evaluations = evaluate_runs(settings, runs, progress)
-    first = {entry.model: entry.name for entry in reversed(entries) if entry.contender.ffn_type == settings.variants[0]}
+    first = {entry.model: entry.name for entry in entries if entry.contender == Contender(settings.variants[0])}
+    whole = {entry.model: entry.name for entry in entries if entry.contender == Contender(ABLATED)}
     return {
         "settings": asdict(settings),
         "unigram_entropy_nats": _unigram_entropy(settings),
@@ -47,7 +48,11 @@ def collect(
         "variants": [
             {
                 **_summarise(settings, entry, [row for row in described if row["variant"] == entry.name]),
-                **_judge(evaluations.get(entry.name, {}), evaluations.get(first[entry.model], {})),
+                "documents": _documents(evaluations.get(entry.name, {})),
+                "difference": differences(evaluations, first[entry.model], entry.name),
+                "effect": differences(evaluations, whole[entry.model], entry.name)
+                if entry.contender.ablation
+                else None,
             }
             for entry in entries
         ],
@@ -100,15 +105,12 @@ def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]
     return summary
 
 
-def _judge(mine: dict[int, Evaluation], baseline: dict[int, Evaluation]) -> dict[str, Any]:
-    losses = [evaluation.nats_per_token for evaluation in mine.values()]
+def _documents(evaluations: dict[int, Evaluation]) -> dict[str, Any]:
+    losses = [evaluation.nats_per_token for evaluation in evaluations.values()]
     return {
-        "documents": {
-            "nats_per_token": statistics.fmean(losses) if losses else None,
-            "values": losses,
-            "number": next((evaluation.documents for evaluation in mine.values()), None),
-        },
-        "difference": None if mine is baseline else differences(baseline, mine),
+        "nats_per_token": statistics.fmean(losses) if losses else None,
+        "values": losses,
+        "number": next((evaluation.documents for evaluation in evaluations.values()), None),
     }
 
 

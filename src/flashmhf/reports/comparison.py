@@ -38,6 +38,7 @@ COLUMNS = (
     "tokens a second",
     "peak memory (MiB)",
 )
+EFFECT_COLUMNS = ("ablation", "held-out documents, to flashmhf (95 %)", "reading")
 LEAST_SIZES = 3  # for a power law
 
 
@@ -49,7 +50,9 @@ def write_report(results: dict[str, Any], file: Path) -> None:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """One row an entry, the lowest validation loss first."""
-    return "\n\n".join([markdown_rows(COLUMNS, _rows(results)), *_died(results)])
+    effects = _effects(results)
+    tables = [markdown_rows(COLUMNS, _rows(results)), *([markdown_rows(EFFECT_COLUMNS, effects)] if effects else [])]
+    return "\n\n".join([*tables, *_died(results)])
 
 
 def _sections(results: dict[str, Any]) -> list[str]:
@@ -65,6 +68,7 @@ def _sections(results: dict[str, Any]) -> list[str]:
             (_curves(results, "validation_curve", 2, "o"), "Validation loss by time in training"),
         ),
         f"<p>{_reading(results)}</p>",
+        *_ablations(results),
         *_sweep(results),
         *_gates(results),
         "<h2>Size</h2>",
@@ -158,6 +162,24 @@ def _style(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     return {"color": COLOURS[row["ffn_type"]], "linestyle": style}
 
 
+def _effects(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    several = len(results["settings"]["models"]) > 1
+    return [
+        (
+            " ".join(row["ablation"]) + (f", {row['model']}" if several else ""),
+            _difference(row["effect"]),
+            _verdict(row["effect"], row["ffn_type"]),
+        )
+        for row in results["variants"]
+        if row["ablation"] is not None
+    ]
+
+
+def _ablations(results: dict[str, Any]) -> list[str]:
+    effects = _effects(results)
+    return ["<h2>Ablations</h2>", html_table(EFFECT_COLUMNS, effects)] if effects else []
+
+
 def _sweep(results: dict[str, Any]) -> list[str]:
     if not results["sweep"]:
         return []
@@ -180,16 +202,8 @@ def _reading(results: dict[str, Any]) -> str:
     for row in results["variants"]:
         if row["difference"] is None:
             continue
-        found = row["difference"]["nats_per_token"]
-        if found["interval"] is None:
-            verdict = "one document decides nothing"
-        elif found["interval"][0] > 0:
-            verdict = f"worse than {first}"
-        elif found["interval"][1] < 0:
-            verdict = f"better than {first}"
-        else:
-            verdict = f"not told apart from {first}"
-        lines.append(f"<b>{html.escape(row['variant'])}</b>: {html.escape(verdict)} ({_difference(row['difference'])})")
+        verdict = html.escape(_verdict(row["difference"], first))
+        lines.append(f"<b>{html.escape(row['variant'])}</b>: {verdict} ({_difference(row['difference'])})")
     seeds = len(results["settings"]["seeds"])
     over = "documents and Student's t over the seeds" if seeds > 1 else "documents; one seed says nothing of another"
     return (
@@ -197,6 +211,15 @@ def _reading(results: dict[str, Any]) -> str:
         f"less those of {html.escape(first)} with the same seed on the same "
         f"documents; 95 % intervals by a bootstrap over {over}. {'; '.join(lines)}."
     )
+
+
+def _verdict(difference: dict[str, Any] | None, baseline: str) -> str:
+    interval = None if difference is None else difference["nats_per_token"]["interval"]
+    if interval is None:
+        return "not decided"
+    if interval[0] <= 0 <= interval[1]:
+        return f"not told apart from {baseline}"
+    return f"{'worse' if interval[0] > 0 else 'better'} than {baseline}"
 
 
 def _gates(results: dict[str, Any]) -> list[str]:
