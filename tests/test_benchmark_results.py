@@ -98,7 +98,7 @@ def test_an_interrupt_leaves_the_earlier_files(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashmhf.training.manifest._flush", interrupt)
+    monkeypatch.setattr("flashmhf.writing.flush", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_results(result(row(median_ms=2.0)), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,13 +1,20 @@
 """Comparisons: matched parameters, whole results, going on, and refusals."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
 from flashmhf.accounting import account, count_parameters
 from flashmhf.comparison import Comparison, compare
 from flashmhf.comparison.matching import match
 from flashmhf.comparison.plan import Plan
+from flashmhf.comparison.queue import _last_object, _share
 from flashmhf.comparison.settings import Contender
 from flashmhf.errors import InputError, RunError
 from flashmhf.models import FlashMHFConfig
@@ -66,6 +73,7 @@ def test_a_comparison_is_whole_and_goes_on(settings, tmp_path):
     assert json.loads((tmp_path / "out/results.json").read_text()) == json.loads(json.dumps(results))
     for row in results["variants"]:
         assert row["validation_loss"]["mean"] > 0
+        assert {row["parameters"]} == {run["parameters"] for run in results["runs"] if run["variant"] == row["variant"]}
     for run in results["runs"]:
         assert [step for step, _, _ in run["curve"]] == [1, 2, 3, 4]
         assert run["tokens"] == 4 * 2 * 64
@@ -172,6 +180,11 @@ def test_several_trunks(settings, tmp_path):
         ({"variants": ("swiglu", "swiglu")}, "variants: expected each once, got swiglu, swiglu"),
         ({"seeds": ()}, "seeds: expected at least one, got none"),
         ({"models": ()}, "model: expected at least one, got none"),
+        ({"ablations": {"gate": ("none", "none")}}, "gate: expected each once, got none, none"),
+        (
+            {"learning_rates": {"swiglu": (1e-3, 0.001)}},
+            "learning-rate of swiglu: expected each once, got 0.001, 0.001",
+        ),
         ({"match": "bytes"}, "match: expected parameters or flops, got 'bytes'"),
         ({"depth": "deep"}, "depth: expected same or paper, got 'deep'"),
         ({"ablations": {"gate": ("relu",)}}, "gate: expected some of sigmoid, softmax, none, got 'relu'"),
@@ -208,3 +221,96 @@ def test_a_head_dim_that_does_not_divide(settings, tmp_path):
     with pytest.raises(InputError, match="head-dim: expected a divisor of the hidden size 32, got 48"):
         compare(settings(ablations={"head-dim": ("48",)}), tmp_path / "out", lambda line: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_chosen_for_a_layer_stays_in_its_ablations():
+    base = FlashMHFConfig.from_preset("flashmhf-tiny", score_scale=2.0)
+    config = match(base, Contender("flashmhf", ("subnetworks", "6")))
+    assert (config.score_scale, config.gate_scale, config.output_scale) == (2.0, 4.0, 6.0)
+    assert match(base, Contender("mhffn")).score_scale == 4.0
+
+
+def test_models_that_share_a_name_or_lack_subnetworks(settings, model_file, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.json").write_text(model_file.read_text())
+    files = tuple(str(tmp_path / folder / "model.json") for folder in ("a", "b"))
+    with pytest.raises(InputError, match=r"model: expected names that differ, got .*a/model.json, .*b/model.json"):
+        Plan(settings(models=files), tmp_path)
+    with pytest.raises(InputError, match="sub-networks and norm flashmhf takes over, got swiglu-tiny of swiglu"):
+        Plan(settings(models=("swiglu-tiny",)), tmp_path)
+    assert Plan(settings(models=("swiglu-tiny",), variants=("swiglu", "mhffn")), tmp_path).entries
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere/at all"}, "data: expected stdlib, a file, a folder or a dataset on the Hub"),
+        ({"tokenizer": "nothing here"}, "tokenizer: "),
+        ({"context_length": 4096}, "context-length: expected 2 to the model's 128, got 4096"),
+        (
+            {"context_length": 128, "models": ("flashmhf-tiny",), "data": "short.txt"},
+            "data: expected at least 128 tokens",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_folder_is_claimed(settings, changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Too short a text for one block.")
+    with pytest.raises(InputError, match=message):
+        compare(settings(**changes), tmp_path / "out", lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_costs_no_report(settings, tmp_path):
+    compare(settings(), tmp_path / "out", lambda line: None)
+    folder = tmp_path / "out/runs/flashmhf-seed0"
+    (folder / "evaluation.json").unlink()
+    from flashmhf.models.loading import load_model
+
+    model = load_model(str(folder))
+    torch.nn.init.constant_(model.get_input_embeddings().weight, torch.nan)
+    model.save_pretrained(folder)
+    results = compare(settings(), tmp_path / "out", lambda line: None)
+    row = next(row for row in results["variants"] if row["variant"] == "flashmhf")
+    assert (row["documents"]["nats_per_token"], row["difference"]) == (None, None)
+    assert "Nothing could be compared with swiglu." in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_result_is_the_last_line_that_was_printed():
+    assert _last_object('a library says hello\n{"a": 1}\n') == {"a": 1}
+    assert _last_object("3\n") is None
+    assert _last_object("") is None
+
+
+def test_gpus_that_somebody_chose(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [_share({"CUDA_VISIBLE_DEVICES": "5,GPU-7"}, slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1, 2)] == [
+        "5", "GPU-7", "5",
+    ]  # fmt: skip
+    assert _share({}, 1, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.slow
+def test_a_signal_ends_all_runs_with_a_checkpoint(number, corpus_folder, model_file, tmp_path):
+    """The whole process group gets it, as from a terminal."""
+    flags = ["--max-steps", "100000", "--per-device-train-batch-size", "2", "--jobs", "2"]
+    flags += ["--eval-strategy", "no", "--save-strategy", "no"]
+    command = [sys.executable, "-m", "flashmhf", "compare", "--model", str(model_file), "--data", str(corpus_folder)]
+    command += ["--context-length", "64", "--output-dir", str(tmp_path / "out"), *flags]
+    folders = [tmp_path / "out/runs" / name for name in ("swiglu-seed0", "flashmhf-seed0")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not all((folder / "log.jsonl").exists() for folder in folders):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    for folder in folders:
+        assert [path.name for path in folder.glob("checkpoint-*")], errors
+        assert not (folder / ".lock").exists()
+        assert not (folder / "result.json").exists()
+    assert not (tmp_path / "out/report.html").exists()

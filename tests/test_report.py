@@ -25,6 +25,7 @@ def results() -> dict:
             "ablation": None,
             "parameters": 1234567,
             "forward_flops_per_token": 7.7e6,
+            "layers": 4,
             "intermediate_size": 576,
             "validation_loss": measure(loss, loss + 0.02),
             "bits_per_byte": measure(loss * 1.44, loss * 1.45),
@@ -59,10 +60,12 @@ def results() -> dict:
             "document_bytes": 65536,
             "models": ["flashmhf-tiny"],
             "match": "parameters",
+            "depth": "same",
         },
         "unigram_entropy_nats": 3.2,
         "gates": {"swiglu": [], "flashmhf": [{"layer": 0, "head": 0, "entropy": 0.875, "load": 0.99}]},
-        "sweep": [{"variant": "swiglu", "learning_rate": 1e-3, "validation_loss": None}],
+        "sweep": [{"variant": "swiglu", "seed": 0, "learning_rate": 1e-3, "validation_loss": 1.7, "chosen": True}],
+        "jobs": 2,
         "variants": [variant("swiglu", 1.7), variant("flashmhf", 1.6)],
         "runs": [run(n, s, loss) for n, loss in (("swiglu", 1.7), ("flashmhf", 1.6)) for s in (0, 1)],
         "samples": {"prompt": "def <b>", "continuations": {"swiglu": "x & y", "flashmhf": "</pre>z"}},
@@ -109,11 +112,13 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
 
 
 def test_the_table_is_sorted_by_loss():
-    header, rule, first, second = markdown_table(results()).splitlines()
+    header, rule, first, second, _, note = markdown_table(results()).splitlines()
+    assert "5 of them, of each the first 65,536 bytes" in note
+    assert "Student's t over 2 seeds" in note
     assert header.startswith("| FFN | validation loss")
     assert set(rule) <= set("|-: ")
     assert first.startswith(
-        "| flashmhf | 1.610 ± 0.010 | 1.700 | -0.100 [-0.150, -0.050] | 2.312 ± 0.010 | 1,234,567 | 576 |"
+        "| flashmhf | 1.610 ± 0.010 | 1.700 | -0.100 [-0.150, -0.050] | 2.312 ± 0.010 | 1,234,567 | 7.7 | 4 | 576 |"
     )
     assert second.startswith("| swiglu |")
 

@@ -1,4 +1,6 @@
-"""The errors that stand for bad input and for a run that failed, as opposed to a bug."""
+"""The errors that stand for bad input, a run that failed and one that was told to end, as opposed to a bug."""
+
+import signal
 
 
 class InputError(ValueError):
@@ -7,3 +9,11 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run could not go on. The message is one line: about what, expected what, got what, and what is kept."""
+
+
+class Interrupted(BaseException):
+    """A signal asked for the end, as KeyboardInterrupt is for Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number

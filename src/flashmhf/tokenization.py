@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -11,13 +12,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flashmhf.errors import InputError
 
 BYTES = "bytes"
 SEPARATOR = "<|endoftext|>"
 PADDING = "<|pad|>"
+VOCABULARY_MULTIPLE = 64  # of a new model
 SPECIAL_TOKENS = [SEPARATOR, PADDING]
 # GPT-2's words, as the tokenizers library's ByteLevel cuts them
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -68,6 +70,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer: expected one with an end-of-text token, got {name!r} without")
     return tokenizer
+
+
+def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a new model's configuration the tokenizer's size, rounded up, and its special tokens."""
+    config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:

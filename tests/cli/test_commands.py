@@ -129,7 +129,7 @@ def test_tokenizer_then_train_with_it(command, tmp_path, corpus_folder, model_fi
 def test_compare(command, tmp_path, corpus_folder, model_file):
     arguments = ["--model", str(model_file), "--data", str(corpus_folder), "--context-length", "64", "--max-steps", "3"]
     arguments += ["--learning-rate", "swiglu=1e-3,flashmhf=2e-3", "--output-dir", str(tmp_path / "out"), *FLAGS]
-    outcome = command("compare", *arguments)
+    outcome = command("compare", *arguments, "--document-mask", "--bad-data", "skip")
     assert outcome.code == 0
     assert "| FFN | validation loss" in outcome.out
     assert "report.html" in outcome.out.splitlines()[-1]
@@ -186,6 +186,16 @@ BAD = {
     "unknown training flag": (["train", "--model", "flashmhf-tiny", "--output-dir", "x", "--warp", "9"], "--warp"),
     "unknown variant": (["compare", "--output-dir", "x", "--variants", "relu"], "variants: expected some of"),
     "no seed": (["compare", "--output-dir", "x", "--seeds", ""], "seeds: expected at least one, got none"),
+    "seed twice": (["compare", "--output-dir", "x", "--seed", "7"], "seed: expected --seeds, got 7"),
+    "every nth step": (
+        ["compare", "--output-dir", "x", "--logging-steps=5"],
+        "logging-steps: expected nothing, since every step is logged, got 5",
+    ),
+    "resume of a comparison": (
+        ["compare", "--output-dir", "x", "--resume"],
+        "resume: expected nothing, since a comparison decides, got a value",
+    ),
+    "flag of nothing": (["compare", "--output-dir", "x", "--frobnicate"], "flags: expected those of flashmhf train or"),
     "seed no number": (["compare", "--output-dir", "x", "--seeds", "one"], "seeds: expected a whole number, got 'one'"),
     "rate no number": (
         ["compare", "--output-dir", "x", "--learning-rate", "swiglu=fast"],

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from flashmhf.errors import InputError
 from flashmhf.training import Run, parse_arguments, train
 from flashmhf.training.manifest import MANIFEST, check, write_manifest
 from flashmhf.training.pickles import why_unsafe
-from flashmhf.training.resuming import last_good_checkpoint, prepare_output_dir
+from flashmhf.training.resuming import last_good_checkpoint, only_writer, prepare_output_dir
 from flashmhf.training.saving import UNFINISHED, checkpoints, recover, rotate
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
@@ -222,3 +223,21 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, ca
         shutil.rmtree(folder)  # as a user would make room
     flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "2"]
     assert train(run, parse_arguments(flags, str(small_disk / "run")), resume=True)["steps"] == 60
+
+
+def test_two_processes_never_train_into_one_folder(run, tmp_path):
+    hold = "import sys; from pathlib import Path; from flashmhf.training.resuming import only_writer\n"
+    hold += "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    folder = tmp_path / "a/b"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=r"output-dir: expected a folder of this run alone, got .*a/b, into which"):
+            train(run, parse_arguments(["--max-steps", "1"], str(folder)))
+        holder.stdin.close()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/.lock").touch()  # of a process that was killed
+    with only_writer(tmp_path / "torn"):
+        assert prepare_output_dir(tmp_path / "torn", {}, False) is None

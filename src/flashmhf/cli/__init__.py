@@ -2,15 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 
 import typer
 from typer.exceptions import TyperException
 
 from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, tokenizer, train
-from flashmhf.errors import InputError, RunError
-
-INTERRUPTED = 130
+from flashmhf.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
     name="flashmhf",
@@ -32,7 +31,7 @@ app.command("bench", no_args_is_help=True)(bench.bench)
 
 
 def main() -> None:
-    """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 130 (interrupted), with a line on what was wrong."""
+    """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 128 and a signal's number, with a line on why."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
     logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
@@ -43,8 +42,10 @@ def main() -> None:
         _fail(str(error), 2)
     except TyperException as error:
         _fail(error.format_message(), error.exit_code)
+    except Interrupted as error:
+        _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _fail("interrupted", 128 + signal.SIGINT)
     except (OSError, RunError) as error:
         _fail(str(error), 1)
     else:

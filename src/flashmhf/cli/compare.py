@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Data, Json, TextColumn, Tokenizer, emit, results_only
+from flashmhf.cli.output import BadData, Data, Json, TextColumn, Tokenizer, emit, results_only
+from flashmhf.cli.train import CONTEXT, train
+
+OWN = ("streaming", "resume")  # options of `flashmhf train` that a comparison decides
 
 
 def compare(
@@ -33,6 +36,7 @@ def compare(
     depth: Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")] = "same",
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     text_column: TextColumn = "text",
+    bad_data: BadData = "refuse",
     validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**17,
     document_bytes: Annotated[
         int, typer.Option(help="Of each held-out document at most so many are scored at the end.")
@@ -44,10 +48,9 @@ def compare(
         from flashmhf.comparison import Comparison
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.reports.comparison import markdown_table
-        from flashmhf.training import parse_arguments
 
         flags = list(context.args)
-        parse_arguments(flags, output_dir)  # a wrong flag is said before anything is written
+        _check_flags(flags, output_dir)
         names = _split(variants)
         ablations = {
             "gate": gate,
@@ -68,6 +71,7 @@ def compare(
             text_column=text_column,
             validation_tokens=validation_tokens,
             document_bytes=document_bytes,
+            bad_data=bad_data,
             ablations={name: _split(values) for name, values in ablations.items() if values},
             match=match,
             depth=depth,
@@ -81,11 +85,31 @@ def compare(
     text += [f"unigram entropy: {results['unigram_entropy_nats']:.3f} nats a token", ""]
     for variant, continuation in samples["continuations"].items():
         text += [f"--- {variant}, continuing a held-out document", samples["prompt"] + continuation, ""]
-    died = [f"{run['variant']} with seed {run['seed']}" for run in results["runs"] if run["status"] == "failed"]
-    if died:
-        text += [f"died, and left out of every mean: {', '.join(died)}", ""]
     emit({**results, "report": str(report)}, "\n".join([*text, f"report: {report}"]), json)
-    raise typer.Exit(1 if died else 0)
+    raise typer.Exit(1 if any(run["status"] != "finished" for run in results["runs"]) else 0)
+
+
+def _check_flags(flags: list[str], output_dir: str) -> None:
+    """Raises InputError for a flag that `flashmhf train` does not know or that a comparison gives itself."""
+    from flashmhf.errors import InputError
+    from flashmhf.training import parse_arguments
+
+    own = typer.main.get_command(_train_alone()).make_context("train", [*flags, "--model", "", "--output-dir", ""])
+    with own:
+        for name in OWN:
+            if own.params[name]:
+                raise InputError(f"{name.replace('_', '-')}: expected nothing, since a comparison decides, got a value")
+        arguments, usual = (parse_arguments(given, output_dir) for given in (own.args, []))
+    for name in ("seed", "data_seed", "logging_steps", "logging_strategy"):
+        if getattr(arguments, name) != getattr(usual, name):
+            instead = "--seeds" if "seed" in name else "nothing, since every step is logged"
+            raise InputError(f"{name.replace('_', '-')}: expected {instead}, got {getattr(arguments, name)}")
+
+
+def _train_alone() -> typer.Typer:
+    alone = typer.Typer(add_completion=False)
+    alone.command(context_settings=CONTEXT)(train)
+    return alone
 
 
 def _split(values: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Data, Device, Json, TextColumn, emit, pick_device, results_only
+from flashmhf.cli.output import Data, Device, Json, TextColumn, check_file, emit, pick_device, results_only
 
 
 def inspect(
@@ -27,12 +27,15 @@ def inspect(
         from flashmhf.data import load_corpus
         from flashmhf.errors import InputError
         from flashmhf.models.loading import load_model
-        from flashmhf.tokenization import load_tokenizer
+        from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
 
         if output is not None and Path(output).suffix != ".png":
             raise InputError(f"output: expected a file that ends in .png, got {output!r}")
+        if output is not None:
+            check_file(output)
         loaded = load_model(model).to(pick_device(device))
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
+        check_same_tokenizer(model, own_tokenizer)
         documents = load_corpus(data, text_column=text_column).validation
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("inspecting", total=tokens)

@@ -10,9 +10,11 @@ from flashmhf.comparison.plan import Plan
 from flashmhf.comparison.queue import run_trials
 from flashmhf.comparison.results import collect
 from flashmhf.comparison.settings import Comparison
+from flashmhf.data import Recipe, load_blocks
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import read_json
 from flashmhf.reports.comparison import markdown_table, write_report
+from flashmhf.tokenization import load_tokenizer
 from flashmhf.writing import write_json
 
 __all__ = ["Comparison", "compare"]
@@ -49,6 +51,7 @@ def compare(
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = Plan(settings, output_dir)
     entries = plan.entries
+    _check_data(settings)
     _claim(output_dir, settings)
     for entry in entries:
         write_json(plan.config_file(entry), entry.config.to_dict())
@@ -56,12 +59,24 @@ def compare(
     runs = plan.final()
     run_trials([run.trial for run in runs], jobs, environment, progress)
     if not any(run.trial.finished for run in runs):
-        raise RunError(f"training failed in every run; {runs[0].trial.log} says why")
-    results = collect(settings, plan.sweep(), runs, progress)
+        where = "what they printed" if jobs == 1 else runs[0].trial.log
+        raise RunError(f"training failed in every run; {where} says why")
+    results = {**collect(settings, plan.sweep(), runs, progress), "jobs": jobs}
     write_json(output_dir / "results.json", results)
     (output_dir / "table.md").write_text(markdown_table(results) + "\n")
     write_report(results, output_dir / "report.html")
     return results
+
+
+def _check_data(settings: Comparison) -> None:
+    """Reads and tokenises all of it, once for all runs, so that what does not fit is said before the first."""
+    recipe = Recipe(
+        settings.context_length,
+        settings.text_column,
+        validation_tokens=settings.validation_tokens,
+        bad_data=settings.bad_data,
+    )
+    load_blocks(settings.data, load_tokenizer(settings.tokenizer), recipe)
 
 
 def _claim(output_dir: Path, settings: Comparison) -> None:

@@ -1,11 +1,17 @@
 """The trained models of a comparison on its held-out documents: losses, paired differences, gates."""
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
 
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
 from flashmhf.data import beginnings, load_corpus
+from flashmhf.errors import RunError
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.evaluation.differences import paired_difference
 from flashmhf.inspection import inspect
@@ -14,6 +20,8 @@ from flashmhf.models.loading import load_model, read_json
 from flashmhf.tokenization import load_tokenizer
 from flashmhf.writing import write_json
 
+logger = logging.getLogger(__name__)
+
 EVALUATION_FILE = "evaluation.json"
 MEASURES = ("nats_per_token", "bits_per_byte")
 
@@ -21,9 +29,11 @@ MEASURES = ("nats_per_token", "bits_per_byte")
 def evaluate_runs(
     settings: Comparison, runs: Sequence[Run], progress: Callable[[str], None]
 ) -> dict[str, dict[int, Evaluation]]:
-    """By entry and seed, each finished run's loss on the beginnings of held-out documents; kept in its folder."""
-    corpus = load_corpus(settings.data, text_column=settings.text_column)
-    documents = beginnings(corpus.validation, settings.document_bytes)
+    """By entry and seed, each finished run's loss on the beginnings of held-out documents; kept in its folder.
+
+    A run whose loss is not finite there has none.
+    """
+    documents = beginnings(held_out(settings), settings.document_bytes)
     tokenizer = load_tokenizer(settings.tokenizer)
     found: dict[str, dict[int, Evaluation]] = {}
     for run in runs:
@@ -32,10 +42,25 @@ def evaluate_runs(
         file = run.trial.folder / EVALUATION_FILE
         if not file.exists():
             progress(f"evaluating {run.trial.label}")
-            model = load_model(str(run.trial.folder))
-            write_json(file, evaluate(model, tokenizer, documents, context_length=settings.context_length).as_dict())
+            try:
+                result = evaluate(trained_model(run), tokenizer, documents, context_length=settings.context_length)
+            except RunError as error:
+                logger.warning("%s: %s", run.trial.label, error)
+                continue
+            write_json(file, result.as_dict())
         found.setdefault(run.entry.name, {})[run.seed] = Evaluation.from_dict(read_json(file))
     return found
+
+
+def held_out(settings: Comparison) -> Dataset:
+    """The documents that no run trains on."""
+    return load_corpus(settings.data, text_column=settings.text_column, bad_data=settings.bad_data).validation
+
+
+def trained_model(run: Run) -> PreTrainedModel:
+    """On the first GPU, or the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return cast(Any, load_model(str(run.trial.folder))).to(device)
 
 
 def differences(
@@ -55,11 +80,10 @@ def differences(
 
 def gate_usage(settings: Comparison, run: Run) -> list[dict[str, Any]]:
     """Each head's gate entropy and evenness of load, layer by layer; empty for layers without a gate."""
-    model = load_model(str(run.trial.folder))
+    model = trained_model(run)
     if not any(isinstance(module, FlashMHF) for module in model.modules()):
         return []
-    documents = load_corpus(settings.data, text_column=settings.text_column).validation
-    heads = inspect(model, load_tokenizer(settings.tokenizer), documents)
+    heads = inspect(model, load_tokenizer(settings.tokenizer), held_out(settings))
     return [
         {"layer": head.layer, "head": head.head, "entropy": head.gate_entropy, "load": head.load_entropy}
         for head in heads

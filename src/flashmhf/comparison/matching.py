@@ -8,6 +8,7 @@ from flashmhf.comparison.settings import Contender
 from flashmhf.models import FlashMHFConfig
 
 WIDTH_MULTIPLE = 8
+SCALES = ("score_scale", "gate_scale", "output_scale")
 SEVERAL_HEADS = ("flashmhf", "mhffn")
 PAPER_LAYERS = 5 / 6  # 20 for 24 in arXiv 2512.06989: layers with several heads for those without
 
@@ -41,7 +42,7 @@ def match(
     step = WIDTH_MULTIPLE * changes["num_subnetworks"]
 
     def with_width(steps: int) -> FlashMHFConfig:
-        return _with_ffn(base, {**changes, "ffn_type": contender.ffn_type, "intermediate_size": step * steps})
+        return _with_ffn(base, {"ffn_type": contender.ffn_type, **changes, "intermediate_size": step * steps})
 
     size: Callable[[FlashMHFConfig], float] = count_parameters
     if by == "flops":
@@ -58,11 +59,12 @@ def _several(ffn_type: str) -> int:
 
 
 def _with_ffn(base: FlashMHFConfig, changes: dict[str, Any]) -> FlashMHFConfig:
-    values = {
-        **base.to_dict(),
-        "score_scale": None,  # these belong to the layer that is replaced
-        "gate_scale": None,
-        "output_scale": None,
-        **changes,
-    }
-    return FlashMHFConfig(**{name: value for name, value in values.items() if name != "model_type"})
+    values = {**base.to_dict(), **dict.fromkeys(SCALES), **changes}
+    if changes["ffn_type"] == base.ffn_type:  # what somebody chose for this layer stays; what follows from it does not
+        derived = FlashMHFConfig(**_arguments({**base.to_dict(), **dict.fromkeys(SCALES)}))
+        values |= {name: getattr(base, name) for name in SCALES if getattr(base, name) != getattr(derived, name)}
+    return FlashMHFConfig(**_arguments(values))
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "model_type"}

@@ -1,5 +1,6 @@
 """Which runs a comparison is made of: learning rates first, then seeds."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from flashmhf.comparison.matching import match
 from flashmhf.comparison.queue import RESULT_FILE, Trial, train_command
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
+from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.loading import read_json
 
@@ -45,6 +47,9 @@ class Plan:
         self.settings = settings
         self.output_dir = output_dir
         self._bases = settings.bases()
+        names = [_name(model) for model in self._bases]
+        if len(set(names)) < len(names):
+            raise InputError(f"model: expected names that differ, got {', '.join(self._bases)}")
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -54,7 +59,7 @@ class Plan:
             Entry(
                 model,
                 contender,
-                f"{Path(model).stem}-{contender.name}" if several else contender.name,
+                f"{_name(model)}-{contender.name}" if several else contender.name,
                 match(
                     base,
                     contender,
@@ -102,12 +107,13 @@ class Plan:
         if len(rates) < 2:
             return rates[0] if rates else None
         swept = [run for run in self.sweep() if (run.entry.model, run.entry.contender.ffn_type) == _swept_as(entry)]
-        losses = [(run.validation_loss, run.learning_rate) for run in swept if run.validation_loss is not None]
+        found = [(run.validation_loss, run.learning_rate) for run in swept]
+        losses = [(loss, rate) for loss, rate in found if loss is not None and math.isfinite(loss)]
         return min(losses)[1] if losses else rates[0]
 
     def _run(self, entry: Entry, seed: int, rate: float | None) -> Run:
         swept = len(self._rates(entry)) > 1
-        name = f"{entry.name}-lr{rate:g}-seed{seed}" if swept else f"{entry.name}-seed{seed}"
+        name = f"{entry.name}-lr{rate!r}-seed{seed}" if swept else f"{entry.name}-seed{seed}"
         folder = self.output_dir / "runs" / name
         options: dict[str, object] = {
             "model": self.config_file(entry),
@@ -117,6 +123,7 @@ class Plan:
             "context-length": self.settings.context_length,
             "output-dir": folder,
             "validation-tokens": self.settings.validation_tokens,
+            "bad-data": self.settings.bad_data,
             "seed": seed,
             "logging-steps": 1,
         }
@@ -124,6 +131,10 @@ class Plan:
             options["learning-rate"] = rate
         label = f"{entry.name}, seed {seed}" + (f", learning rate {rate:g}" if swept else "")
         return Run(entry, seed, rate, Trial(label, folder, train_command(options, self.settings.training_flags)))
+
+
+def _name(model: str) -> str:
+    return Path(model).name.removesuffix(".json")
 
 
 def _swept_as(entry: Entry) -> tuple[str, str]:

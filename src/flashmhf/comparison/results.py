@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 from flashmhf.accounting import account
-from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage
+from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage, held_out, trained_model
 from flashmhf.comparison.plan import Entry, Run
 from flashmhf.comparison.queue import RESULT_FILE
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
-from flashmhf.data import load_corpus, tokenize
+from flashmhf.data import tokenize
 from flashmhf.evaluation import Evaluation
 from flashmhf.generation import generate
-from flashmhf.models.loading import load_model, read_json
+from flashmhf.models.loading import read_json
 from flashmhf.tokenization import load_tokenizer
 from flashmhf.training.run_log import read_log
 
 PROMPT_TOKENS = 48
 SAMPLE_TOKENS = 160
+MARGIN_TOKENS = 8  # for a prompt that is encoded otherwise than it was cut, and the separator before it
 MEASURES = ("validation_loss", "bits_per_byte", "tokens_per_second", "peak_memory_mib", "elapsed_s")
 
 
@@ -42,7 +43,13 @@ def collect(
         "settings": asdict(settings),
         "unigram_entropy_nats": _unigram_entropy(settings),
         "sweep": [
-            {"variant": run.entry.name, "learning_rate": run.learning_rate, "validation_loss": run.validation_loss}
+            {
+                "variant": run.entry.name,
+                "seed": run.seed,
+                "learning_rate": run.learning_rate,
+                "validation_loss": run.validation_loss,
+                "chosen": run in runs,
+            }
             for run in sweep
         ],
         "variants": [
@@ -72,12 +79,19 @@ def _describe(run: Run) -> dict[str, Any]:
         "folder": run.trial.folder.name,
         "status": "finished" if run.trial.finished else "failed",
     }
-    log = read_log(run.trial.folder)
-    row["curve"] = [[line["step"], line["loss"], line["elapsed_s"]] for line in log.rows if "loss" in line]
+    rows = read_log(run.trial.folder).rows
+    row["curve"] = [[line["step"], line["loss"], line["elapsed_s"]] for line in rows if "loss" in line]
     row["validation_curve"] = [
-        [line["step"], line["eval_loss"], line["elapsed_s"]] for line in log.rows if "eval_loss" in line
+        [line["step"], line["eval_loss"], line["elapsed_s"]] for line in rows if "eval_loss" in line
     ]
-    return {**read_json(run.trial.folder / RESULT_FILE), **row} if run.trial.finished else row
+    if not run.trial.finished:
+        return row
+    # from the log, since a resumed run's result knows its last process alone
+    speeds, memory = ([line[name] for line in rows if name in line] for name in ("tokens_per_second", "memory_mib"))
+    row["tokens_per_second"] = statistics.median(speeds) if speeds else None
+    row["peak_memory_mib"] = max(memory, default=None)
+    row["elapsed_s"] = rows[-1]["elapsed_s"] if rows else None
+    return {**read_json(run.trial.folder / RESULT_FILE), **row}
 
 
 def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -121,8 +135,7 @@ def _first_runs(runs: Sequence[Run]) -> list[Run]:
 
 def _unigram_entropy(settings: Comparison) -> float:
     """Nats a token of the best model without context: what any of the variants must beat."""
-    corpus = load_corpus(settings.data, text_column=settings.text_column)
-    tokens = tokenize(corpus.validation, load_tokenizer(settings.tokenizer))
+    tokens = tokenize(held_out(settings), load_tokenizer(settings.tokenizer))
     counts = np.bincount(np.concatenate([np.asarray(ids) for ids in tokens["input_ids"]]))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
@@ -131,13 +144,13 @@ def _unigram_entropy(settings: Comparison) -> float:
 def _samples(settings: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
     """The same prompt, the beginning of the first validation document, continued by each entry's first run."""
     tokenizer = load_tokenizer(settings.tokenizer)
-    text = load_corpus(settings.data, text_column=settings.text_column).validation[0]["text"]
-    prompt_ids = tokenizer(text[: 16 * PROMPT_TOKENS], add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
-    prompt = str(tokenizer.decode(prompt_ids))
-    room = settings.context_length - PROMPT_TOKENS - 8
-    new_tokens = min(SAMPLE_TOKENS, max(room, PROMPT_TOKENS // 2))
-    continuations: dict[str, str] = {}
-    for run in _first_runs(runs):
-        model = load_model(str(run.trial.folder))
-        continuations[run.entry.name] = generate(model, tokenizer, prompt, max_new_tokens=new_tokens)
+    text = held_out(settings)[0]["text"]
+    room = min(PROMPT_TOKENS + SAMPLE_TOKENS, max(settings.context_length - MARGIN_TOKENS, 2))
+    given = min(PROMPT_TOKENS, max(room // 3, 1))
+    prompt_ids = tokenizer(text[: 16 * PROMPT_TOKENS], add_special_tokens=False)["input_ids"]
+    prompt = str(tokenizer.decode(prompt_ids[:given]))
+    continuations = {
+        run.entry.name: generate(trained_model(run), tokenizer, prompt, max_new_tokens=room - given)
+        for run in _first_runs(runs)
+    }
     return {"prompt": prompt, "continuations": continuations}

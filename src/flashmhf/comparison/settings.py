@@ -4,14 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashmhf.data import REFUSE
 from flashmhf.data.mixing import parse_sources
 from flashmhf.errors import InputError
+from flashmhf.evaluation import check_context_length
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.configuration import FFN_TYPES
 from flashmhf.models.loading import load_config
 from flashmhf.ops.prologue import GATES
+from flashmhf.tokenization import fit_vocabulary, load_tokenizer
 
 ABLATED = "flashmhf"  # the variant that ablations change
+WITH_SUBNETWORKS = ("flashmhf", "dense_moe")
 SWITCH = {"on": True, "off": False}
 MATCHES = ("parameters", "flops")
 DEPTHS = ("same", "paper")
@@ -52,11 +56,11 @@ class Comparison:
     Args:
         variants: values of `ffn_type`; differences are taken to the first.
         models: presets, files or folders whose configuration gives the trunk and the size to match.
-        data, tokenizer, context_length, text_column, validation_tokens: see `flashmhf.training.Run`.
+        data, tokenizer, context_length, text_column, validation_tokens, bad_data: see `flashmhf.training.Run`.
         seeds: each contender is trained once a seed; a seed fixes the initial weights and the order of the data.
         learning_rates: of each variant; of several the one with the lowest validation loss with the first seed goes on
             to the others. Ablations take that of `flashmhf`. Without any, that of training_flags.
-        training_flags: further flags of `flashmhf train`, the same for every run.
+        training_flags: further flags of `flashmhf train`, the same for every run; none that a comparison gives itself.
         ablations: options (`gate`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each is a contender
             of its own, `flashmhf` with that one change.
         document_bytes: of each held-out document at most so many are scored at the end.
@@ -75,14 +79,19 @@ class Comparison:
     text_column: str = "text"
     validation_tokens: int = 2**17
     document_bytes: int = 2**16
+    bad_data: str = REFUSE
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)
     match: str = "parameters"
     depth: str = "same"
 
     def __post_init__(self) -> None:
-        for option, values in (("variants", self.variants), ("seeds", self.seeds), ("model", self.models)):
+        lists: dict[str, tuple] = {"variants": self.variants, "seeds": self.seeds, "model": self.models}
+        for option, values in lists.items():
             if not values:
                 raise InputError(f"{option}: expected at least one, got none")
+        lists |= self.ablations
+        lists |= {f"learning-rate of {name}": rates for name, rates in self.learning_rates.items()}
+        for option, values in lists.items():
             if len(set(values)) < len(values):
                 raise InputError(f"{option}: expected each once, got {', '.join(map(str, values))}")
         for name in self.variants:
@@ -114,16 +123,26 @@ class Comparison:
                     raise InputError(f"{option}: expected positive whole numbers, got {value!r}")
 
     def bases(self) -> dict[str, FlashMHFConfig]:
-        """The configuration of each model.
+        """The configuration of each model, with the tokenizer's vocabulary.
 
         Raises:
-            InputError: it is of another family.
+            InputError: it is of another family, sees less than `context_length`, or does not say how many
+                sub-networks a variant has.
         """
+        tokenizer = load_tokenizer(self.tokenizer)
         bases = {}
         for name in self.models:
             base = load_config(name)
             if not isinstance(base, FlashMHFConfig):
                 raise InputError(f"model: expected a flashmhf configuration, got one of type {base.model_type!r}")
+            for variant in self.variants:
+                if variant in WITH_SUBNETWORKS and base.ffn_type not in WITH_SUBNETWORKS:
+                    raise InputError(
+                        f"model: expected one of {' or '.join(WITH_SUBNETWORKS)}, whose sub-networks and norm "
+                        f"{variant} takes over, got {name} of {base.ffn_type}"
+                    )
+            check_context_length(base, self.context_length)
+            fit_vocabulary(base, tokenizer)
             bases[name] = base
         return bases
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.data import text_hash, tokenize
 from flashmhf.errors import InputError, RunError
@@ -108,7 +108,7 @@ def evaluate(
             token to predict.
         RunError: a loss is not finite.
     """
-    context_length = check_context_length(model, context_length)
+    context_length = check_context_length(model.config, context_length)
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:
         raise InputError(f"stride: expected 1 to the context length {context_length}, got {stride}")
@@ -170,9 +170,9 @@ def split_windows(ids: list[int], context_length: int, stride: int) -> Iterator[
             scored = stop
 
 
-def check_context_length(model: PreTrainedModel, context_length: int | None) -> int:
+def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:
     """`context_length`, or the model's own for None; raises InputError where the model cannot see so much."""
-    longest = int(model.config.max_position_embeddings)
+    longest = int(config.max_position_embeddings)
     if context_length is None:
         return longest
     if not 2 <= context_length <= longest:

@@ -45,7 +45,7 @@ def evaluate_tasks(
         raise InputError("tasks: expected the package lm-eval, got none; pip install 'flashmhf[tasks]'")
     if tasks_path is not None and not Path(tasks_path).is_dir():
         raise InputError(f"tasks-path: expected a folder, got {tasks_path!r}")
-    max_length = check_context_length(model, context_length)
+    max_length = check_context_length(model.config, context_length)
     check_vocabulary(model, tokenizer)
     names = _expand(tasks)
     from lm_eval import simple_evaluate

@@ -4,29 +4,9 @@ import html
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from flashmhf.reports.curves import bars, curves, loss_against
+from flashmhf.reports.page import figures, html_table, markdown_rows, write_page
 
-from flashmhf.reports.page import (
-    BLUE,
-    FIGURE_INCHES,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    VERMILION,
-    figures,
-    html_table,
-    markdown_rows,
-    new_axes,
-    write_page,
-)
-
-COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "mhffn": GREEN, "pkv": PURPLE, "dense_moe": ORANGE}
-ABLATION_STYLES = ("--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
-UNIGRAM_COLOUR = GREY
 COLUMNS = (
     "FFN",
     "validation loss (nats a token)",
@@ -34,12 +14,14 @@ COLUMNS = (
     "to the first (95 %)",
     "bits a byte",
     "parameters",
+    "MFLOP a token",
+    "layers",
     "d_ff",
     "tokens a second",
     "peak memory (MiB)",
 )
 EFFECT_COLUMNS = ("ablation", "held-out documents, to flashmhf (95 %)", "reading")
-LEAST_SIZES = 3  # for a power law
+DEPTHS = {"same": "the same depth", "paper": "the paper's depths, 5 layers with several heads for 6 without"}
 
 
 def write_report(results: dict[str, Any], file: Path) -> None:
@@ -49,23 +31,24 @@ def write_report(results: dict[str, Any], file: Path) -> None:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """One row an entry, the lowest validation loss first."""
+    """One row an entry, the lowest validation loss first; what the numbers are; ablations; what died."""
     effects = _effects(results)
-    tables = [markdown_rows(COLUMNS, _rows(results)), *([markdown_rows(EFFECT_COLUMNS, effects)] if effects else [])]
-    return "\n\n".join([*tables, *_died(results)])
+    ablations = [markdown_rows(EFFECT_COLUMNS, effects)] if effects else []
+    return "\n\n".join([markdown_rows(COLUMNS, _rows(results)), _note(results), *ablations, *_died(results)])
 
 
 def _sections(results: dict[str, Any]) -> list[str]:
     return [
         _introduction(results),
         html_table(COLUMNS, _rows(results)),
+        f"<p>{html.escape(_note(results))}</p>",
         *(f"<p><b>{html.escape(line)}</b></p>" for line in _died(results)),
         "<h2>Loss</h2>",
         figures(
-            (_curves(results, "curve", 0, None), "Training loss by step, one line a run"),
-            (_curves(results, "validation_curve", 0, "o"), "Validation loss by step, one line a run"),
-            (_curves(results, "curve", 2, None), "Training loss by time in training"),
-            (_curves(results, "validation_curve", 2, "o"), "Validation loss by time in training"),
+            (curves(results, "curve", 0, None), "Training loss by step, one line a run"),
+            (curves(results, "validation_curve", 0, "o"), "Validation loss by step, one line a run"),
+            (curves(results, "curve", 2, None), "Training loss by time in training"),
+            (curves(results, "validation_curve", 2, "o"), "Validation loss by time in training"),
         ),
         f"<p>{_reading(results)}</p>",
         *_ablations(results),
@@ -73,16 +56,16 @@ def _sections(results: dict[str, Any]) -> list[str]:
         *_gates(results),
         "<h2>Size</h2>",
         figures(
-            (_against(results, "parameters", "parameters"), "Validation loss against parameters, mean over seeds"),
+            (loss_against(results, "parameters", "parameters"), "Validation loss against parameters, mean over seeds"),
             (
-                _against(results, "forward_flops_per_token", "FLOPs a token, forward"),
+                loss_against(results, "forward_flops_per_token", "FLOPs a token, forward"),
                 "Validation loss against FLOPs a token, mean over seeds",
             ),
         ),
-        "<h2>Speed and memory</h2>",
+        f"<h2>Speed and memory</h2><p>{_machine(results)}</p>",
         figures(
-            (_bars(results, "tokens_per_second"), "Tokens a second of training"),
-            (_bars(results, "peak_memory_mib"), "Peak memory of the training process, MiB"),
+            (bars(results, "tokens_per_second"), "Tokens a second of training"),
+            (bars(results, "peak_memory_mib"), "Peak memory of the training process, MiB"),
         ),
         "<h2>Samples</h2>",
         *_samples(results["samples"]),
@@ -99,9 +82,9 @@ def _introduction(results: dict[str, Any]) -> str:
     return (
         f"<p>Trained from new weights on <b>{html.escape(settings['data'])}</b> (tokenizer "
         f"{html.escape(settings['tokenizer'])}), {tokens:,} tokens each in blocks of {settings['context_length']}, "
-        f"seeds {seeds}; same trunk, matched {settings['match']}, same order of the data. Lowest validation loss here: "
-        f"<b>{html.escape(best['variant'])}</b>. A model without context could reach "
-        f"{results['unigram_entropy_nats']:.3f} nats a token (the unigram entropy).</p>"
+        f"seeds {seeds}; matched {settings['match']} at {DEPTHS[settings['depth']]}, all else alike, and of each seed "
+        f"the same order of the data. Lowest validation loss here: <b>{html.escape(best['variant'])}</b>. A model "
+        f"without context could reach {results['unigram_entropy_nats']:.3f} nats a token (the unigram entropy).</p>"
     )
 
 
@@ -122,6 +105,8 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             _difference(row["difference"]),
             _spread(row["bits_per_byte"]),
             f"{row['parameters']:,}",
+            f"{row['forward_flops_per_token'] / 1e6:,.1f}",
+            str(row["layers"]),
             f"{row['intermediate_size']:,}",
             _mean(row["tokens_per_second"]),
             _mean(row["peak_memory_mib"]),
@@ -132,34 +117,12 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _died(results: dict[str, Any]) -> list[str]:
     died = [f"{run['variant']} with seed {run['seed']}" for run in results["runs"] if run["status"] == "failed"]
+    died += [
+        f"{row['variant']} with seed {row['seed']} at {row['learning_rate']:g}"
+        for row in results["sweep"]
+        if row["validation_loss"] is None and not row["chosen"]
+    ]
     return [f"These runs died and are in no mean: {', '.join(died)}."] if died else []
-
-
-def _curves(results: dict[str, Any], name: str, against: int, marker: str | None) -> Figure:
-    """One line a run, one colour a variant, one dash an ablation, and what a model without context could reach."""
-    figure, axes = new_axes("step" if against == 0 else "seconds of training", "nats a token")
-    labelled: set[str] = set()
-    for run in results["runs"]:
-        if not run[name]:
-            continue
-        label = None if run["variant"] in labelled else run["variant"]
-        labelled.add(run["variant"])
-        points = list(zip(*run[name], strict=True))
-        axes.plot(
-            points[against], points[1], marker=marker, markersize=4, linewidth=1.2, label=label, **_style(results, run)
-        )
-    entropy = results["unigram_entropy_nats"]
-    axes.axhline(entropy, color=UNIGRAM_COLOUR, linestyle="--", linewidth=1, label="unigram entropy")
-    if against == 0:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def _style(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    names = [entry["variant"] for entry in results["variants"] if entry["ablation"] is not None]
-    style = ABLATION_STYLES[names.index(row["variant"]) % len(ABLATION_STYLES)] if row["variant"] in names else "-"
-    return {"color": COLOURS[row["ffn_type"]], "linestyle": style}
 
 
 def _effects(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -183,34 +146,49 @@ def _ablations(results: dict[str, Any]) -> list[str]:
 def _sweep(results: dict[str, Any]) -> list[str]:
     if not results["sweep"]:
         return []
-    rows = [
-        (
-            row["variant"],
-            f"{row['learning_rate']:g}",
-            "died" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}",
-        )
-        for row in results["sweep"]
-    ]
-    columns = ("FFN", "learning rate", "validation loss, first seed")
-    return ["<h2>Learning rates</h2>", html_table(columns, rows)]
+    rows = []
+    for row in results["sweep"]:
+        rates = sorted(other["learning_rate"] for other in results["sweep"] if other["variant"] == row["variant"])
+        edge = ", at the edge of those tried" if row["learning_rate"] in (rates[0], rates[-1]) else ""
+        loss = "died" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
+        rows.append((row["variant"], f"{row['learning_rate']:g}", loss, f"taken{edge}" if row["chosen"] else ""))
+    columns = ("FFN", "learning rate", "validation loss, first seed", "")
+    note = "<p>Chosen by the first seed's validation loss, which stays in the means; ablations take flashmhf's.</p>"
+    return ["<h2>Learning rates</h2>", note, html_table(columns, rows)]
 
 
 def _reading(results: dict[str, Any]) -> str:
     """What the intervals decide, in words."""
     first = results["settings"]["variants"][0]
     lines = []
+    if all(row["difference"] is None for row in results["variants"]):
+        return f"Nothing could be compared with {html.escape(first)}."
     for row in results["variants"]:
         if row["difference"] is None:
             continue
         verdict = html.escape(_verdict(row["difference"], first))
         lines.append(f"<b>{html.escape(row['variant'])}</b>: {verdict} ({_difference(row['difference'])})")
-    seeds = len(results["settings"]["seeds"])
-    over = "documents and Student's t over the seeds" if seeds > 1 else "documents; one seed says nothing of another"
+    return f"On the held-out documents: {'; '.join(lines)}."
+
+
+def _note(results: dict[str, Any]) -> str:
+    """What the columns and intervals are."""
+    settings = results["settings"]
+    documents = max((row["documents"]["number"] or 0 for row in results["variants"]), default=0)
+    compared = [row["difference"]["nats_per_token"] for row in results["variants"] if row["difference"]]
+    runs = max((found["runs"] for found in compared), default=1)
+    over = f"Student's t over {runs} seeds" if runs > 1 else "nothing else: one seed says nothing of another"
     return (
-        f"Nats a token on the held-out documents, of each the first {results['settings']['document_bytes']:,} bytes, "
-        f"less those of {html.escape(first)} with the same seed on the same "
-        f"documents; 95 % intervals by a bootstrap over {over}. {'; '.join(lines)}."
+        f"±: standard deviation over seeds. Held-out documents: nats a token on {documents} of them, of each the first "
+        f"{settings['document_bytes']:,} bytes. Differences are paired by document and seed; their 95 % intervals "
+        f"cover a bootstrap over documents and {over}. Of twenty such intervals around no difference one excludes 0."
     )
+
+
+def _machine(results: dict[str, Any]) -> str:
+    jobs = results["jobs"]
+    alone = "each run alone" if jobs == 1 else f"{jobs} runs at a time, which share the machine"
+    return f"Medians over the steps of a run, means over seeds; {alone}."
 
 
 def _verdict(difference: dict[str, Any] | None, baseline: str) -> str:
@@ -233,51 +211,12 @@ def _gates(results: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     columns = ("FFN", "gate entropy by head", "evenness of the load by head")
-    note = "<p>1: all sub-networks alike; 0: one alone. Least and most of the heads, first seed.</p>"
+    note = "<p>1: all sub-networks alike; 0: one alone. Least and most of the heads, first seed that ended well.</p>"
     return ["<h2>Gates</h2>", note, html_table(columns, rows)]
 
 
 def _range(values: list[float]) -> str:
     return f"{min(values):.3f} to {max(values):.3f}"
-
-
-def _against(results: dict[str, Any], measure: str, name: str) -> Figure:
-    """Loss against a size, with a power law for each variant that has enough sizes."""
-    figure, axes = new_axes(name, "nats a token")
-    rows = [row for row in results["variants"] if row["validation_loss"]["mean"] is not None]
-    for ffn_type, colour in COLOURS.items():
-        mine = sorted(
-            (row[measure], row["validation_loss"]["mean"])
-            for row in rows
-            if row["ffn_type"] == ffn_type and row["ablation"] is None
-        )
-        if not mine:
-            continue
-        sizes, losses = np.array(mine).T
-        axes.scatter(sizes, losses, color=colour, label=ffn_type, zorder=3)
-        if len(set(sizes)) >= LEAST_SIZES:
-            exponent, log_scale = np.polyfit(np.log(sizes), np.log(losses), 1)
-            axes.plot(
-                sizes, np.exp(log_scale) * sizes**exponent, color=colour, label=f"{ffn_type}: size^{exponent:.3f}"
-            )
-    if len({row[measure] for row in rows}) >= LEAST_SIZES:
-        axes.set(xscale="log", yscale="log")
-    axes.margins(0.1)
-    axes.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def _bars(results: dict[str, Any], measure: str) -> Figure:
-    rows = [row for row in results["variants"][::-1] if row[measure]["mean"] is not None]
-    figure, axes = plt.subplots(figsize=(FIGURE_INCHES[0], 0.6 + 0.4 * len(rows)), layout="constrained")
-    names = [row["variant"] for row in rows]
-    colours = [COLOURS[row["ffn_type"]] for row in rows]
-    bars = axes.barh(names, [row[measure]["mean"] for row in rows], color=colours, height=0.6)
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.margins(x=0.15)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.xaxis.set_visible(False)
-    return figure
 
 
 def _samples(samples: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,44 @@ from flashmhf.training.manifest import check
 from flashmhf.training.pickles import why_unsafe
 from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
 
+if sys.platform != "win32":
+    import fcntl
+
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 DISK_FULL_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def only_writer(output_dir: Path) -> Iterator[None]:
+    """Within the context no other process of this machine can enter it; the lock ends with the process, however.
+
+    Raises:
+        InputError: another process trains into the folder.
+    """
+    if sys.platform == "win32" or (output_dir.exists() and not output_dir.is_dir()):
+        yield  # a file is refused for what it is
+        return
+    missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which children do not inherit
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"output-dir: expected a folder of this run alone, got {output_dir}, into which another process trains"
+            ) from None
+        except OSError:
+            logger.warning("%s cannot be locked: take care that no other process trains into it", output_dir)
+        try:
+            yield
+        finally:
+            (output_dir / LOCK_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what was refused leaves nothing behind
+                for folder in missing:
+                    folder.rmdir()
 
 
 def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> Path | None:
@@ -36,7 +71,7 @@ def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> P
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
     content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    content = [name for name in content if name != RUN_FILE + ".tmp"]  # of a run killed as it began
+    content = [name for name in content if name not in (RUN_FILE + ".tmp", LOCK_FILE)]  # of a run killed as it began
     if not resume:
         if content:
             held = ", ".join(content[:3])

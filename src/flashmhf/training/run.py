@@ -1,5 +1,6 @@
 """Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
 
+import contextlib
 import logging
 import math
 import time
@@ -23,15 +24,15 @@ from transformers.integrations import TensorBoardCallback
 from flashmhf.accounting import account
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_vocabulary
+from flashmhf.evaluation import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
-from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
+from flashmhf.tokenization import check_same_tokenizer, fit_vocabulary, load_tokenizer
 from flashmhf.training.bad_steps import MAX_BAD_STEPS, check_limit, numbered
 from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
 from flashmhf.training.layouts import check_layout, head_processes
 from flashmhf.training.learning_rates import check_base_width
-from flashmhf.training.resuming import RUN_FILE, explain_full_disk, finished_state, prepare_output_dir
+from flashmhf.training.resuming import RUN_FILE, explain_full_disk, finished_state, only_writer, prepare_output_dir
 from flashmhf.training.run_log import LogLines
 from flashmhf.training.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 from flashmhf.training.watchdog import Watchdog
@@ -39,7 +40,6 @@ from flashmhf.writing import write_json
 
 logger = logging.getLogger(__name__)
 
-VOCABULARY_MULTIPLE = 64
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine_with_min_lr",
@@ -165,8 +165,21 @@ def train(
     if compile_blocks:
         check_not_compiled_whole(arguments)
     check_base_width(run.width_scaled_learning_rate, arguments)
-    started = time.perf_counter()
     output_dir = Path(str(arguments.output_dir))
+    with only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext():
+        return _train(run, arguments, output_dir, resume, max_bad_steps, compile_blocks, fused_loss)
+
+
+def _train(
+    run: Run,
+    arguments: TrainingArguments,
+    output_dir: Path,
+    resume: bool,
+    max_bad_steps: int,
+    compile_blocks: bool,
+    fused_loss: str,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
     (checkpoint,) = broadcast_object_list([checkpoint])
     set_seed(arguments.seed)
@@ -190,9 +203,7 @@ def train(
         trainer.check_finite()
     else:
         trainer.state = finished
-        trainer.remove_callback(
-            TensorBoardCallback
-        )  # it learns its folder when training begins, and has that run's curves
+        trainer.remove_callback(TensorBoardCallback)  # its folder is that of a training
     if stop.signal is None:
         trainer.save_model()
         validation = trainer.evaluate()
@@ -260,13 +271,9 @@ def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTra
         check_same_tokenizer(run.model, tokenizer)
     else:
         config = load_config(run.model)
-        config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        fit_vocabulary(config, tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    longest = model.config.max_position_embeddings
-    if not 2 <= run.context_length <= longest:
-        raise InputError(f"context-length: expected 2 to the model's {longest}, got {run.context_length}")
+    check_context_length(model.config, run.context_length)
     return model
 
 
