@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command of less than nine minutes.
+"""Everything that only a GPU can show, in one command that begins nothing new after nine minutes.
 
     python benchmarks/gpu.py [--sections correctness,op,layer] [--time-limit 540] [--output benchmarks/results/gpu]
 

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Data = Annotated[
-    str, typer.Option(metavar="SOURCE", help="stdlib, a file or folder of .txt, .jsonl or .parquet, or a Hub dataset.")
-]
+SOURCE = "stdlib, a file or folder of .txt, .json, .jsonl or .parquet (compressed too), or a Hub dataset"
+Data = Annotated[str, typer.Option(metavar="SOURCE", help=f"{SOURCE}.")]
 BadData = Annotated[
     str,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import BadData, Data, Json, TextColumn, Tokenizer, emit, results_only
+from flashmhf.cli.output import SOURCE, BadData, Json, TextColumn, Tokenizer, emit, results_only
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a store of addresses for each start of the processes
@@ -17,7 +17,9 @@ def train(
     context: typer.Context,
     model: Annotated[str, typer.Option(metavar="PRESET|FILE|DIR", help="A folder goes on from its weights.")],
     output_dir: Annotated[str, typer.Option(help="New or empty, unless --resume.")],
-    data: Data = "stdlib",
+    data: Annotated[
+        str, typer.Option(metavar="SOURCE", help=f"{SOURCE}; or several by weight: 0.7*SOURCE,0.3*SOURCE.")
+    ] = "stdlib",
     tokenizer: Tokenizer = "bytes",
     context_length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
     text_column: TextColumn = "text",

@@ -75,7 +75,7 @@ def parse_sources(data: str) -> list[tuple[float, str]]:
     """(weight, SOURCE) pairs of `0.7*A,0.3*B`, or one of weight 1.
 
     Raises:
-        InputError: a weight that is no positive number.
+        InputError: a weight that is no number or below 0, or none above 0.
     """
     if "*" not in data or Path(data).exists():
         return [(1.0, data)]

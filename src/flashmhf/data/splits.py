@@ -30,7 +30,7 @@ VALIDATION, TRAIN, ALL = "validation", "train", "all"
 def load_documents(
     source: str, *, split: str = VALIDATION, text_column: str = "text", bad_data: str = REFUSE
 ) -> Dataset:
-    """The documents of one split, with the column "text".
+    """The documents of one split, with the columns "text" and "origin".
 
     Args:
         source: see `flashmhf.data`.

@@ -65,6 +65,7 @@ class FlashMHF(nn.Module):
             layer with init="scaled".
         recompute_q: keep x and the output alone between forward and backward, and project x again in the backward.
         backend: of the operator, see `flash_mhf`.
+        device, dtype: of the parameters.
 
     Parameters: in_proj, out_proj (Linear), k, u, v (H_kv, E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
 

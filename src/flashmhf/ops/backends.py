@@ -25,7 +25,7 @@ HOPPER_MIN_TRITON = (3, 6)
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: a module with `forward` and `backward`, and the reason why it cannot run, if there is one.
+    """One implementation: a module with `forward`, `backward` and both of the prologue, and why it cannot run, if so.
 
     `why_not(problem)` answers from torch and find_spec alone, without importing the module; without a problem it speaks
     of this machine in general. `why_not_auto(problem)` is why `auto` leaves a problem to another backend although this

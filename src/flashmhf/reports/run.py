@@ -24,7 +24,7 @@ def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
 
     Returns:
         What its table says: "steps", "tokens", "train_loss", "validation_loss", "starts", "lost_steps",
-        "skipped_steps", "tokens_per_second", "memory_mib", "elapsed_s".
+        "skipped_steps", "spikes", "tokens_per_second", "memory_mib", "elapsed_s".
 
     Raises:
         InputError: the folder holds no run, or one that has logged nothing yet.
