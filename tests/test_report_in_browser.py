@@ -63,7 +63,7 @@ def pages(tmp_path):
         *({"step": step, "time": float(step), "loss": 5.0 - step / 10, **row} for step in range(1, 31)),
     )
     write_run_report(tmp_path, tmp_path / "run.html")
-    return {"comparison": 8, "run": 5}
+    return {"comparison": 9, "run": 5}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

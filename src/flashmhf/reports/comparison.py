@@ -4,7 +4,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from flashmhf.reports.curves import bars, curves, loss_against
+from flashmhf.reports.curves import bars, curves, gate_maps, loss_against
 from flashmhf.reports.page import figures, html_table, markdown_rows, write_page
 
 COLUMNS = (
@@ -212,7 +212,8 @@ def _gates(results: dict[str, Any]) -> list[str]:
         return []
     columns = ("FFN", "gate entropy by head", "evenness of the load by head")
     note = "<p>1: all sub-networks alike; 0: one alone. Least and most of the heads, first seed that ended well.</p>"
-    return ["<h2>Gates</h2>", note, html_table(columns, rows)]
+    maps = [(gate_maps(heads), f"Gates of {name}") for name, heads in results["gates"].items() if heads]
+    return ["<h2>Gates</h2>", note, html_table(columns, rows), figures(*maps)]
 
 
 def _range(values: list[float]) -> str:

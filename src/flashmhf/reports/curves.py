@@ -1,4 +1,4 @@
-"""Pictures of a comparison: curves, loss against size, bars."""
+"""Pictures of a comparison: curves, loss against size, bars, gates."""
 
 from typing import Any
 
@@ -13,6 +13,8 @@ COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "mhffn": GREEN, "pkv": PURPLE,
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 UNIGRAM_COLOUR = GREY
 LEAST_SIZES = 3  # for a power law
+DARK = 0.6  # of the map's colours
+MOST_NUMBERS = 64  # written into the fields of a map
 
 
 def curves(results: dict[str, Any], name: str, against: int, marker: str | None) -> Figure:
@@ -78,4 +80,24 @@ def bars(results: dict[str, Any], measure: str) -> Figure:
     axes.margins(x=0.15)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.xaxis.set_visible(False)
+    return figure
+
+
+def gate_maps(heads: list[dict[str, Any]]) -> Figure:
+    """Layers by heads: the gate's entropy, and how even the load is."""
+    layers, columns = (max(head[key] for head in heads) + 1 for key in ("layer", "head"))
+    figure, axes = plt.subplots(1, 2, figsize=(FIGURE_INCHES[0], 1.3 + 0.3 * layers), layout="constrained")
+    titles = {"entropy": "entropy of the gate", "load": "evenness of the load"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        values = np.full((layers, columns), np.nan)
+        for head in heads:
+            values[head["layer"], head["head"]] = head[key]
+        image = axis.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+        for (layer, head), value in np.ndenumerate(values) if values.size <= MOST_NUMBERS else ():
+            shade = "white" if value < DARK else "black"
+            axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
+        axis.set(title=title, xlabel="head", ylabel="layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes)
     return figure
