@@ -45,7 +45,7 @@ def _sections(results: dict[str, Any]) -> list[str]:
         *(f"<p><b>{html.escape(line)}</b></p>" for line in _died(results)),
         "<h2>Loss</h2>",
         figures(
-            (curves(results, "curve", 0, None), "Training loss by step, one line a run"),
+            (curves(results, "curve", 0, None), "Training loss by step, one line a run, averaged over neighbours"),
             (curves(results, "validation_curve", 0, "o"), "Validation loss by step, one line a run"),
             (curves(results, "curve", 2, None), "Training loss by time in training"),
             (curves(results, "validation_curve", 2, "o"), "Validation loss by time in training"),

@@ -14,11 +14,15 @@ STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1
 UNIGRAM_COLOUR = GREY
 LEAST_SIZES = 3  # for a power law
 DARK = 0.6  # of the map's colours
+MOST_POINTS = 60  # of a curve
 MOST_NUMBERS = 64  # written into the fields of a map
 
 
 def curves(results: dict[str, Any], name: str, against: int, marker: str | None) -> Figure:
-    """One line a run, one colour a variant, one dash an ablation, and what a model without context could reach."""
+    """One line a run, one colour a variant, one dash an ablation, and what a model without context could reach.
+
+    Of more than `MOST_POINTS` points there are means of as many in a row as bring them below it.
+    """
     figure, axes = new_axes("step" if against == 0 else "seconds of training", "nats a token")
     labelled: set[str] = set()
     for run in results["runs"]:
@@ -26,7 +30,7 @@ def curves(results: dict[str, Any], name: str, against: int, marker: str | None)
             continue
         label = None if run["variant"] in labelled else run["variant"]
         labelled.add(run["variant"])
-        points = list(zip(*run[name], strict=True))
+        points = _means(np.array(run[name], dtype=float)).T
         axes.plot(
             points[against], points[1], marker=marker, markersize=4, linewidth=1.2, label=label, **_style(results, run)
         )
@@ -36,6 +40,11 @@ def curves(results: dict[str, Any], name: str, against: int, marker: str | None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _means(points: np.ndarray) -> np.ndarray:
+    together = -(-len(points) // MOST_POINTS)
+    return np.array([points[begin : begin + together].mean(0) for begin in range(0, len(points), together)])
 
 
 def _style(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
