@@ -89,6 +89,17 @@ def test_a_comparison_is_whole_and_goes_on(settings, tmp_path):
     with pytest.raises(InputError, match=r"holds a comparison with seeds .*0.*; got .*1"):
         compare(settings(seeds=(1,)), tmp_path / "out", lines.append)
 
+    lines.clear()
+    grown = compare(settings(seeds=(0, 1), variants=("swiglu", "flashmhf", "mhffn")), tmp_path / "out", lines.append)
+    assert sum(line.startswith("run ") for line in lines) == 4
+    assert (tmp_path / "out/runs/swiglu-seed0/model.safetensors").stat().st_mtime_ns == before
+    assert len(grown["runs"]) == 6
+    assert {row["variant"]: len(row["validation_loss"]["values"]) for row in grown["variants"]} == {
+        "swiglu": 2, "flashmhf": 2, "mhffn": 2,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="holds a comparison with variants"):
+        compare(settings(seeds=(0, 1)), tmp_path / "out", lines.append)
+
 
 def test_where_every_run_dies_nothing_is_reported(settings, tmp_path):
     broken = settings(training_flags=(*FLAGS, "--optim", "adafactor", "--optim-args", "nonsense"))

@@ -14,7 +14,12 @@ OWN = ("streaming", "resume")  # options of `flashmhf train` that a comparison d
 
 def compare(
     context: typer.Context,
-    output_dir: Annotated[str, typer.Option(help="New, empty, or holding the same comparison, which then goes on.")],
+    output_dir: Annotated[
+        str,
+        typer.Option(
+            help="New, empty, or holding this comparison, which goes on; seeds, variants, ablations may be added."
+        ),
+    ],
     variants: Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")] = "swiglu,flashmhf",
     model: Annotated[
         str,

@@ -20,6 +20,7 @@ from flashmhf.writing import write_json
 __all__ = ["Comparison", "compare"]
 
 SETTINGS_FILE = "compare.json"
+GROWING = ("seeds", "variants", "ablations", "learning_rates")  # settings that may be added to
 
 
 def compare(
@@ -33,12 +34,12 @@ def compare(
     """Trains every contender with every seed and writes table.md, results.json and report.html into `output_dir`.
 
     Each run is a process and a folder of its own under `runs/`, with a model that `flashmhf eval` and `generate` can
-    read and a line of JSON for every step. Called again with the same settings, finished runs are kept and an
-    unfinished one goes on.
+    read and a line of JSON for every step. Called again with the same settings, or with further seeds, variants or
+    ablations, finished runs are kept and an unfinished one goes on.
 
     Args:
         settings: what to compare.
-        output_dir: new, empty, or holding the same comparison.
+        output_dir: new, empty, or holding this comparison.
         progress: called with one line at the start of each run.
         jobs: runs at a time.
         environment: variables of the runs' processes, see `comparison.queue`.
@@ -89,8 +90,17 @@ def _claim(output_dir: Path, settings: Comparison) -> None:
     if content:
         earlier = read_json(output_dir / SETTINGS_FILE)
         for name, value in mine.items():
-            if earlier.get(name) != value:
+            if earlier.get(name) != value and not (name in GROWING and _continues(earlier.get(name), value)):
                 raise InputError(
                     f"output-dir: {output_dir} holds a comparison with {name} {earlier.get(name)!r}; got {value!r}"
                 )
     write_json(output_dir / SETTINGS_FILE, mine)
+
+
+def _continues(earlier: Any, now: Any) -> bool:
+    """Whether a list begins with the earlier one, or a table has all of the earlier one's rows, continued."""
+    if isinstance(earlier, list) and isinstance(now, list):
+        return now[: len(earlier)] == earlier
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        return all(name in now and (now[name] == rows or _continues(rows, now[name])) for name, rows in earlier.items())
+    return False
