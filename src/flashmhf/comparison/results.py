@@ -65,7 +65,7 @@ def collect(
         ],
         "gates": {run.entry.name: gate_usage(settings, run) for run in _first_runs(runs)},
         "runs": described,
-        "samples": _samples(settings, runs),
+        "samples": _samples(settings, [run for run in runs if run.seed in evaluations.get(run.entry.name, {})]),
     }
 
 
