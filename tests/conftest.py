@@ -45,6 +45,26 @@ def corpus_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def make_model():
+    """Makes a small model with random weights, the same every time; changes are of its configuration."""
+    from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+
+    def make(**changes):
+        values = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "init": "scaled",
+        }
+        torch.manual_seed(0)
+        return FlashMHFForCausalLM(FlashMHFConfig(**(values | changes))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def model_file(tmp_path_factory):
     """A configuration small enough to train in seconds."""
     file = tmp_path_factory.mktemp("configs") / "small.json"

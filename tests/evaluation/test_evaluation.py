@@ -14,25 +14,14 @@ from hypothesis import strategies as st
 from flashmhf import cli
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import IGNORED, Evaluation, evaluate, split_windows
-from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.tokenization import byte_tokenizer, save_tokenizer, train_bpe
 
 DOCUMENTS = datasets.Dataset.from_dict({"text": ["a short one", "x", "a longer one: " + "abc" * 30]})
 
 
 @pytest.fixture
-def model():
-    config = FlashMHFConfig(
-        vocab_size=320,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        init="scaled",
-    )
-    torch.manual_seed(0)
-    return FlashMHFForCausalLM(config).eval()
+def model(make_model):
+    return make_model(max_position_embeddings=32)
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.data())

@@ -4,14 +4,12 @@ import json
 from functools import partial
 
 import pytest
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from flashmhf import cli
 from flashmhf.errors import InputError
 from flashmhf.evaluation.tasks import ALIASES, evaluate_tasks
-from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.tokenization import byte_tokenizer, save_tokenizer
 
 DATA = """
@@ -57,21 +55,8 @@ metric_list:
 
 
 @pytest.fixture
-def model():
-    config = FlashMHFConfig(
-        vocab_size=320,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=128,
-        init="scaled",
-        bos_token_id=256,
-        eos_token_id=256,
-        pad_token_id=257,
-    )
-    torch.manual_seed(0)
-    return FlashMHFForCausalLM(config).eval()
+def model(make_model):
+    return make_model(max_position_embeddings=128, bos_token_id=256, eos_token_id=256, pad_token_id=257)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import read_json
 from flashmhf.reports.comparison import markdown_table, write_report
 from flashmhf.tokenization import load_tokenizer
-from flashmhf.writing import write_json
+from flashmhf.writing import write_flushed, write_json
 
 __all__ = ["Comparison", "compare"]
 
@@ -64,7 +64,7 @@ def compare(
         raise RunError(f"training failed in every run; {where} says why")
     results = {**collect(settings, plan.sweep(), runs, progress), "jobs": jobs}
     write_json(output_dir / "results.json", results)
-    (output_dir / "table.md").write_text(markdown_table(results) + "\n")
+    write_flushed(output_dir / "table.md", markdown_table(results) + "\n")
     write_report(results, output_dir / "report.html")
     return results
 

@@ -6,18 +6,17 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
-from flashmhf.data import beginnings, load_corpus
+from flashmhf.data import beginnings
 from flashmhf.errors import RunError
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.evaluation.differences import paired_difference
 from flashmhf.inspection import inspect
 from flashmhf.layers import FlashMHF
 from flashmhf.models.loading import load_model, read_json
-from flashmhf.tokenization import load_tokenizer
 from flashmhf.writing import write_json
 
 logger = logging.getLogger(__name__)
@@ -27,14 +26,17 @@ MEASURES = ("nats_per_token", "bits_per_byte")
 
 
 def evaluate_runs(
-    settings: Comparison, runs: Sequence[Run], progress: Callable[[str], None]
+    settings: Comparison,
+    runs: Sequence[Run],
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[str], None],
 ) -> dict[str, dict[int, Evaluation]]:
     """By entry and seed, each finished run's loss on the beginnings of held-out documents; kept in its folder.
 
     A run whose loss is not finite there has none.
     """
-    documents = beginnings(held_out(settings), settings.document_bytes)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    documents = beginnings(documents, settings.document_bytes)
     found: dict[str, dict[int, Evaluation]] = {}
     for run in runs:
         if not run.trial.finished:
@@ -50,11 +52,6 @@ def evaluate_runs(
             write_json(file, result.as_dict())
         found.setdefault(run.entry.name, {})[run.seed] = Evaluation.from_dict(read_json(file))
     return found
-
-
-def held_out(settings: Comparison) -> Dataset:
-    """The documents that no run trains on."""
-    return load_corpus(settings.data, text_column=settings.text_column, bad_data=settings.bad_data).validation
 
 
 def trained_model(run: Run) -> PreTrainedModel:
@@ -78,12 +75,12 @@ def differences(
     return {measure: paired_difference(*pairs, measure=measure).as_dict() for measure in MEASURES}
 
 
-def gate_usage(settings: Comparison, run: Run) -> list[dict[str, Any]]:
+def gate_usage(run: Run, documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Each head's gate entropy and evenness of load, layer by layer; empty for layers without a gate."""
     model = trained_model(run)
     if not any(isinstance(module, FlashMHF) for module in model.modules()):
         return []
-    heads = inspect(model, load_tokenizer(settings.tokenizer), held_out(settings))
+    heads = inspect(model, tokenizer, documents)
     return [
         {"layer": head.layer, "head": head.head, "entropy": head.gate_entropy, "load": head.load_entropy}
         for head in heads

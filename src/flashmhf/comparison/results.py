@@ -6,13 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from flashmhf.accounting import account
-from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage, held_out, trained_model
+from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage, trained_model
 from flashmhf.comparison.plan import Entry, Run
 from flashmhf.comparison.queue import RESULT_FILE
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
-from flashmhf.data import tokenize
+from flashmhf.data import load_corpus, tokenize
 from flashmhf.evaluation import Evaluation
 from flashmhf.generation import generate
 from flashmhf.models.loading import read_json
@@ -36,12 +38,15 @@ def collect(
     """
     entries = list({run.entry.name: run.entry for run in runs}.values())
     described = [_describe(run) for run in runs]
-    evaluations = evaluate_runs(settings, runs, progress)
+    documents = load_corpus(settings.data, text_column=settings.text_column, bad_data=settings.bad_data).validation
+    tokenizer = load_tokenizer(settings.tokenizer)
+    evaluations = evaluate_runs(settings, runs, documents, tokenizer, progress)
+    evaluated = [run for run in runs if run.seed in evaluations.get(run.entry.name, {})]
     first = {entry.model: entry.name for entry in entries if entry.contender == Contender(settings.variants[0])}
     whole = {entry.model: entry.name for entry in entries if entry.contender == Contender(ABLATED)}
     return {
         "settings": asdict(settings),
-        "unigram_entropy_nats": _unigram_entropy(settings),
+        "unigram_entropy_nats": _unigram_entropy(documents, tokenizer),
         "sweep": [
             {
                 "variant": run.entry.name,
@@ -63,9 +68,9 @@ def collect(
             }
             for entry in entries
         ],
-        "gates": {run.entry.name: gate_usage(settings, run) for run in _first_runs(runs)},
+        "gates": {run.entry.name: gate_usage(run, documents, tokenizer) for run in _first_runs(runs)},
         "runs": described,
-        "samples": _samples(settings, [run for run in runs if run.seed in evaluations.get(run.entry.name, {})]),
+        "samples": _samples(evaluated, documents[0]["text"], tokenizer, settings.context_length),
     }
 
 
@@ -133,19 +138,17 @@ def _first_runs(runs: Sequence[Run]) -> list[Run]:
     return list({run.entry.name: run for run in reversed(runs) if run.trial.finished}.values())[::-1]
 
 
-def _unigram_entropy(settings: Comparison) -> float:
+def _unigram_entropy(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
     """Nats a token of the best model without context: what any of the variants must beat."""
-    tokens = tokenize(held_out(settings), load_tokenizer(settings.tokenizer))
+    tokens = tokenize(documents, tokenizer)
     counts = np.bincount(np.concatenate([np.asarray(ids) for ids in tokens["input_ids"]]))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def _samples(settings: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
-    """The same prompt, the beginning of the first validation document, continued by each entry's first run."""
-    tokenizer = load_tokenizer(settings.tokenizer)
-    text = held_out(settings)[0]["text"]
-    room = min(PROMPT_TOKENS + SAMPLE_TOKENS, max(settings.context_length - MARGIN_TOKENS, 2))
+def _samples(runs: Sequence[Run], text: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> dict[str, Any]:
+    """The same prompt, the beginning of `text`, continued by each entry's first run."""
+    room = min(PROMPT_TOKENS + SAMPLE_TOKENS, max(context_length - MARGIN_TOKENS, 2))
     given = min(PROMPT_TOKENS, max(room // 3, 1))
     prompt_ids = tokenizer(text[: 16 * PROMPT_TOKENS], add_special_tokens=False)["input_ids"]
     prompt = str(tokenizer.decode(prompt_ids[:given]))

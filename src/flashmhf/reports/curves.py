@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flashmhf.reports.heads import draw_map
 from flashmhf.reports.page import BLUE, FIGURE_INCHES, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_axes
 
 COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "mhffn": GREEN, "pkv": PURPLE, "dense_moe": ORANGE}
@@ -101,12 +102,9 @@ def gate_maps(heads: list[dict[str, Any]]) -> Figure:
         values = np.full((layers, columns), np.nan)
         for head in heads:
             values[head["layer"], head["head"]] = head[key]
-        image = axis.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+        image = draw_map(axis, values, title, vmin=0, vmax=1)
         for (layer, head), value in np.ndenumerate(values) if values.size <= MOST_NUMBERS else ():
             shade = "white" if value < DARK else "black"
             axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
-        axis.set(title=title, xlabel="head", ylabel="layer")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes)
     return figure

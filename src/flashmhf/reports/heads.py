@@ -1,11 +1,15 @@
-"""`flashmhf inspect` as a picture."""
+"""Maps of layers by heads, and `flashmhf inspect` as a picture of them."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from flashmhf.inspection import FIGURES, HeadReport
@@ -21,15 +25,20 @@ def draw_heads(reports: list[HeadReport], file: Path) -> None:
     for axis in axes.flat[len(figures) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, figures, strict=False):
-        values = [[float("nan")] * heads for _ in range(layers)]
+        values = np.full((layers, heads), np.nan)
         for report in reports:
-            values[report.layer][report.head] = getattr(report, name)
-        image = axis.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
-        figure.colorbar(image, ax=axis)
-        axis.set(title=name.replace("_", " "), xlabel="head", ylabel="layer")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+            values[report.layer, report.head] = getattr(report, name)
+        figure.colorbar(draw_map(axis, values, name.replace("_", " ")), ax=axis)
     try:
         figure.savefig(file, dpi=120)
     finally:
         plt.close(figure)
+
+
+def draw_map(axis: Axes, values: np.ndarray, title: str, **limits: Any) -> AxesImage:
+    """Colours `values` (layers, heads); `limits` are the colours' vmin and vmax."""
+    image = axis.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
+    axis.set(title=title, xlabel="head", ylabel="layer")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return image

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flashmhf.writing import flush, write_flushed
+from flashmhf.writing import flush, write_json
 
 MANIFEST = "manifest.json"
 
@@ -17,7 +17,7 @@ def write_manifest(folder: Path) -> None:
         entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     for inner in sorted({file.parent for file in _files(folder).values()}):
         flush(inner)
-    write_flushed(folder / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
+    write_json(folder / MANIFEST, {"files": entries})
 
 
 def check(folder: Path, *, contents: bool = True) -> str | None:
