@@ -11,7 +11,7 @@ from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper.forward import plan_forward
-from flashmhf.ops.hopper.tiles import Tile, tile_for
+from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, ForwardTile, forward_tile
 from gpu_bench import Bench, Case, name_of
 from gpu_kernels import checked, expected
 
@@ -67,12 +67,6 @@ def _run(backend: str, inputs: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
 
 
-# Of the forward; each compiles without a spill (tests/ops/test_triton_compiles.py). The shipped ones are among them.
-FORWARD_CANDIDATES: dict[int, tuple[Tile, ...]] = {
-    64: (*(Tile(64, 64, stages, q) for stages in (2, 4, 6) for q in (True, False)), Tile(64, 128, 3, True)),
-    128: (*(Tile(64, 64, stages, q) for stages in (2, 3, 4) for q in (True, False)), Tile(64, 32, 6, True)),
-    256: (Tile(64, 32, 2), Tile(64, 32, 3)),
-}
 TUNING_SIZE = (16384, 16, 16, 15, 384)  # T, H, H_kv, E, F: the 1.3B shape at head dim 128
 
 
@@ -84,8 +78,8 @@ def hopper_tune(bench: Bench) -> Iterator[Case]:
                 yield f"forward D={D} {tuple(tile)}", functools.partial(_time_tile, bench, D, tile)
 
 
-def _time_tile(bench: Bench, D: int, tile: Tile) -> list[Row]:
-    case = {"kernel": "forward", "D": D, "tile": "x".join(map(str, tile)), "shipped": tile == tile_for("forward", D)}
+def _time_tile(bench: Bench, D: int, tile: ForwardTile) -> list[Row]:
+    case = {"kernel": "forward", "D": D, "tile": "x".join(map(str, tile)), "shipped": tile == forward_tile(D)}
     small = bench.inputs(1000, 2, 1, 3, 200, D, torch.bfloat16)
     out = torch.full_like(small[0], float("nan"))
     q, k, u, v, gate, _ = small

@@ -191,7 +191,7 @@ def test_a_broken_forward_is_caught(change):
 def test_a_broken_backward_is_caught(change):
     q, k, u, v, gate, dout = make_inputs(Shape((900,), 1, 1, 1, 64, 64), torch.bfloat16)
     dk, du, dv = (torch.empty_like(x) for x in (k, u, v))
-    tile = tiles.tile_for("backward", 64)
+    tile = tiles.backward_tile(64)
     added = backward_module.dq_buffer(q, tile)
     launch = backward_module.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added, torch.zeros_like(gate))
     assert caught(launch.kernel, launch, change)

@@ -99,15 +99,15 @@ HOPPER_CODE = """
 import json, re, sys, torch
 from compile_kernels import HOPPER_KERNELS, TARGETS, compiled_kernel, plan
 from flashmhf.ops.hopper import tiles
-from gpu_hopper import FORWARD_CANDIDATES
 import os, triton
 import subprocess, tempfile
 
 dtype = getattr(torch, sys.argv[1])
 rows = [(k, x) for k in HOPPER_KERNELS for x in zip(tiles.BLOCK_DS, tiles.TABLE[k[7:]])]
-rows += [(k, (96, tiles.tile_for(k[7:], 96))) for k in HOPPER_KERNELS]
+rows += [(k, (96, tiles.TABLE[k[7:]][1])) for k in HOPPER_KERNELS]
 if "candidates" in sys.argv:
-    rows = [("hopper_forward", (D, row)) for D, some in FORWARD_CANDIDATES.items() for row in some]
+    candidates = [(k, D, some) for k, by_D in tiles.CANDIDATES.items() for D, some in by_D.items()]
+    rows = [("hopper_" + k, (D, row)) for k, D, some in candidates for row in some]
 for kernel, (D, row) in rows:
     for H_kv, F, E in ((8, 384, 7), (2, 100, 1)):
         if row is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashmhf.ops.hopper.backward import backward as one_pass_backward
 from flashmhf.ops.hopper.forward import forward
-from flashmhf.ops.hopper.tiles import tile_for
+from flashmhf.ops.hopper.tiles import backward_tile
 from flashmhf.ops.triton.backward import backward as portable_backward
 from flashmhf.ops.triton.prologue import prologue_backward, prologue_forward
 
@@ -19,6 +19,6 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    fits = tile_for("backward", q.shape[-1]) is not None and any(needs[1:4])
+    fits = backward_tile(q.shape[-1]) is not None and any(needs[1:4])
     run = one_pass_backward if fits and not torch.are_deterministic_algorithms_enabled() else portable_backward
     return run(dout, q, k, u, v, gate, needs)

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import Tile, block_d, low_and_high, tile_for
+from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, block_d, low_and_high
 from flashmhf.ops.hopper.vocabulary import (
     PRODUCER_REGISTERS,
     add_rows_to_memory,
@@ -269,11 +269,12 @@ def backward_kernel(
 
 def plan_backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
-    dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None, tile: Tile | None = None,
+    dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None,
+    tile: BackwardTile | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that writes dk, du and dv and adds to dq (room for whole tiles, H, padded D) and dgate (T, H, E)."""
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
-    tile = tile or tile_for("backward", D)
+    tile = tile or backward_tile(D)
     assert tile is not None
     arguments = {
         "q_desc": token_descriptor(q, tile.block_t), "dout_desc": token_descriptor(dout, tile.block_t),
@@ -288,7 +289,7 @@ def plan_backward(
     return Launch(backward_kernel, (H_kv * E * -(-F // tile.block_f),), arguments, num_warps=8, num_stages=1)
 
 
-def dq_buffer(q: Tensor, tile: Tile) -> Tensor:
+def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
     """Zeros in float32 that whole tiles of q (T, H, D) can be added to."""
     T, H, D = q.shape
     whole_tiles = -(-T // tile.block_t) * tile.block_t
@@ -300,7 +301,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
     dk, du, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v))
-    tile = tile_for("backward", q.shape[-1])
+    tile = backward_tile(q.shape[-1])
     assert tile is not None
     q_THD, dout_THD, gate_THE = flat(q), flat(dout), None if gate is None else flat(gate)
     dq = dq_buffer(q_THD, tile) if needs[0] else None

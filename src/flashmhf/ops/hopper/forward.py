@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashmhf.ops.hopper.launch import flat, gate_arguments, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import Tile, low_and_high, tile_for
+from flashmhf.ops.hopper.tiles import ForwardTile, forward_tile, low_and_high
 from flashmhf.ops.hopper.vocabulary import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -183,12 +183,11 @@ def forward_kernel(
 
 
 def plan_forward(
-    q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, tile: Tile | None = None
+    q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, tile: ForwardTile | None = None
 ) -> Launch:
     """The launch that writes `flash_mhf(q, k, u, v, gate)` into out: q and out (T, H, D), gate (T, H, E)."""
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
-    tile = tile or tile_for("forward", D)
-    assert tile is not None
+    tile = tile or forward_tile(D)
     arguments = {
         "q_desc": token_descriptor(q, tile.block_t),
         **{f"{name}_desc": weight_descriptor(x, tile.block_f) for name, x in (("k", k), ("u", u), ("v", v))},

@@ -8,8 +8,8 @@ BLOCK_DS = (64, 128, 256)
 HEAD_DIM_MULTIPLE = 8  # TMA wants strides of 16 bytes
 
 
-class Tile(NamedTuple):
-    """Tokens and parameter rows of one tile, stages of the ring, and where the forward's products read Q from.
+class ForwardTile(NamedTuple):
+    """Tokens and parameter rows of one tile, stages of the rings, and where products read Q from.
 
     From registers Q costs a thread BLOCK_D / 4 of them and spares shared memory, which at head dim 128 is asked for 96
     of its 128 bytes a clock by the product with Q otherwise, and 32 more by the tiles that arrive.
@@ -21,11 +21,39 @@ class Tile(NamedTuple):
     q_in_registers: bool = False
 
 
-# Kernel -> one configuration for each of BLOCK_DS, or None where the accumulators do not fit the registers.
-TABLE: dict[str, tuple[Tile | None, ...]] = {
-    "forward": (Tile(64, 64, 4, True), Tile(64, 64, 4, True), Tile(64, 32, 3)),
-    "backward": (Tile(128, 64, 2), Tile(128, 64, 2), None),
+class BackwardTile(NamedTuple):
+    """Tokens and parameter rows of one tile, stages of the rings."""
+
+    block_t: int
+    block_f: int
+    stages: int
+
+
+HopperTile = ForwardTile | BackwardTile
+
+# What ships: one configuration for each of BLOCK_DS, or None where the accumulators do not fit the registers.
+FORWARD = (ForwardTile(64, 64, 4, True), ForwardTile(64, 64, 4, True), ForwardTile(64, 32, 3))
+BACKWARD = (BackwardTile(128, 64, 2), BackwardTile(128, 64, 2), None)
+TABLE: dict[str, tuple[HopperTile | None, ...]] = {"forward": FORWARD, "backward": BACKWARD}
+
+# Kernel -> one of BLOCK_DS -> the configurations among which a GPU is to choose; each compiles without a spill
+# (tests/ops/test_triton_compiles.py). The shipped ones are among them.
+FORWARD_CANDIDATES: dict[int, tuple[ForwardTile, ...]] = {
+    64: (
+        *(ForwardTile(64, 64, stages, q) for stages in (2, 4, 6) for q in (True, False)),
+        ForwardTile(64, 128, 3, True),
+    ),
+    128: (
+        *(ForwardTile(64, 64, stages, q) for stages in (2, 3, 4) for q in (True, False)),
+        ForwardTile(64, 32, 6, True),
+    ),
+    256: (ForwardTile(64, 32, 2), ForwardTile(64, 32, 3)),
 }
+BACKWARD_CANDIDATES: dict[int, tuple[BackwardTile, ...]] = {
+    64: (BackwardTile(128, 64, 2),),
+    128: (BackwardTile(128, 64, 2),),
+}
+CANDIDATES = {"forward": FORWARD_CANDIDATES, "backward": BACKWARD_CANDIDATES}
 # (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget. None so far.
 VERIFIED: frozenset[tuple[int, str]] = frozenset()
 # Of those: the number of tokens from which they measured faster than the backend `triton`; `auto` takes them there.
@@ -48,6 +76,11 @@ def low_and_high(D: int) -> tuple[int, int]:
     return (width // 2, width // 4) if width > BLOCK_DS[0] and width * 3 // 4 >= D else (width, 0)
 
 
-def tile_for(kernel: str, D: int) -> Tile | None:
-    """The configuration of a kernel at head dim D."""
-    return TABLE[kernel][BLOCK_DS.index(block_d(D))]
+def forward_tile(D: int) -> ForwardTile:
+    """The forward's configuration at head dim D."""
+    return FORWARD[BLOCK_DS.index(block_d(D))]
+
+
+def backward_tile(D: int) -> BackwardTile | None:
+    """The backward's configuration at head dim D, or None where it has none."""
+    return BACKWARD[BLOCK_DS.index(block_d(D))]
