@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that are not here and reads registers, spills and instructions off the result.
 
-python benchmarks/compile_kernels.py                     every row of the tile table, into docs/kernels.md
+python benchmarks/compile_kernels.py                     every row of the tile tables, into docs/kernels.csv and .md
 python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
 """
 
@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from flashmhf.ops.triton.prologue import (
     plan_prologue_forward,
 )
 from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, table_rows
+from kernel_table import Row, summary, write_csv
+from matrix_work import issued_ratio, matrix_work
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,12 +65,16 @@ MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch. `spilled`: bytes of stack and local memory a thread (AMD: registers)."""
+    """What the compiler made of a launch. `spilled`: bytes of stack and local memory a thread (AMD: registers).
+
+    `issued`: matrix FLOPs of a tile over the algorithm's own, for a row of a table; None without matrix instructions.
+    """
 
     registers: int
     spilled: int
     shared_bytes: int
     matrix_instructions: int
+    issued: float | None = None
 
 
 def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Any) -> Any:
@@ -111,8 +117,7 @@ def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, An
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
     """What the compiler makes of a launch."""
-    compiled = compiled_kernel(launch, target)
-    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
+    return _read(compiled_kernel(launch, target), target)
 
 
 def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
@@ -128,6 +133,10 @@ def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
     source = kind_of_source(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=target, options=options)
+
+
+def _read(compiled: Any, target: GPUTarget) -> Compiled:
+    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
 
 
 def _read_nvidia(compiled) -> Compiled:
@@ -160,7 +169,9 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
     target, kernel, D, dtype, tile = case
     try:
         T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # the harder of its variants: stacked heads
-        return compile_launch(plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile), TARGETS[target])
+        compiled = compiled_kernel(plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile), TARGETS[target])
+        issued = issued_ratio(matrix_work(compiled), kernel, tile, D)
+        return replace(_read(compiled, TARGETS[target]), issued=issued)
     except Exception as error:
         return repr(error)[:80]
 
@@ -203,25 +214,38 @@ def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Any]]:
     return rows
 
 
-def document() -> str:
-    """The table of what every shipped row compiles to, as Markdown."""
+def document() -> tuple[list[Row], str]:
+    """What every shipped row compiles to: all rows, and a summary in Markdown."""
     cases = [case for target in TARGETS for case in shipped(target)]
-    lines = [
-        f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.",
-        "",
-        "| target | kernel | dtype | head dim | tokens x rows | warps | stages | registers | spilled | KiB | matrix |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     with ProcessPoolExecutor() as pool:
         for (target, kernel, D, dtype, tile), compiled in zip(cases, pool.map(compile_row, cases), strict=True):
             assert isinstance(compiled, Compiled), (target, kernel, D, dtype, tile, compiled)
             warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
-            lines.append(
-                f"| {target} | {kernel} | {str(dtype).removeprefix('torch.')} | {D} | {tile.block_t} x {tile.block_f} "
-                f"| {warps} | {stages} | {compiled.registers} | {compiled.spilled} "
-                f"| {compiled.shared_bytes / 1024:.0f} | {compiled.matrix_instructions} |"
+            name = str(dtype).removeprefix("torch.")
+            options = "" if isinstance(tile, Tile) else _options(tile)
+            rows.append(
+                Row(
+                    target,
+                    kernel,
+                    name,
+                    D,
+                    tile.block_t,
+                    tile.block_f,
+                    warps,
+                    stages,
+                    options,
+                    *vars(compiled).values(),
+                )
             )
-    return "\n".join(lines) + "\n"
+    return rows, f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.\n\n" + summary(rows, SHARED_LIMITS)
+
+
+def _options(tile: Any) -> str:
+    """What a Hopper tile has beside its sizes, where it is not the default."""
+    sizes = ("block_t", "block_f", "stages")
+    options = {name: value for name, value in tile._asdict().items() if name not in sizes}
+    return " ".join(f"{name}={value}" for name, value in options.items() if value != tile._field_defaults.get(name))
 
 
 def main() -> None:
@@ -234,9 +258,11 @@ def main() -> None:
     if arguments.search:
         search(arguments.search, arguments.kernels, arguments.dims, [getattr(torch, name) for name in arguments.dtypes])
         return
+    rows, text = document()
+    write_csv(rows, DOCUMENT.with_suffix(".csv"))
     before, _, rest = DOCUMENT.read_text().partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
-    DOCUMENT.write_text(before + MARKERS[0] + document() + MARKERS[1] + after)
+    DOCUMENT.write_text(before + MARKERS[0] + text + MARKERS[1] + after)
 
 
 if __name__ == "__main__":
