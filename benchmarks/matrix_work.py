@@ -1,7 +1,7 @@
 """Counts the matrix FLOPs that a compiled kernel issues in one iteration of its main loop, over all its warps.
 
 They equal those of the algorithm's products for one tile, unless several warps multiply the same rows and columns, as
-Triton has them do where a tile is too small for all of them. Results are right then, and the matrix units busy for nothing.
+Triton has them do where a tile is too small for all of them: then results are right, and matrix units busy for nothing.
 """
 
 import re
