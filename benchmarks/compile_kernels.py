@@ -117,7 +117,7 @@ def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, An
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
     """What the compiler makes of a launch."""
-    return _read(compiled_kernel(launch, target), target)
+    return read(compiled_kernel(launch, target), target)
 
 
 def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
@@ -135,7 +135,8 @@ def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def _read(compiled: Any, target: GPUTarget) -> Compiled:
+def read(compiled: Any, target: GPUTarget) -> Compiled:
+    """What a kernel that Triton compiled for a target asks for."""
     return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
 
 
@@ -171,7 +172,7 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
         T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # the harder of its variants: stacked heads
         compiled = compiled_kernel(plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile), TARGETS[target])
         issued = issued_ratio(matrix_work(compiled), kernel, tile, D)
-        return replace(_read(compiled, TARGETS[target]), issued=issued)
+        return replace(read(compiled, TARGETS[target]), issued=issued)
     except Exception as error:
         return repr(error)[:80]
 
@@ -219,26 +220,19 @@ def document() -> tuple[list[Row], str]:
     cases = [case for target in TARGETS for case in shipped(target)]
     rows = []
     with ProcessPoolExecutor() as pool:
-        for (target, kernel, D, dtype, tile), compiled in zip(cases, pool.map(compile_row, cases), strict=True):
-            assert isinstance(compiled, Compiled), (target, kernel, D, dtype, tile, compiled)
-            warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
-            name = str(dtype).removeprefix("torch.")
-            options = "" if isinstance(tile, Tile) else _options(tile)
-            rows.append(
-                Row(
-                    target,
-                    kernel,
-                    name,
-                    D,
-                    tile.block_t,
-                    tile.block_f,
-                    warps,
-                    stages,
-                    options,
-                    *vars(compiled).values(),
-                )
-            )
+        for case, compiled in zip(cases, pool.map(compile_row, cases), strict=True):
+            assert isinstance(compiled, Compiled), (case, compiled)
+            rows.append(Row(*described(case), *vars(compiled).values()))
     return rows, f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.\n\n" + summary(rows, SHARED_LIMITS)
+
+
+def described(case: tuple[str, str, int, torch.dtype, Any]) -> tuple[str, str, str, int, int, int, int, int, str]:
+    """The columns of the table that say which row it is."""
+    target, kernel, D, dtype, tile = case
+    warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
+    options = "" if isinstance(tile, Tile) else _options(tile)
+    name = str(dtype).removeprefix("torch.")
+    return target, kernel, name, D, tile.block_t, tile.block_f, warps, stages, options
 
 
 def _options(tile: Any) -> str:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from machine_code import Instruction, MachineCode, machine_code
+from machine_code import Instruction, Loop, MachineCode, machine_code
 
 MATRIX_OPCODE = r"HMMA|HGMMA|UTC\w*MMA|v_mfma|v_smfmac|IMMA|DMMA|[OQ]G?MMA"
 HMMA_SHAPES = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}
@@ -80,12 +80,18 @@ def partitions(compiled: Any) -> list[int]:
 
 
 def work_of(code: MachineCode, warps: list[int]) -> MatrixWork:
-    """`warps`: of each partition that multiplies; the largest loop of each is its main loop."""
-    assert len(set(warps)) == 1, f"partitions of unequal sizes that all multiply, {warps}: whose loop is whose?"
+    """`warps`: of each partition that multiplies."""
     total = _flops(code, code.instructions(), warps[0])
-    loops = sorted(_flops(code, code.instructions(loop.blocks), warps[0]) for loop in code.innermost(MATRIX_OPCODE))
-    main = sum(loops[-len(warps) :])
+    main = sum(_flops(code, code.instructions(loop.blocks), warps[0]) for loop in main_loops(code, warps))
     return MatrixWork(main, total - main)
+
+
+def main_loops(code: MachineCode, warps: list[int]) -> list[Loop]:
+    """For each partition that multiplies, of `warps` warps, the loop with the most matrix FLOPs."""
+    assert len(set(warps)) == 1, f"partitions of unequal sizes that all multiply, {warps}: whose loop is whose?"
+    loops = code.innermost(MATRIX_OPCODE)
+    loops.sort(key=lambda loop: _flops(code, code.instructions(loop.blocks), warps[0]))
+    return loops[-len(warps) :]
 
 
 def _flops(code: MachineCode, instructions: list[Instruction], warps: int) -> int:

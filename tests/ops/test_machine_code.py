@@ -9,8 +9,8 @@ from flashmhf.ops.triton.tiles import TABLE, Tile
 from machine_code import Instruction, MachineCode
 from matrix_work import MATRIX_OPCODE, MatrixWork, instruction_flops, issued_ratio, work_of
 
-# Two partitions, as a switch starts them; the loop of each has a barrier's slow path behind all code, and one a worker's
-# loop around it.
+# Two partitions, as a switch starts them; one's loop has a barrier's slow path behind all code, and a worker's loop
+# around it.
 SASS = """
 kernel:
 .text.kernel:
