@@ -18,8 +18,7 @@ for target in TARGETS:
 
 
 def row(**changes) -> Row:
-    values = dict(zip(Row._fields, ("sm_80", "forward", "bfloat16", 128, 64, 64, 8, 2, "", 200, 0, 80 * 1024, 96, 1.0)))
-    return Row(**{**values, **changes})
+    return Row("sm_80", "forward", "bfloat16", 128, 64, 64, 8, 2, "", 200, 0, 80 * 1024, 96, 1.0)._replace(**changes)
 
 
 def test_summary():
