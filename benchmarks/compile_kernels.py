@@ -29,7 +29,7 @@ from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import NUM_STAGES, NUM_WARPS, block_t
 from flashmhf.ops.triton.tiles import BLOCK_DS, TABLE, Tile, table_rows
 from gpu_kernels import launches
-from kernel_table import Row, summary, write_csv
+from kernel_table import Row, options, summary, write_csv
 from matrix_work import issued_ratio, matrix_work
 
 TARGETS = {
@@ -225,16 +225,8 @@ def described(case: tuple[str, str, int, torch.dtype, Any]) -> tuple[str, str, s
     """The columns of the table that say which row it is."""
     target, kernel, D, dtype, tile = case
     warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
-    options = "" if isinstance(tile, Tile) else _options(tile)
     name = str(dtype).removeprefix("torch.")
-    return target, kernel, name, D, tile.block_t, tile.block_f, warps, stages, options
-
-
-def _options(tile: Any) -> str:
-    """What a Hopper tile has beside its sizes, where it is not the default."""
-    sizes = ("block_t", "block_f", "stages")
-    options = {name: value for name, value in tile._asdict().items() if name not in sizes}
-    return " ".join(f"{name}={value}" for name, value in options.items() if value != tile._field_defaults.get(name))
+    return target, kernel, name, D, tile.block_t, tile.block_f, warps, stages, options(tile._asdict())
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -23,6 +23,21 @@ class Row(NamedTuple):
     shared_bytes: int
     matrix_instructions: int
     issued: float | None
+
+
+SIZES = ("block_t", "block_f", "num_warps", "num_stages", "stages")
+
+
+def options(fields: Mapping[str, Any]) -> str:
+    """What a tile has beside its sizes: "q_in_registers splits=3"; flags that are off are left out."""
+    chosen = [(name, value) for name, value in fields.items() if name not in SIZES and value is not False]
+    return " ".join(name if value is True else f"{name}={value}" for name, value in chosen)
+
+
+def tile_name(fields: Mapping[str, Any]) -> str:
+    """The sizes of a tile and its options: "64x64x4 q_in_registers"."""
+    sizes = "x".join(str(value) for name, value in fields.items() if name in SIZES)
+    return f"{sizes} {options(fields)}".strip()
 
 
 def write_csv(rows: list[Row], file: Path) -> None:

@@ -2,10 +2,10 @@
 
 import csv
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kernel_table import tile_name
 from loop_costs import Clocks
 
 SHOWN = (128, "1.3b", 16384)  # head dim, shape and tokens of the short table
@@ -47,7 +47,7 @@ def measured(row: Prediction, lines: list[dict[str, Any]]) -> float | None:
     for line in lines:
         if "ratio_to_cublas" not in line or line.get("dtype") != "bfloat16" or line_target(line) != row.target:
             continue
-        same_tile = tile_name(line["tile"].values()) == row.tile if line.get("tile") else row.shipped
+        same_tile = tile_name(line["tile"]) == row.tile if line.get("tile") else row.shipped
         if same_tile and all(line.get(key) == value for key, value in wanted.items()):
             found = line["ratio_to_cublas"]
     return found
@@ -62,11 +62,6 @@ def measurements(folder: Path) -> list[dict[str, Any]]:
     """Every line of benchmarks/gpu.py's results: files of JSON lines, by device and commit."""
     texts = [text for file in sorted(folder.rglob("*.jsonl")) for text in file.read_text().splitlines()]
     return [json.loads(text) for text in texts]
-
-
-def tile_name(fields: Iterable[Any]) -> str:
-    """All of a tile's fields in their order: "64x64x4xTrue"."""
-    return "x".join(map(str, fields))
 
 
 def write_csv(rows: list[Prediction], file: Path) -> None:

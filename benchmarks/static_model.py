@@ -19,10 +19,11 @@ from compile_kernels import DTYPES, TARGETS, compiled_kernel, plan, read, shippe
 from flashmhf.benchmarking import Shape
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from gpu_bench import SHAPES
+from kernel_table import tile_name
 from loop_costs import PROCESSORS, Clocks, Processor, loop_clocks
 from machine_code import machine_code
 from matrix_work import FORWARD_WARPGROUPS, PRODUCTS, partitions
-from model_table import Prediction, line_of, measured, measurements, short_table, tile_name, write_csv
+from model_table import Prediction, line_of, measured, measurements, short_table, write_csv
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/static_model.md"
@@ -105,7 +106,7 @@ def predict(loop: Loop, name: str, T: int) -> Prediction:
     )
     waves = -(-programs // (processor.count * loop.programs_per_processor))
     return Prediction(
-        target, kernel, D, tile_name(tile), loop.shipped, loop.clocks, loop.programs_per_processor,
+        target, kernel, D, tile_name(tile._asdict()), loop.shipped, loop.clocks, loop.programs_per_processor,
         name, T, programs, waves, overlapped, exposed,
     )  # fmt: skip
 

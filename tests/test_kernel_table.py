@@ -5,7 +5,7 @@ from pathlib import Path
 
 from test_triton_compiles import run
 
-from kernel_table import Row, summary, write_csv
+from kernel_table import Row, options, summary, tile_name, write_csv
 
 TABLE = Path(__file__).parents[1] / "docs/kernels.csv"
 SHIPPED = """
@@ -28,6 +28,13 @@ def test_summary():
         "| sm_80 | 4 | 1 | 250 | 80 of 163 KiB | 1, most 1.50 (backward_weights, bfloat16, head dim 128) |",
         "| sm_90a | 1 | 0 | 200 | 100 of 227 KiB | none |",
     ]
+
+
+def test_a_tile_by_name():
+    fields = {"block_t": 64, "block_f": 32, "stages": 4, "q_in_registers": True, "turns": False, "splits": 3}
+    assert options(fields) == "q_in_registers splits=3"
+    assert tile_name(fields) == "64x32x4 q_in_registers splits=3"
+    assert tile_name({"block_t": 64, "block_f": 32, "num_warps": 8, "num_stages": 1}) == "64x32x8x1"
 
 
 def test_csv(tmp_path):
