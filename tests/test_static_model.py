@@ -1,5 +1,6 @@
 """The static model: clocks and fractions by hand, and against what a reader of the machine code counted."""
 
+import csv
 import json
 
 import pytest
@@ -9,10 +10,11 @@ from test_triton_compiles import run
 from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile
 from flashmhf.ops.roofline import GPUS
 from flashmhf.ops.triton.tiles import Tile
+from kernel_table import tile_name
 from loop_costs import PROCESSORS, Clocks, loop_clocks
 from machine_code import MachineCode
 from model_table import measured, measurements, short_table, write_csv
-from static_model import Loop, cases, predict, programs_held, tma_bytes, two_kernels
+from static_model import ROOT, Loop, cases, predict, programs_held, tma_bytes, two_kernels
 
 SASS = """
 kernel:
@@ -152,6 +154,15 @@ def test_every_candidate_is_among_the_cases():
         "forward", "backward_tokens", "backward_weights", "backward_one_pass", "hopper_forward", "hopper_backward",
     }  # fmt: skip
     assert {ships for case, ships in kernels if case[1] == "hopper_forward"} == {True, False}
+
+
+def test_the_committed_rows_are_those_kernels():
+    """Where this fails: python benchmarks/static_model.py."""
+    with (ROOT / "docs/static_model.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    committed = {tuple(row[key] for key in ("target", "kernel", "head_dim", "tile")) for row in rows if row["tile"]}
+    today = [case for target in PROCESSORS for case, _ in cases(target)]
+    assert committed == {(case[0], case[1], str(case[2]), tile_name(case[4]._asdict())) for case in today}
 
 
 def test_what_the_producer_brings():
