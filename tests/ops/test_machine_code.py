@@ -65,6 +65,20 @@ def test_loops_of_partitions():
     assert work_of(code, [4, 4]) == MatrixWork(loop=2 * (WIDE + NARROW), outside=WIDE)
 
 
+@pytest.mark.parametrize(
+    ("jump", "next_ones"),
+    [
+        ("BRA `(.L_x_3)", {2}), ("@P0 BRA `(.L_x_3)", {1, 2}), ("BRA.U !UP0, `(.L_x_3)", {1, 2}),
+        ("EXIT", set()), ("@P0 EXIT", {1}), ("RET.REL.NODEC R2 `(kernel)", set()),
+        ('BRX R2 -0x20 (*"BRANCH_TARGETS .L_x_2,.L_x_3"*)', {1, 2}),
+    ],
+)  # fmt: skip
+def test_where_a_block_goes_on(jump, next_ones):
+    lines = (jump, "NOP", "EXIT")
+    text = "/*0000*/ {} ;\n.L_x_2:\n/*0010*/ {} ;\n.L_x_3:\n/*0020*/ {} ;".format(*lines)
+    assert MachineCode.of_sass(text).blocks[0].successors == next_ones
+
+
 def test_both_warpgroups_run_what_is_not_specialised():
     assert work_of(MachineCode.of_sass(SASS), [8]) == MatrixWork(
         loop=2 * (WIDE + NARROW), outside=2 * (WIDE + WIDE + NARROW)
