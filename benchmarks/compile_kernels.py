@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that are not here and reads registers, spills and instructions off the result.
 
-python benchmarks/compile_kernels.py                     every row of the tile table, into docs/kernels.md
+python benchmarks/compile_kernels.py                     every row of the tile tables, into docs/kernels.csv and .md
 python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
 """
 
@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import NUM_STAGES, NUM_WARPS, block_t
 from flashmhf.ops.triton.tiles import BLOCK_DS, TABLE, Tile, table_rows
 from gpu_kernels import launches
+from kernel_table import Row, options, summary, write_csv
+from matrix_work import issued_ratio, matrix_work
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,12 +57,16 @@ MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch. `spilled`: bytes of stack and local memory a thread (AMD: registers)."""
+    """What the compiler made of a launch. `spilled`: bytes of stack and local memory a thread (AMD: registers).
+
+    `issued`: matrix FLOPs of a tile over the algorithm's own, for a row of a table; None without matrix instructions.
+    """
 
     registers: int
     spilled: int
     shared_bytes: int
     matrix_instructions: int
+    issued: float | None = None
 
 
 def plan(
@@ -119,15 +125,14 @@ def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
     return Source.of(launch, target).compile()
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
-    """What the compiler makes of a launch."""
-    return compile_source(Source.of(launch, target))
-
-
 def compile_source(source: Source) -> Compiled:
     """What the compiler makes of a source."""
-    read = _read_amd if source.target.backend == "hip" else _read_nvidia
-    return read(source.compile())
+    return read(source.compile(), source.target)
+
+
+def read(compiled: Any, target: GPUTarget) -> Compiled:
+    """What a kernel that Triton compiled for a target asks for."""
+    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
 
 
 def _read_nvidia(compiled) -> Compiled:
@@ -160,8 +165,9 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
     target, kernel, D, dtype, tile = case
     try:
         T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # the harder of its variants: stacked heads
-        launch = plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile, target)
-        return compile_launch(launch, TARGETS[target])
+        compiled = compiled_kernel(plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile, target), TARGETS[target])
+        issued = issued_ratio(matrix_work(compiled), kernel, tile, D)
+        return replace(read(compiled, TARGETS[target]), issued=issued)
     except Exception as error:
         return repr(error)[:80]
 
@@ -204,25 +210,23 @@ def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Any]]:
     return rows
 
 
-def document() -> str:
-    """The table of what every shipped row compiles to, as Markdown."""
+def document() -> tuple[list[Row], str]:
+    """What every shipped row compiles to: all rows, and a summary in Markdown."""
     cases = [case for target in TARGETS for case in shipped(target)]
-    lines = [
-        f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.",
-        "",
-        "| target | kernel | dtype | head dim | tokens x rows | warps | stages | registers | spilled | KiB | matrix |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     with ProcessPoolExecutor() as pool:
-        for (target, kernel, D, dtype, tile), compiled in zip(cases, pool.map(compile_row, cases), strict=True):
-            assert isinstance(compiled, Compiled), (target, kernel, D, dtype, tile, compiled)
-            warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
-            lines.append(
-                f"| {target} | {kernel} | {str(dtype).removeprefix('torch.')} | {D} | {tile.block_t} x {tile.block_f} "
-                f"| {warps} | {stages} | {compiled.registers} | {compiled.spilled} "
-                f"| {compiled.shared_bytes / 1024:.0f} | {compiled.matrix_instructions} |"
-            )
-    return "\n".join(lines) + "\n"
+        for case, compiled in zip(cases, pool.map(compile_row, cases), strict=True):
+            assert isinstance(compiled, Compiled), (case, compiled)
+            rows.append(Row(*described(case), *vars(compiled).values()))
+    return rows, f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.\n\n" + summary(rows, SHARED_LIMITS)
+
+
+def described(case: tuple[str, str, int, torch.dtype, Any]) -> tuple[str, str, str, int, int, int, int, int, str]:
+    """The columns of the table that say which row it is."""
+    target, kernel, D, dtype, tile = case
+    warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
+    name = str(dtype).removeprefix("torch.")
+    return target, kernel, name, D, tile.block_t, tile.block_f, warps, stages, options(tile._asdict())
 
 
 def main() -> None:
@@ -235,9 +239,11 @@ def main() -> None:
     if arguments.search:
         search(arguments.search, arguments.kernels, arguments.dims, [getattr(torch, name) for name in arguments.dtypes])
         return
+    rows, text = document()
+    write_csv(rows, DOCUMENT.with_suffix(".csv"))
     before, _, rest = DOCUMENT.read_text().partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
-    DOCUMENT.write_text(before + MARKERS[0] + document() + MARKERS[1] + after)
+    DOCUMENT.write_text(before + MARKERS[0] + text + MARKERS[1] + after)
 
 
 if __name__ == "__main__":

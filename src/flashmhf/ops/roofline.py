@@ -1,7 +1,7 @@
 """A static model of the kernels' work: FLOPs, bytes to and from memory, and the time that a device cannot beat.
 
-Each tensor is counted once (an ideal cache); `cache_read_bytes` counts what the programs of a tile really ask for, most
-of which one head's K, U and V in the L2 cache answer. Sums a kernel keeps in registers cost nothing.
+Each tensor is counted once (an ideal cache), and sums that a kernel keeps in registers cost nothing. What the compiled
+kernels ask of a GPU's units, benchmarks/static_model.py counts.
 """
 
 from dataclasses import dataclass
@@ -83,31 +83,9 @@ def backward_weights_work(problem: Problem) -> Work:
     return Work(6 * _product_flops(problem), 2 * tokens + gate + 3 * weights, 3 * weights)
 
 
-def backward_one_pass_work(problem: Problem) -> Work:
-    """Eight products; dQ and the gate's gradient are added to float32 sums in memory by every tile of parameter rows.
-
-    Counted once each, as if the cache took all additions; rounding the sums reads and writes them once more.
-    """
-    tokens, gate, weights = _bytes(problem)
-    sums = tokens * 4 // problem.dtype.itemsize + gate
-    return Work(8 * _product_flops(problem), 2 * tokens + gate + 3 * weights + sums, 3 * weights + sums + tokens + gate)
-
-
 def backward_work(problem: Problem) -> Work:
     """Both kernels of the backward pass: eleven products, of which three are M, N and dA once more."""
     return backward_tokens_work(problem) + backward_weights_work(problem)
-
-
-def cache_read_bytes(kernel: str, problem: Problem, block_t: int, block_f: int) -> int:
-    """Bytes that the programs of `kernel` load with a tile of block_t tokens and block_f parameter rows."""
-    tokens, gate, weights = _bytes(problem)
-    if kernel in ("backward_weights", "backward_one_pass"):
-        programs = problem.E * _tiles(problem.F, block_f)  # each walks over all tokens of its heads
-        return programs * 2 * tokens + _tiles(problem.F, block_f) * gate + 3 * weights
-    group = problem.H // problem.H_kv  # each head of a group asks for the shared parameters, which the L2 cache answers
-    streams = {"forward": 1, "backward_tokens": 2}[kernel]  # q, or q and dout
-    tiles_f = _tiles(problem.F, block_f)  # the gate's column is loaded for each tile
-    return streams * tokens + tiles_f * gate + _tiles(problem.T, block_t) * group * 3 * weights
 
 
 def _product_flops(problem: Problem) -> int:
@@ -120,7 +98,3 @@ def _bytes(problem: Problem) -> tuple[int, int, int]:
     tokens = problem.T * problem.H * problem.D * element
     gate = problem.T * problem.H * problem.E * GATE_BYTES if problem.has_gate else 0
     return tokens, gate, problem.H_kv * problem.E * problem.F * problem.D * element
-
-
-def _tiles(size: int, block: int) -> int:
-    return -(-size // block)

@@ -1,0 +1,135 @@
+"""Counts the matrix FLOPs that a compiled kernel issues in one iteration of its main loop, over all its warps.
+
+They equal those of the algorithm's products for one tile, unless several warps multiply the same rows and columns, as
+Triton has them do where a tile is too small for all of them: then results are right, and matrix units busy for nothing.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from machine_code import Instruction, Loop, MachineCode, machine_code
+
+MATRIX_OPCODE = r"HMMA|HGMMA|UTC\w*MMA|v_mfma|v_smfmac|IMMA|DMMA|[OQ]G?MMA"
+HMMA_SHAPES = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}
+WARPS_OF_A_WARPGROUP = 4
+# Products of block_t x block_f x block_d for one tile; the prologue's are of block_t x BLOCK_E x block_d.
+PRODUCTS = {
+    "decode": 3,
+    "forward": 3,
+    "backward_tokens": 5,
+    "backward_weights": 6,
+    "backward_one_pass": 8,
+    "hopper_forward": 3,
+    "hopper_backward": 8,
+    "prologue_forward": 1,
+    "prologue_backward": 3,
+}
+BLOCK_E = 16  # the sub-networks of a prologue's product, padded
+FORWARD_WARPGROUPS = 2  # of the Hopper forward, each with block_t tokens
+
+
+@dataclass(frozen=True)
+class MatrixWork:
+    """Matrix FLOPs of a program: in one iteration of its main loop, and in all instructions outside of it."""
+
+    loop: int
+    outside: int
+
+    def iterations(self, tile_flops: int) -> int:
+        """How many tiles one iteration covers.
+
+        The number of tiles is known at run time alone, so a loop unrolled over several tiles leaves at least one whole
+        tile outside, for the remainder. Pipelined loops leave some, too: then nothing is concluded.
+        """
+        return max(1, round(self.loop / self.outside)) if self.outside >= tile_flops else 1
+
+
+def issued_ratio(work: MatrixWork, kernel: str, tile: Any, block_d: int) -> float | None:
+    """Matrix FLOPs issued for one tile, over the algorithm's own; None without matrix instructions (exact float32)."""
+    tile_flops = algorithm_flops(kernel, tile, block_d)
+    if work.loop == 0:  # no loop at all: a prologue whose program owns one tile
+        return work.outside / tile_flops if work.outside else None
+    return work.loop / work.iterations(tile_flops) / tile_flops
+
+
+def algorithm_flops(kernel: str, tile: Any, block_d: int) -> int:
+    """Of one tile, at the padded head dim."""
+    block_t = tile.block_t * (FORWARD_WARPGROUPS if kernel == "hopper_forward" else 1)
+    block_f = BLOCK_E if kernel.startswith("prologue") else tile.block_f
+    return 2 * PRODUCTS[kernel] * block_t * block_f * block_d
+
+
+def matrix_work(compiled: Any) -> MatrixWork:
+    """Of a kernel as Triton compiled it."""
+    return work_of(machine_code(compiled.asm), partitions(compiled))
+
+
+def partitions(compiled: Any) -> list[int]:
+    """Warps of every partition of a program that can multiply: all of them, or those that a Gluon kernel specialises.
+
+    The TTGIR lists the first partition's warps in the module's attributes, the others' where it specialises them.
+    """
+    ttgir = compiled.asm["ttgir"]
+    default = re.search(r'"ttg.num-warps" = (\d+)', ttgir)
+    assert default is not None
+    others = re.findall(r"^\s*partition\d+\(.*\) num_warps\((\d+)\)", ttgir, re.MULTILINE)
+    if not others:
+        return [int(default[1])]
+    return [warps for warps in map(int, (default[1], *others)) if warps >= WARPS_OF_A_WARPGROUP]
+
+
+def work_of(code: MachineCode, warps: list[int]) -> MatrixWork:
+    """`warps`: of each partition that multiplies."""
+    total = _flops(code, code.instructions(), warps[0])
+    main = sum(_flops(code, code.instructions(loop.blocks), warps[0]) for loop in main_loops(code, warps))
+    return MatrixWork(main, total - main)
+
+
+def main_loops(code: MachineCode, warps: list[int]) -> list[Loop]:
+    """For each partition that multiplies, of `warps` warps, the loop with the most matrix FLOPs."""
+    assert len(set(warps)) == 1, f"partitions of unequal sizes that all multiply, {warps}: whose loop is whose?"
+    loops = code.innermost(MATRIX_OPCODE)
+    loops.sort(key=lambda loop: _flops(code, code.instructions(loop.blocks), warps[0]))
+    return loops[-len(warps) :]
+
+
+def _flops(code: MachineCode, instructions: list[Instruction], warps: int) -> int:
+    return sum(instruction_flops(x, code, warps) for x in instructions if re.match(MATRIX_OPCODE, x.opcode))
+
+
+def instruction_flops(instruction: Instruction, code: MachineCode, warps: int) -> int:
+    """What `warps` warps that all come by this instruction make it compute.
+
+    A warp computes an HMMA or an MFMA, a warpgroup an HGMMA, one thread of the program issues a tcgen05.mma.
+    """
+    opcode, *modifiers = instruction.opcode.split(".")
+    if opcode == "HMMA":
+        m, n, k = HMMA_SHAPES[modifiers[0]]
+        return 2 * m * n * k * warps
+    if opcode == "HGMMA":
+        m, n, k = map(int, modifiers[0].split("x"))
+        return 2 * m * n * k * (warps // WARPS_OF_A_WARPGROUP)
+    if opcode == "UTCHMMA":
+        m, n, k = _tcgen05_shape(instruction, code)
+        return 2 * m * n * k
+    if match := re.match(r"v_mfma_[a-z0-9]+_(\d+)x(\d+)x(\d+)_?(?:(\d+)b_)?", opcode):
+        m, n, k, copies = (int(size or 1) for size in match.groups())
+        return 2 * m * n * k * copies * warps
+    raise AssertionError(f"a matrix instruction of unknown shape: {instruction.opcode}")
+
+
+def _tcgen05_shape(instruction: Instruction, code: MachineCode) -> tuple[int, int, int]:
+    """From the instruction descriptor, a constant that the instructions before move to a uniform register."""
+    register = re.search(r"idesc\[(UR\d+)\]", instruction.operands)
+    assert register is not None, instruction
+    value = None
+    for other in code.instructions():
+        if other is instruction:
+            break
+        if other.operands.startswith(register[1] + ","):
+            constant = re.fullmatch(rf"{register[1]}, (0x[0-9a-f]+)", other.operands)
+            value = int(constant[1], 16) if constant and other.opcode == "UMOV" else None
+    assert value is not None, f"the descriptor of {instruction} is no constant"
+    tf32 = (value >> 7 & 7) == 2  # the format of A: 0 is float16, 1 bfloat16
+    return (value >> 24 & 31) * 16, (value >> 17 & 63) * 8, 8 if tf32 else 16

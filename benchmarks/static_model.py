@@ -1,0 +1,158 @@
+"""Predicts what part of the matrix units' peak each kernel can reach on an H100 and an A100, from its compiled code.
+
+python benchmarks/static_model.py                 every row, into docs/static_model.csv and .md
+python benchmarks/static_model.py --target sm_80
+
+Nothing runs, so nothing here is a measurement; docs/static_model.md says what is assumed. Rows of benchmarks/results
+that time the same kernel stand beside the prediction, and those that are off by more than 15 % are flagged.
+"""
+
+import argparse
+import math
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from compile_kernels import DTYPES, TARGETS, compiled_kernel, plan, read, shipped
+from flashmhf.benchmarking import Shape
+from flashmhf.ops.hopper import tiles as hopper_tiles
+from gpu_bench import SHAPES
+from kernel_table import tile_name
+from loop_costs import PROCESSORS, Clocks, Processor, loop_clocks
+from machine_code import machine_code
+from matrix_work import FORWARD_WARPGROUPS, PRODUCTS, partitions
+from model_table import Prediction, line_of, measured, measurements, short_table, write_csv
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs/static_model.md"
+MARKERS = ("<!-- begin model -->\n", "<!-- end model -->\n")
+MODELS = {"128m": Shape(768, 6, 8, 256), **SHAPES}
+TOKENS = (4096, 16384, 65536)
+LEFT_OUT = ("decode", "prologue_forward", "prologue_backward")  # bound by memory
+
+Case = tuple[str, str, int, torch.dtype, Any]  # as compile_kernels.shipped has them
+
+
+class Loop(NamedTuple):
+    """A kernel's main loop and how many of its programs a processor holds at once."""
+
+    case: Case
+    shipped: bool
+    clocks: Clocks
+    programs_per_processor: int
+
+
+def cases(target: str) -> list[tuple[Case, bool]]:
+    """Every kernel to predict in bfloat16, and whether it ships."""
+    kernels = [case for case in shipped(target) if case[3] == DTYPES[2] and case[1] not in LEFT_OUT]
+    if target != "sm_90a":
+        return [(case, True) for case in kernels]
+    by_kernel: dict[str, Any] = {**hopper_tiles.CANDIDATES}
+    candidates = [
+        (target, f"hopper_{kernel}", D, DTYPES[2], tile)
+        for kernel, by_dim in by_kernel.items()
+        for D, tiles in by_dim.items()
+        for tile in tiles
+    ]
+    return [(case, case in kernels) for case in dict.fromkeys(kernels + candidates)]
+
+
+def read_loop(kernel_and_whether_it_ships: tuple[Case, bool]) -> Loop:
+    """Compiles a kernel and counts its main loop."""
+    case, ships = kernel_and_whether_it_ships
+    target, kernel, D, dtype, tile = case
+    compiled = compiled_kernel(plan(kernel, 4096, 8, 8, 7, 384, D, dtype, tile, target), TARGETS[target])
+    clocks = loop_clocks(machine_code(compiled.asm), partitions(compiled), PROCESSORS[target], tma_bytes(case))
+    found = read(compiled, TARGETS[target])
+    held = programs_held(PROCESSORS[target], compiled.metadata.num_warps, found.registers, found.shared_bytes)
+    return Loop(case, ships, clocks, held)
+
+
+def tma_bytes(case: Case) -> int:
+    """What a Hopper kernel's producer brings for one iteration: K, U and V, or Q and dO. The others load themselves."""
+    _, kernel, D, dtype, tile = case
+    rows = {"hopper_forward": 3 * tile.block_f, "hopper_backward": 2 * tile.block_t}
+    return rows.get(kernel, 0) * D * dtype.itemsize
+
+
+def programs_held(processor: Processor, warps: int, registers: int, shared_bytes: int) -> int:
+    """How many programs fit a processor at once; registers are given to warps, 8 a thread at a time."""
+    registers_of_all = warps * 32 * -(-registers // 8) * 8
+    return min(
+        processor.programs,
+        processor.warps // warps,
+        processor.registers // registers_of_all,
+        processor.shared_bytes_held // (shared_bytes + 1024),
+    )
+
+
+def predict(loop: Loop, name: str, T: int) -> Prediction:
+    """At a model's shape, with its hidden size cut to heads of the kernel's head dim."""
+    target, kernel, D, dtype, tile = loop.case
+    shape, processor = MODELS[name], PROCESSORS[target]
+    H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
+    block_t = tile.block_t * (FORWARD_WARPGROUPS if kernel == "hopper_forward" else 1)
+    programs = math.prod(plan(kernel, T, H, H, E, F, D, dtype, _one_tile_a_program(tile), target).grid)
+    iterations = -(-H * -(-T // block_t) * E * -(-F // tile.block_f) // programs)
+    rounds = -(
+        -programs // processor.count
+    )  # programs that share a processor share its rates: more of them gain nothing
+    flops = PRODUCTS[kernel] * 2 * T * H * D * E * F
+    least_clocks = flops / (processor.count * processor.matrix_flops)
+    overlapped, exposed = (
+        least_clocks / (rounds * iterations * clocks) for clocks in (loop.clocks.overlapped, loop.clocks.exposed)
+    )
+    waves = -(-programs // (processor.count * loop.programs_per_processor))
+    return Prediction(
+        target, kernel, D, tile_name(tile._asdict()), loop.shipped, loop.clocks, loop.programs_per_processor,
+        name, T, programs, waves, overlapped, exposed,
+    )  # fmt: skip
+
+
+def _one_tile_a_program(tile: Any) -> Any:
+    """A persistent program takes one tile after the other, as as many programs would that start anew for each."""
+    return tile._replace(persistent=False) if getattr(tile, "persistent", False) else tile
+
+
+def two_kernels(tokens: Prediction, weights: Prediction) -> Prediction:
+    """The portable backward: five and six products, for which eight are counted."""
+    return tokens._replace(
+        kernel="backward", tile="", clocks=None, programs_per_processor=None, programs=None, waves=None,
+        overlapped=8 / (5 / tokens.overlapped + 6 / weights.overlapped),
+        exposed=8 / (5 / tokens.exposed + 6 / weights.exposed),
+    )  # fmt: skip
+
+
+def predictions(loops: list[Loop]) -> list[Prediction]:
+    """Of all kernels at all shapes, and of the portable backward as a whole."""
+    rows = [predict(loop, name, T) for loop in loops for name in MODELS for T in TOKENS]
+    weights = {_place(row): row for row in rows if row.kernel == "backward_weights"}
+    return rows + [two_kernels(row, weights[_place(row)]) for row in rows if row.kernel == "backward_tokens"]
+
+
+def _place(row: Prediction) -> tuple[str, int, str, int]:
+    return row.target, row.head_dim, row.shape, row.tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=PROCESSORS, help="print this target's rows alone, and write nothing")
+    target = parser.parse_args().target
+    kernels = [kernel for name in ([target] if target else PROCESSORS) for kernel in cases(name)]
+    with ProcessPoolExecutor() as pool:
+        loops = list(pool.map(read_loop, kernels))
+    lines = measurements(ROOT / "benchmarks/results")
+    rows = [row._replace(measured=measured(row, lines)) for row in predictions(loops)]
+    for row in rows:
+        print(line_of(row))
+    if not target:
+        write_csv(rows, DOCUMENT.with_suffix(".csv"))
+        before, _, rest = DOCUMENT.read_text().partition(MARKERS[0])
+        after = rest.partition(MARKERS[1])[2]
+        DOCUMENT.write_text(before + MARKERS[0] + short_table(rows) + MARKERS[1] + after)
+
+
+if __name__ == "__main__":
+    main()
