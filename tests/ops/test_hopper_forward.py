@@ -17,7 +17,7 @@ from problems import Shape, assert_within_budget, eager_results, exact_results, 
 
 from flashmhf.ops.hopper.forward import plan_forward
 from flashmhf.ops.hopper.launch import PROCESSORS
-from flashmhf.ops.hopper.tiles import forward_tile
+from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, forward_tile
 from flashmhf.ops.triton.launch import Launch
 
 SHAPES = [
@@ -37,8 +37,8 @@ OPTIONS = (TURNS, PERSISTENT, BOTH, BOTH | {"q_in_registers": False})
 def plan(shape: Shape, options: dict, dtype=torch.bfloat16, gate=True, seed=0, programs=None) -> tuple[Launch, list]:
     """The launch of a shape with some options changed, on `programs` programs if there is work for them; its inputs."""
     inputs = make_inputs(shape, dtype, gate, seed)
-    stages = 2 if "persistent" in options else forward_tile(shape.D).stages
-    tile = forward_tile(shape.D)._replace(stages=stages, **options)
+    stages = 2 if options.get("persistent") else forward_tile(shape.D).stages
+    tile = forward_tile(shape.D)._replace(**{"stages": stages} | options)
     launch = plan_forward(*inputs[:5], torch.full_like(inputs[0], torch.nan), tile)
     return dataclasses.replace(launch, grid=(min(programs or launch.grid[0], launch.grid[0]),)), inputs
 
@@ -64,11 +64,17 @@ def test_more_work_than_programs(shape, programs):
         within_budget(*plan(shape, options, dtype, programs=programs))
 
 
+@pytest.mark.parametrize("D", FORWARD_CANDIDATES)
+def test_every_tile_that_a_gpu_will_compare(D):
+    for tile in FORWARD_CANDIDATES[D]:
+        within_budget(*plan(Shape((300,), 2, 1, 2, 140, D), tile._asdict(), programs=2 if tile.persistent else None))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_many_interleavings(options, seed):
-    programs = 1 + seed % 4 if "persistent" in options else None
+    programs = 1 + seed % 4 if options.get("persistent") else None
     within_budget(*plan(Shape((700,), 2, 1, 3, 150, 64), options, seed=seed, programs=programs))
 
 
@@ -106,7 +112,7 @@ IN_TURN = Shape((200,), 2, 1, 1, 64 * TILES, 64)
 
 @pytest.mark.parametrize("options", [TURNS, BOTH], ids=str)
 def test_warpgroups_take_turns(options):
-    launch, _ = plan(IN_TURN, options, programs=1 if "persistent" in options else None)
+    launch, _ = plan(IN_TURN, options, programs=1 if options.get("persistent") else None)
     assert all(in_turn(launch.kernel, launch, seed) for seed in range(10))
 
 

@@ -26,7 +26,8 @@ for case in rows:
 COUNT = """
 import json
 import torch
-from compile_kernels import TARGETS, specialization
+from compile_kernels import TARGETS, plan, specialization
+from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 
@@ -38,6 +39,8 @@ def launches(B, L, H, D):
     yield "forward", plan_forward(q, k, u, v, gate, out)
     yield "backward_tokens", plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate)
     yield "backward_weights", plan_backward_weights(dout, q, k, u, v, gate, k, u, v)
+    for tile in FORWARD_CANDIDATES[64 if D < 64 else 128][1:3]:
+        yield f"hopper_forward {tile}", plan("hopper_forward", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
 
 for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
     variants = {}
@@ -92,7 +95,8 @@ def test_every_row(target, element_bytes, block_d):
 
 def test_fifty_lengths_share_one_compiled_kernel():
     for counts in run(COUNT):
-        assert counts == {"forward": 1, "backward_tokens": 1, "backward_weights": 1}
+        assert {"forward", "backward_tokens", "backward_weights"} < set(counts)
+        assert set(counts.values()) == {1}
 
 
 HOPPER_CODE = """

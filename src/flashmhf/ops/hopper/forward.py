@@ -242,7 +242,8 @@ def forward_kernel(
     turns = allocate_barriers(2, 1)
     fence_async_shared()
 
-    items = gl.cdiv(gl.cdiv(T, 2 * BLOCK_T) * H - gl.program_id(0), gl.num_programs(0))
+    # Otherwise there is a program for each.
+    items = gl.cdiv(gl.cdiv(T, 2 * BLOCK_T) * H - gl.program_id(0), gl.num_programs(0)) if PERSISTENT else 1
     tiles_f = gl.cdiv(F, BLOCK_F)
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
         out_desc, s_qs, s_outs, s_ku, s_v, turns, q_full, q_empty, ku_full, ku_empty, v_full, v_empty,
