@@ -5,7 +5,8 @@ import itertools
 
 import gluon_values
 import torch
-from gluon_emulator import emulate
+from gluon_emulator import EmulationError, emulate
+from gluon_mutants import mutated
 from gluon_values import Value
 from triton.experimental.gluon._runtime import GluonJITFunction
 
@@ -57,3 +58,14 @@ def emulate_hopper(monkeypatch) -> None:
     emulated = dataclasses.replace(real, why_not=why_not)
     table = tuple(emulated if row.name == "hopper" else row for row in backends.BACKENDS)
     monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+def caught(kernel, launch: Launch, change: tuple[str, str]) -> bool:
+    """Whether the emulator notices, in one of a few interleavings, that a line of the kernel is changed."""
+    broken = mutated(kernel, *change)
+    for seed in range(8):
+        try:
+            emulate(broken, launch.grid, launch.arguments, num_warps=launch.num_warps, seed=seed, hooks=HOOKS)
+        except EmulationError:
+            return True
+    return False
