@@ -170,6 +170,26 @@ BACKWARD_MUTATIONS = {
 }
 
 
+# Where dQ would be added to the wrong place, or something else to it. The emulator cannot know, but the sums are wrong.
+DQ_MUTATIONS = {
+    "fragments, unchanged": None,
+    "columns in their own order": ("columns *= 2", "columns *= 1"),
+    "the next columns eight rows too near": ("(16 if FRAGMENTS else 1)", "(8 if FRAGMENTS else 1)"),
+    "rows twice as near": ("rows % 8 * 16", "rows % 8 * 8"),
+    "the next 16 rows too near": ("rows // 16 * (16 *", "rows // 16 * (8 *"),
+    "half of the head before": ("head *= BLOCK_T", "head *= BLOCK_T // 2"),
+    "a thread's values in another order": ("{$8, $9, $10, $11}", "{$8, $10, $9, $11}"),
+    "the address of the second value": ("[$4], {$8", "[$5], {$8"),
+    "two of four values": ("add.v4.f32 [$4], {$8, $9, $10, $11}", "add.v2.f32 [$4], {$8, $9}"),
+    "packs of two": ("pack=4", "pack=2"),
+}
+DQ_MUTATIONS_BY_ROWS = {
+    "rows, unchanged": None,
+    "a pair the wrong way round": ("{$4, $5}", "{$5, $4}"),
+    "the next columns at the wrong place": ("(16 if FRAGMENTS else 1)", "(16 if FRAGMENTS else 2)"),
+}
+
+
 def caught(kernel, launch, change: tuple[str, str]) -> bool:
     broken = mutated(kernel, *change)
     for seed in range(8):
@@ -189,12 +209,39 @@ def test_a_broken_forward_is_caught(change):
 
 @pytest.mark.parametrize("change", BACKWARD_MUTATIONS.values(), ids=BACKWARD_MUTATIONS.keys())
 def test_a_broken_backward_is_caught(change):
-    q, k, u, v, gate, dout = make_inputs(Shape((900,), 1, 1, 1, 64, 64), torch.bfloat16)
-    dk, du, dv = (torch.empty_like(x) for x in (k, u, v))
-    tile = tiles.backward_tile(64)
-    added = backward_module.dq_buffer(q, tile)
-    launch = backward_module.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added, torch.zeros_like(gate))
+    launch, _ = backward_launch(make_inputs(Shape((900,), 1, 1, 1, 64, 64), torch.bfloat16), tiles.backward_tile(64))
     assert caught(launch.kernel, launch, change)
+
+
+def backward_launch(inputs: list, tile: tiles.BackwardTile):
+    """The launch of the one-pass backward, and the memory that dQ is added to."""
+    q, k, u, v, gate, dout = inputs
+    weights = (torch.empty_like(x) for x in (k, u, v))
+    added = backward_module.dq_buffer(q, tile)
+    dgate = torch.zeros_like(gate)
+    return backward_module.plan_backward(dout, q, k, u, v, gate, *weights, added, dgate, tile), added
+
+
+@pytest.mark.parametrize(
+    ("fragments", "change"),
+    [*((True, x) for x in DQ_MUTATIONS.values()), *((False, x) for x in DQ_MUTATIONS_BY_ROWS.values())],
+    ids=[*DQ_MUTATIONS, *DQ_MUTATIONS_BY_ROWS],
+)
+def test_dq_in_memory_has_its_order(fragments, change):
+    inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 96), torch.bfloat16)
+    tile = tiles.backward_tile(96)._replace(dq_fragments=fragments)
+    launch, added = backward_launch(inputs, tile)
+    kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
+    try:
+        emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
+        dq = backward_module.rounded_dq(added, inputs[0], tile)
+        assert dq.is_contiguous()
+        exact, eager = (results(inputs)[1] for results in (exact_results, eager_results))
+        assert_within_budget("dq", dq, eager, exact, precision=torch.bfloat16)
+        wrong = False
+    except AssertionError:
+        wrong = True
+    assert wrong == (change is not None)
 
 
 def test_what_tma_cannot_address_is_copied():

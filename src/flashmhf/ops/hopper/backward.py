@@ -23,11 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashmhf.ops.hopper.added_dq import add_tile, dq_buffer, rounded_dq
 from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, block_d, low_and_high
+from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, low_and_high
 from flashmhf.ops.hopper.vocabulary import (
     PRODUCER_REGISTERS,
-    add_rows_to_memory,
     allocate_barriers,
     columns,
     halves,
@@ -48,16 +48,16 @@ from flashmhf.ops.triton.launch import Launch
 
 
 @gluon.jit
-def next_tile(t, head, end_t, first_head, end_head, BLOCK_T: gl.constexpr):
+def next_tile(t, head, T, first_head, end_head, BLOCK_T: gl.constexpr):
     """The tile after (first token t, head), round and round through the tokens of all heads."""
     t += BLOCK_T
-    head = gl.where(t < end_t, head, head + 1)
-    return gl.where(t < end_t, t, 0), gl.where(head < end_head, head, first_head)
+    head = gl.where(t < T, head, head + 1)
+    return gl.where(t < T, t, 0), gl.where(head < end_head, head, first_head)
 
 
 @gluon.jit
 def produce_tokens(
-    q_desc, dout_desc, s_q, s_dout, q_full, dout_full, empty, t, head, end_t, first_head, end_head, tiles
+    q_desc, dout_desc, s_q, s_dout, q_full, dout_full, empty, t, head, T, first_head, end_head, tiles
 ):  # fmt: skip
     """Keeps the rings of Q and dO full; both are released together."""
     STAGES: gl.constexpr = s_q.shape[0]
@@ -67,7 +67,7 @@ def produce_tokens(
         wait_empty(empty, i, STAGES)
         load(q_desc, [t, head, 0], q_full.index(stage), s_q.index(stage))
         load(dout_desc, [t, head, 0], dout_full.index(stage), s_dout.index(stage))
-        t, head = next_tile(t, head, end_t, first_head, end_head, BLOCK_T)
+        t, head = next_tile(t, head, T, first_head, end_head, BLOCK_T)
 
 
 @gluon.jit
@@ -122,8 +122,8 @@ def share(p, dm, dn, s_p, s_dmn, i, pair: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr):
-    """dQ = dM K + dN U, added to a float32 buffer (tokens, H, BLOCK_D) that has room for whole tiles."""
+def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr):
+    """dQ = dM K + dN U, added to float32 memory."""
     BLOCK_T: gl.constexpr = dm.shape[0]
     BLOCK_F: gl.constexpr = dm.shape[1]
     BLOCK_D: gl.constexpr = s_ku.shape[3]
@@ -132,11 +132,7 @@ def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr):
     s_u = matrix(s_ku.index(zero(i))).slice(BLOCK_F, BLOCK_F)
     dq = multiply(gl.convert_layout(dm, operand), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, whole))
     dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 16])
-    rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, narrow)) * (H * BLOCK_D)
-    columns = gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
-    ptrs = dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :])
-    add_rows_to_memory(ptrs, warpgroup_mma_wait(num_outstanding=0, deps=[dq]))
+    add_tile(dq_ptr, warpgroup_mma_wait(num_outstanding=0, deps=[dq]), i, t, head, H, FRAGMENTS)
 
 
 @gluon.jit
@@ -169,9 +165,10 @@ def store_weights(dk_ptr, du_ptr, dv_ptr, dku, dv, F, D, whole: gl.constexpr, sp
 
 @gluon.jit
 def consume(
-    LOW: gl.constexpr, HIGH: gl.constexpr, HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
+    LOW: gl.constexpr, HIGH: gl.constexpr,
+    HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr,
     s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
-    t, head, end_t, first_head, end_head, tiles, e, T, H, E, F, D,
+    t, head, first_head, end_head, tiles, e, T, H, E, F, D,
 ):  # fmt: skip
     """Two warpgroups: dK, dU and dV of the program's rows, and its share of dQ and dR."""
     STAGES: gl.constexpr = s_q.shape[0]
@@ -212,8 +209,8 @@ def consume(
         release(empty, before, STAGES, i > 0)  # synchronises the warpgroups, so P, dM and dN have been read
         share(p, dm, dn, s_p, s_dmn, i, pair)
         if ADDS_Q:
-            add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole)
-        t, head = next_tile(t, head, end_t, first_head, end_head, BLOCK_T)
+            add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole, FRAGMENTS)
+        t, head = next_tile(t, head, T, first_head, end_head, BLOCK_T)
     dv, dku = issue_weights(s_p, s_dmn, s_q, s_dout, dv, dku, tiles - 1, STAGES)
     dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])
 
@@ -224,7 +221,8 @@ def consume(
 def backward_kernel(
     q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
     T, H, E, F, D, GROUP, LOW: gl.constexpr, HIGH: gl.constexpr,
-    STAGES: gl.constexpr, HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
+    STAGES: gl.constexpr, HAS_GATE: gl.constexpr,
+    ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr,
 ):  # fmt: skip
     """q, dout (T, H, D), k, u, v (H_kv E, F, D), gate (T, H, E) -> dk, du, dv (H_kv, E, F, D), added dq and dgate."""
     BLOCK_T: gl.constexpr = q_desc.block_shape[0]
@@ -247,19 +245,18 @@ def backward_kernel(
     mbarrier.wait(weights_full.index(1), 0)
     first_head = (sub_network // E) * GROUP
     tiles_t = gl.cdiv(T, BLOCK_T)
-    end_t = tiles_t * BLOCK_T
     t = (gl.program_id(0) % tiles_t) * BLOCK_T  # programs start at different tiles, lest all add to one dQ at once
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
         s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
-        t, first_head, end_t, first_head, first_head + GROUP, tiles_t * GROUP, sub_network % E, T, H, E, F, D,
+        t, first_head, first_head, first_head + GROUP, tiles_t * GROUP, sub_network % E, T, H, E, F, D,
     )  # fmt: skip
     producer_arguments = (
         q_desc, dout_desc, s_q, s_dout, q_full, dout_full, empty,
-        t, first_head, end_t, first_head, first_head + GROUP, tiles_t * GROUP,
+        t, first_head, T, first_head, first_head + GROUP, tiles_t * GROUP,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
+            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE, FRAGMENTS) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
             (produce_tokens, producer_arguments),
         ],
         [1],
@@ -272,7 +269,7 @@ def plan_backward(
     dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None,
     tile: BackwardTile | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch that writes dk, du and dv and adds to dq (room for whole tiles, H, padded D) and dgate (T, H, E)."""
+    """The launch that writes dk, du and dv and adds to dq (of `dq_buffer`) and dgate (T, H, E)."""
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
     tile = tile or backward_tile(D)
     assert tile is not None
@@ -285,15 +282,9 @@ def plan_backward(
         **dict(zip(("LOW", "HIGH"), low_and_high(D), strict=True)),
         "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
         "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None,
+        "FRAGMENTS": tile.dq_fragments,
     }  # fmt: skip
     return Launch(backward_kernel, (H_kv * E * -(-F // tile.block_f),), arguments, num_warps=8, num_stages=1)
-
-
-def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
-    """Zeros in float32 that whole tiles of q (T, H, D) can be added to."""
-    T, H, D = q.shape
-    whole_tiles = -(-T // tile.block_t) * tile.block_t
-    return torch.zeros(whole_tiles, H, block_d(D), dtype=torch.float32, device=q.device)
 
 
 def backward(
@@ -313,7 +304,7 @@ def backward(
         for gradient in (dk, du, dv):
             gradient.zero_()
     if dq is not None:
-        dq = dq[: len(q_THD), :, : q.shape[-1]].to(q.dtype).view(q.shape)
+        dq = rounded_dq(dq, q_THD, tile).view(q.shape)
     if dgate is not None and gate is not None:
         dgate = dgate.to(gate.dtype)
     weights = (gradient if need else None for gradient, need in zip((dk, du, dv), needs[1:4], strict=True))
