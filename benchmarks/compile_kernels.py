@@ -91,7 +91,11 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
         return hopper_forward.plan_forward(q, k, u, v, gate, out, tile)
     if kernel == "hopper_backward":
         added_dq = hopper_backward.dq_buffer(q, tile)
-        return hopper_backward.plan_backward(out, q, k, u, v, gate, k, u, v, added_dq, dgate, tile)
+        dk, du, dv, splits = k, u, v, 1
+        if tile.splits_tokens:
+            dk = du = dv = torch.empty(2, *k.shape, device="meta")
+            splits = 2
+        return hopper_backward.plan_backward(out, q, k, u, v, gate, dk, du, dv, added_dq, dgate, tile, splits)
     if kernel == "backward_one_pass":
         added_dq, added_dgate = torch.empty(T, H, D, device="meta"), torch.empty(T, H, E, device="meta")
         return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile, added_dq, added_dgate)

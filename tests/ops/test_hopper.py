@@ -16,6 +16,7 @@ from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import backward as backward_module
 from flashmhf.ops.hopper import forward as forward_module
+from flashmhf.ops.hopper import splits as splits_module
 from flashmhf.ops.hopper import tiles
 from flashmhf.ops.hopper.launch import for_tma
 from flashmhf.ops.problem import Problem
@@ -130,6 +131,28 @@ def test_no_tokens(monkeypatch):
     inputs = make_inputs(Shape((0,), 2, 1, 2, 20, 64), torch.bfloat16)
     for mine, exact in zip(results(inputs), exact_results(inputs), strict=True):
         assert torch.equal(mine.double(), exact)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 6])
+@pytest.mark.parametrize("shape", [Shape((300,), 4, 2, 2, 100, 64), Shape((700,), 2, 2, 1, 65, 96)], ids=str)
+def test_tokens_split_over_programs(shape, splits, monkeypatch):
+    """Splits with as many tiles, with fewer, and beginning in another head than the first of their group."""
+    emulate_hopper(monkeypatch)
+    tile = tiles.backward_tile(shape.D)._replace(splits_tokens=True)
+    monkeypatch.setattr(tiles, "BACKWARD", (tile, tile, None))
+    monkeypatch.setattr(splits_module, "token_splits", lambda programs, tiles, size: splits)
+    monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
+    combined = []
+    plan = backward_module.plan_combine
+    monkeypatch.setattr(
+        backward_module, "plan_combine", lambda sums, out: combined.append(len(sums)) or plan(sums, out)
+    )
+    inputs = make_inputs(shape, torch.bfloat16)
+    within_budget(inputs)
+    assert len(combined) == 3
+    first, second = results(inputs), results(inputs)
+    for name, a, b in zip(NAMES, first, second, strict=True):
+        assert torch.equal(a, b) or name in ("dq", "dgate"), name
 
 
 def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch):

@@ -70,11 +70,12 @@ def add_tile(dq_ptr, dq, i, t, head, H, FRAGMENTS: gl.constexpr):
     rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, narrow))
     columns = gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
     if FRAGMENTS:  # where a thread's first value goes, of an even column of the upper eight rows; the rest follow
-        rows = rows // 16 * (16 * BLOCK_D) + rows % 8 * 16 + zero(i)
+        rows = rows // 16 * (16 * BLOCK_D) + rows % 8 * 16
         columns *= 2
         head *= BLOCK_T
     else:
         rows *= H * BLOCK_D
+    rows += zero(i)  # or a 64-bit address is kept in registers from tile to tile
     add_columns(dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :]), dq, FRAGMENTS)
 
 

@@ -22,15 +22,18 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Tokens and parameter rows of one tile, stages of the rings, and the order of dQ in memory (added_dq.py).
+    """Tokens and parameter rows of one tile, stages of the rings, and two options.
 
-    In fragments, dQ takes half as many reductions, and a warp's meet four cache lines instead of eight.
+    dq_fragments: the order of dQ in memory (added_dq.py), in which it takes half as many reductions and a warp's meet
+    four cache lines instead of eight. splits_tokens: over several programs, where more of the device is then busy
+    (splits.py), at the price of float32 partial sums.
     """
 
     block_t: int
     block_f: int
     stages: int
     dq_fragments: bool = True
+    splits_tokens: bool = False
 
 
 HopperTile = ForwardTile | BackwardTile
@@ -54,7 +57,12 @@ FORWARD_CANDIDATES: dict[int, tuple[ForwardTile, ...]] = {
     256: (ForwardTile(64, 32, 2), ForwardTile(64, 32, 3)),
 }
 BACKWARD_CANDIDATES: dict[int, tuple[BackwardTile, ...]] = {
-    D: tuple(BackwardTile(128, 64, 2, fragments) for fragments in (True, False)) for D in (64, 128)
+    D: (
+        BackwardTile(128, 64, 2),
+        BackwardTile(128, 64, 2, dq_fragments=False),
+        BackwardTile(128, 64, 2, splits_tokens=True),
+    )
+    for D in (64, 128)
 }
 CANDIDATES = {"forward": FORWARD_CANDIDATES, "backward": BACKWARD_CANDIDATES}
 # (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget. None so far.
