@@ -23,6 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from flashmhf.ops.hopper import backward as hopper_backward
+from flashmhf.ops.hopper import backward_tokens as hopper_tokens
 from flashmhf.ops.hopper import forward as hopper_forward
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.prologue import Prologue
@@ -56,7 +57,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))]
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
-HOPPER_KERNELS = ("hopper_forward", "hopper_backward")
+HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_tokens")
 HOPPER_WARPS = 8  # consumers; the producer is one more
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
@@ -96,6 +97,8 @@ def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: 
             dk = du = dv = torch.empty(2, *k.shape, device="meta")
             splits = 2
         return hopper_backward.plan_backward(out, q, k, u, v, gate, dk, du, dv, added_dq, dgate, tile, splits)
+    if kernel == "hopper_backward_tokens":
+        return hopper_tokens.plan_backward_tokens(out, q, k, u, v, gate, q, dgate, tile)
     if kernel == "backward_one_pass":
         added_dq, added_dgate = torch.empty(T, H, D, device="meta"), torch.empty(T, H, E, device="meta")
         return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile, added_dq, added_dgate)

@@ -32,7 +32,7 @@ from flashmhf.ops.hopper.vocabulary import (
     PRODUCER_REGISTERS,
     allocate_barriers,
     columns,
-    halves,
+    differentiate,
     load,
     load_pair,
     matrix,
@@ -41,7 +41,6 @@ from flashmhf.ops.hopper.vocabulary import (
     multiply_rows,
     release,
     side_by_side,
-    tanh,
     wait_empty,
     wait_full,
     zero,
@@ -92,20 +91,6 @@ def issue_scores(
     dout_high = columns(dout, LOW, HIGH, None) if HIGH > 0 else dout
     da = multiply_rows(columns(dout, 0, LOW, None), dout_high, matrix(s_v.index(zero(i))), no_da, LOW, HIGH)
     return scores, da
-
-
-@gluon.jit
-def differentiate(scores, da, r, score: gl.constexpr, dtype: gl.constexpr):
-    """From S = [M N] and dA: P, dM and dN in the inputs' dtype, and dR of every row."""
-    m, n = halves(scores, score)
-    t = tanh(0.5 * m)
-    sigmoid = 0.5 + 0.5 * t
-    silu = m * sigmoid
-    a = silu * n
-    dr = gl.sum(da * a, axis=1)
-    da = da * r[:, None]
-    dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
-    return (a * r[:, None]).to(dtype), dm.to(dtype), (da * silu).to(dtype), dr
 
 
 @gluon.jit

@@ -124,3 +124,17 @@ def side_by_side(left, right, layout: gl.constexpr):
 def tanh(x):
     """One instruction of the special-function unit, relative error up to 2^-11: float16's rounding, bfloat16's / 8."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def differentiate(scores, da, r, score: gl.constexpr, dtype: gl.constexpr):
+    """From S = [M N] and dA: P, dM and dN in the inputs' dtype, and dR of every row."""
+    m, n = halves(scores, score)
+    t = tanh(0.5 * m)
+    sigmoid = 0.5 + 0.5 * t
+    silu = m * sigmoid
+    a = silu * n
+    dr = gl.sum(da * a, axis=1)
+    da = da * r[:, None]
+    dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
+    return (a * r[:, None]).to(dtype), dm.to(dtype), (da * silu).to(dtype), dr
