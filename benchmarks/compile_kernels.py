@@ -50,7 +50,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))]
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
-HOPPER_KERNELS = ("hopper_forward", "hopper_backward")
+HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_tokens")
 HOPPER_WARPS = 8  # consumers; the producer is one more
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 

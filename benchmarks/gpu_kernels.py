@@ -13,8 +13,11 @@ from torch import Tensor
 from flashmhf.benchmarking import Row
 from flashmhf.ops import reference
 from flashmhf.ops.hopper import backward as hopper_backward
+from flashmhf.ops.hopper import backward_tokens as hopper_tokens
 from flashmhf.ops.hopper import forward as hopper_forward
-from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile, HopperTile
+from flashmhf.ops.hopper import splits as hopper_splits
+from flashmhf.ops.hopper.added_dq import dq_buffer, rounded_dq
+from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile, HopperTile, TokensTile
 from flashmhf.ops.prologue import Prologue
 from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
@@ -37,6 +40,7 @@ class Prepared:
     launches: list[Launch]
     results: dict[str, Tensor]
     sums: dict[str, Tensor] = field(default_factory=dict)  # float32; the kernel adds to them
+    rounded: Callable[[str, Tensor], Tensor] = lambda name, total: total  # a sum as the result of that name
 
     def __call__(self) -> dict[str, Tensor]:
         for total in self.sums.values():
@@ -44,7 +48,7 @@ class Prepared:
         for launch in self.launches:
             launch.run()
         for name, total in self.sums.items():
-            self.results[name].copy_(total)
+            self.results[name].copy_(self.rounded(name, total))
         return self.results
 
 
@@ -90,13 +94,34 @@ def _hopper_forward(inputs: list[Tensor], tile: ForwardTile) -> Prepared:
 
 def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     q, k, u, v, gate, dout = inputs
-    T, _, D = q.shape
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
-    dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
-    added_dq, added_dgate = hopper_backward.dq_buffer(q, tile), torch.empty_like(gate)
-    launch = hopper_backward.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile)
-    return Prepared([launch], results, {"dq": added_dq[:T, :, :D], "dgate": added_dgate})
+    weights = dk, du, dv = [results[name] for name in ("dk", "du", "dv")]
+    splits = splits_to_show(q, k, tile)
+    partial = (
+        weights if splits == 1 else [poisoned(x.new_empty(splits, *x.shape, dtype=torch.float32)) for x in weights]
+    )
+    added_dq, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
+    launch = hopper_backward.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile, splits)
+    combine = [] if splits == 1 else [plan_combine(x, total) for x, total in zip((dk, du, dv), weights, strict=True)]
+
+    def rounded(name: str, total: Tensor) -> Tensor:
+        return rounded_dq(total, q, tile) if name == "dq" else total
+
+    return Prepared([launch, *combine], results, {"dq": added_dq, "dgate": added_dgate}, rounded)
+
+
+def splits_to_show(q: Tensor, k: Tensor, tile: BackwardTile) -> int:
+    """As many as the backward takes, but two where a tile splits tokens, has several and would not at this size."""
+    splits = hopper_splits.splits_for(q, k, tile)
+    return 2 if tile.splits_tokens and splits == 1 and hopper_splits.token_tiles(q, k, tile) > 1 else splits
+
+
+def _hopper_backward_tokens(inputs: list[Tensor], tile: TokensTile) -> Prepared:
+    q, k, u, v, gate, dout = inputs
+    dq, dgate = poisoned(q), poisoned(gate)
+    launch = hopper_tokens.plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate, tile)
+    return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
 def _prologue_forward(inputs: list[Tensor], tile: Any) -> Prepared:
@@ -135,6 +160,7 @@ KERNELS: dict[str, Callable[[list[Tensor], Any], Prepared]] = {
     "backward_one_pass": _backward_one_pass,
     "hopper_forward": _hopper_forward,
     "hopper_backward": _hopper_backward,
+    "hopper_backward_tokens": _hopper_backward_tokens,
     "prologue_forward": _prologue_forward,
     "prologue_backward": _prologue_backward,
 }

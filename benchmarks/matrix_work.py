@@ -22,11 +22,12 @@ PRODUCTS = {
     "backward_one_pass": 8,
     "hopper_forward": 3,
     "hopper_backward": 8,
+    "hopper_backward_tokens": 5,
     "prologue_forward": 1,
     "prologue_backward": 3,
 }
 BLOCK_E = 16  # the sub-networks of a prologue's product, padded
-FORWARD_WARPGROUPS = 2  # of the Hopper forward, each with block_t tokens
+WARPGROUPS = {"hopper_forward": 2, "hopper_backward_tokens": 2}  # with block_t tokens each; else all have the same
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def issued_ratio(work: MatrixWork, kernel: str, tile: Any, block_d: int) -> floa
 
 def algorithm_flops(kernel: str, tile: Any, block_d: int) -> int:
     """Of one tile, at the padded head dim."""
-    block_t = tile.block_t * (FORWARD_WARPGROUPS if kernel == "hopper_forward" else 1)
+    block_t = tile.block_t * WARPGROUPS.get(kernel, 1)
     block_f = BLOCK_E if kernel.startswith("prologue") else tile.block_f
     return 2 * PRODUCTS[kernel] * block_t * block_f * block_d
 

@@ -22,7 +22,7 @@ from gpu_bench import SHAPES
 from kernel_table import tile_name
 from loop_costs import PROCESSORS, Clocks, Processor, loop_clocks
 from machine_code import machine_code
-from matrix_work import FORWARD_WARPGROUPS, PRODUCTS, partitions
+from matrix_work import PRODUCTS, WARPGROUPS, partitions
 from model_table import Prediction, line_of, measured, measurements, short_table, write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,11 @@ def read_loop(kernel_and_whether_it_ships: tuple[Case, bool]) -> Loop:
 def tma_bytes(case: Case) -> int:
     """What a Hopper kernel's producer brings for one iteration: K, U and V, or Q and dO. The others load themselves."""
     _, kernel, D, dtype, tile = case
-    rows = {"hopper_forward": 3 * tile.block_f, "hopper_backward": 2 * tile.block_t}
+    rows = {
+        "hopper_forward": 3 * tile.block_f,
+        "hopper_backward_tokens": 3 * tile.block_f,
+        "hopper_backward": 2 * tile.block_t,
+    }
     return rows.get(kernel, 0) * D * dtype.itemsize
 
 
@@ -93,7 +97,7 @@ def predict(loop: Loop, name: str, T: int) -> Prediction:
     target, kernel, D, dtype, tile = loop.case
     shape, processor = MODELS[name], PROCESSORS[target]
     H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
-    block_t = tile.block_t * (FORWARD_WARPGROUPS if kernel == "hopper_forward" else 1)
+    block_t = tile.block_t * WARPGROUPS.get(kernel, 1)
     programs = math.prod(plan(kernel, T, H, H, E, F, D, dtype, _one_tile_a_program(tile), target).grid)
     iterations = -(-H * -(-T // block_t) * E * -(-F // tile.block_f) // programs)
     rounds = -(

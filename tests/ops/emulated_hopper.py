@@ -3,14 +3,15 @@
 import dataclasses
 import itertools
 
-import gluon_values
 import torch
 from gluon_emulator import EmulationError, emulate
 from gluon_mutants import mutated
 from gluon_values import Value
+from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from flashmhf.ops import backends
+from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import tiles
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.launch import Launch
@@ -24,13 +25,15 @@ def tanh(x: Value) -> Value:
     return Value(torch.tanh(x.data) * (1 + TANH_ERROR * (2 * torch.rand_like(x.data) - 1)), x.layout)
 
 
-def add_to_memory(ptrs, values: Value) -> None:
-    gluon_values.atomic_add(ptrs, values)
-
-
-HOOKS = {"tanh": tanh, "add_to_memory": add_to_memory}
-
-
+SHAPES = [
+    Shape((1,), 1, 1, 1, 1, 64),
+    Shape((200,), 4, 2, 2, 100, 64),
+    Shape((3, 50), 2, 1, 3, 40, 96),
+    Shape((130,), 1, 1, 2, 384, 128),
+    Shape((260,), 2, 2, 1, 65, 24),
+]
+DTYPES = (torch.bfloat16, torch.float16)
+HOOKS = {"tanh": tanh}
 REAL_RUN = Launch.run
 
 
@@ -58,6 +61,20 @@ def emulate_hopper(monkeypatch) -> None:
     emulated = dataclasses.replace(real, why_not=why_not)
     table = tuple(emulated if row.name == "hopper" else row for row in backends.BACKENDS)
     monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+def results(inputs: list) -> list:
+    *arguments, dout = inputs
+    leaves = [None if x is None else x.detach().requires_grad_() for x in arguments]
+    out = flash_mhf(*leaves, backend="hopper")
+    return [out.detach(), *torch.autograd.grad(out, [x for x in leaves if x is not None], dout)]
+
+
+def within_budget(inputs: list) -> None:
+    for name, mine, eager, exact in zip(
+        NAMES, results(inputs), eager_results(inputs), exact_results(inputs), strict=False
+    ):
+        assert_within_budget(name, mine, eager, exact, precision=inputs[0].dtype)
 
 
 def caught(kernel, launch: Launch, change: tuple[str, str]) -> bool:

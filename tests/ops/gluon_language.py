@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import gluon_values as values
 import torch
+from gluon_assembly import inline_asm_elementwise
 from gluon_machine import EmulationError, machine, where
 from gluon_memory import SharedMemory
 from gluon_values import TORCH_DTYPES, Value, as_value, binary, scalar
@@ -43,10 +44,6 @@ def full(shape, value, dtype, layout=None) -> Value:
 
 def full_like(x: Value, value, shape=None, dtype=None, layout=None) -> Value:
     return full(x.shape if shape is None else shape, value, dtype or x.dtype, layout or x.layout)
-
-
-def inline_asm_elementwise(asm: str, *_, **__):
-    raise EmulationError(f"{where()}: name a hook for the function around {asm!r}, or for inline_asm_elementwise")
 
 
 def assertion(condition, message="", *_, **__) -> None:

@@ -19,7 +19,7 @@ import torch
 
 OWN_FILES = {
     str(Path(__file__).with_name(f"gluon_{name}.py"))
-    for name in ("machine", "memory", "values", "language", "hopper", "emulator")
+    for name in ("machine", "memory", "values", "assembly", "language", "hopper", "emulator")
 }
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import linecache
+import sys
 from itertools import count
 
 from triton.runtime.jit import JITFunction
@@ -9,11 +10,19 @@ from triton.runtime.jit import JITFunction
 NUMBERS = count()
 
 
+def package(function: JITFunction) -> str:
+    return function.fn.__module__.rpartition(".")[0]
+
+
 def mutated(kernel, old: str, new: str):
-    """`kernel` after one change of the source of its module's jitted functions, which `old` must name exactly."""
-    scope = dict(kernel.fn.__globals__)
-    mine = [f for f in scope.values() if isinstance(f, JITFunction) and f.fn.__module__ == kernel.fn.__module__]
-    source = "\n\n".join(inspect.getsource(function.fn) for function in mine)
+    """`kernel` after one change of its source and of what it calls in its package, which `old` must name exactly."""
+    modules = [kernel.fn.__module__]
+    for module in modules:  # grows
+        called = [f for f in vars(sys.modules[module]).values() if isinstance(f, JITFunction)]
+        modules += dict.fromkeys(f.fn.__module__ for f in called if package(f) == package(kernel)).keys() - set(modules)
+    scope = {name: value for module in reversed(modules) for name, value in vars(sys.modules[module]).items()}
+    mine = {f.fn for f in scope.values() if isinstance(f, JITFunction) and f.fn.__module__ in modules}
+    source = "\n\n".join(inspect.getsource(function) for function in sorted(mine, key=lambda f: f.__qualname__))
     assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in the source"
     lines = source.replace(old, new).splitlines(keepends=True)
     name = f"mutant{next(NUMBERS)}.py"

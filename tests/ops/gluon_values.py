@@ -206,6 +206,12 @@ class Pointer:
     def __getitem__(self, index) -> "Pointer":
         return Pointer(self.tensor, self.offsets[index])
 
+    def to(self, dtype, bitcast: bool) -> "Pointer":
+        """As the integer that inline assembly takes for an address."""
+        assert bitcast
+        assert dtype == gl.int64
+        return self
+
     def place(self, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The tensor's memory as one row, the offsets and the mask; whatever is not masked must lie in the tensor."""
         span = 1 + sum((n - 1) * s for n, s in zip(self.tensor.shape, self.tensor.stride(), strict=True))

@@ -1,12 +1,13 @@
 """The backend's interface, as `ops/backends.py` loads it: Hopper's own kernels, and the portable ones for the rest.
 
-The rest is norm and gate, and the backward for head dims above 128, of tokens alone, or deterministic.
+The rest is norm and gate, and the backward for head dims above 128.
 """
 
 import torch
 from torch import Tensor
 
 from flashmhf.ops.hopper.backward import backward as one_pass_backward
+from flashmhf.ops.hopper.backward_tokens import backward_tokens
 from flashmhf.ops.hopper.forward import forward
 from flashmhf.ops.hopper.tiles import backward_tile
 from flashmhf.ops.triton.backward import backward as portable_backward
@@ -18,7 +19,18 @@ __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    fits = backward_tile(q.shape[-1]) is not None and any(needs[1:4])
-    run = one_pass_backward if fits and not torch.are_deterministic_algorithms_enabled() else portable_backward
-    return run(dout, q, k, u, v, gate, needs)
+    """Gradients for q, k, u, v and gate, None where `needs` says so.
+
+    One pass, eight products. Its dQ and dR differ in their last bits from run to run: where they must not, a kernel of
+    their own computes them, eleven products in all; where no weight wants a gradient, that kernel alone, five.
+    """
+    if backward_tile(q.shape[-1]) is None:
+        return portable_backward(dout, q, k, u, v, gate, needs)
+    of_weights = any(needs[1:4])
+    if of_weights and not torch.are_deterministic_algorithms_enabled():
+        return one_pass_backward(dout, q, k, u, v, gate, needs)
+    dq, dgate = backward_tokens(dout, q, k, u, v, gate, needs)
+    if not of_weights:
+        return dq, None, None, None, dgate
+    _, dk, du, dv, _ = one_pass_backward(dout, q, k, u, v, gate, (False, *needs[1:4], False))
+    return dq, dk, du, dv, dgate

@@ -8,7 +8,8 @@ A = SiLU(M) * N and dA = dO V^T, two warpgroups, each with half of the tile's to
     multiply    dQ = dM K + dN U                        operands from registers; added to memory in float32
     multiply    dV += P^T dO,  [dK; dU] += [dM dN]^T Q  operands from shared memory: both need the whole tile
 
-Eight products. The last three of tile i are issued behind S and dA of tile i + 1 and run while that is activated.
+Eight products. The tokens may be split over several programs, whose float32 sums are added in fixed order (splits.py).
+The last three of tile i are issued behind S and dA of tile i + 1 and run while that is activated.
 Additions to memory come in any order, so the same inputs give the same bits of dK, dU and dV alone.
 """
 
@@ -23,14 +24,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashmhf.ops.hopper.added_dq import add_tile, dq_buffer, rounded_dq
 from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, block_d, low_and_high
+from flashmhf.ops.hopper.splits import row_tiles, splits_for, token_tiles
+from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, low_and_high
 from flashmhf.ops.hopper.vocabulary import (
     PRODUCER_REGISTERS,
-    add_rows_to_memory,
     allocate_barriers,
     columns,
-    halves,
+    differentiate,
     load,
     load_pair,
     matrix,
@@ -39,25 +41,25 @@ from flashmhf.ops.hopper.vocabulary import (
     multiply_rows,
     release,
     side_by_side,
-    tanh,
     wait_empty,
     wait_full,
     zero,
 )
+from flashmhf.ops.triton.forward import plan_combine
 from flashmhf.ops.triton.launch import Launch
 
 
 @gluon.jit
-def next_tile(t, head, end_t, first_head, end_head, BLOCK_T: gl.constexpr):
+def next_tile(t, head, T, first_head, end_head, BLOCK_T: gl.constexpr):
     """The tile after (first token t, head), round and round through the tokens of all heads."""
     t += BLOCK_T
-    head = gl.where(t < end_t, head, head + 1)
-    return gl.where(t < end_t, t, 0), gl.where(head < end_head, head, first_head)
+    head = gl.where(t < T, head, head + 1)
+    return gl.where(t < T, t, 0), gl.where(head < end_head, head, first_head)
 
 
 @gluon.jit
 def produce_tokens(
-    q_desc, dout_desc, s_q, s_dout, q_full, dout_full, empty, t, head, end_t, first_head, end_head, tiles
+    q_desc, dout_desc, s_q, s_dout, q_full, dout_full, empty, t, head, T, first_head, end_head, tiles
 ):  # fmt: skip
     """Keeps the rings of Q and dO full; both are released together."""
     STAGES: gl.constexpr = s_q.shape[0]
@@ -67,7 +69,7 @@ def produce_tokens(
         wait_empty(empty, i, STAGES)
         load(q_desc, [t, head, 0], q_full.index(stage), s_q.index(stage))
         load(dout_desc, [t, head, 0], dout_full.index(stage), s_dout.index(stage))
-        t, head = next_tile(t, head, end_t, first_head, end_head, BLOCK_T)
+        t, head = next_tile(t, head, T, first_head, end_head, BLOCK_T)
 
 
 @gluon.jit
@@ -92,20 +94,6 @@ def issue_scores(
 
 
 @gluon.jit
-def differentiate(scores, da, r, score: gl.constexpr, dtype: gl.constexpr):
-    """From S = [M N] and dA: P, dM and dN in the inputs' dtype, and dR of every row."""
-    m, n = halves(scores, score)
-    t = tanh(0.5 * m)
-    sigmoid = 0.5 + 0.5 * t
-    silu = m * sigmoid
-    a = silu * n
-    dr = gl.sum(da * a, axis=1)
-    da = da * r[:, None]
-    dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
-    return (a * r[:, None]).to(dtype), dm.to(dtype), (da * silu).to(dtype), dr
-
-
-@gluon.jit
 def issue_weights(s_p, s_dmn, s_q, s_dout, dv, dku, i, STAGES: gl.constexpr):
     """Issues dV += P^T dO and [dK; dU] += [dM dN]^T Q of tile i."""
     dv = multiply_add(s_p.index(zero(i)).permute((1, 0)), matrix(s_dout.index(i % STAGES)), dv)
@@ -122,8 +110,8 @@ def share(p, dm, dn, s_p, s_dmn, i, pair: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr):
-    """dQ = dM K + dN U, added to a float32 buffer (tokens, H, BLOCK_D) that has room for whole tiles."""
+def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr):
+    """dQ = dM K + dN U, added to float32 memory."""
     BLOCK_T: gl.constexpr = dm.shape[0]
     BLOCK_F: gl.constexpr = dm.shape[1]
     BLOCK_D: gl.constexpr = s_ku.shape[3]
@@ -132,11 +120,7 @@ def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr):
     s_u = matrix(s_ku.index(zero(i))).slice(BLOCK_F, BLOCK_F)
     dq = multiply(gl.convert_layout(dm, operand), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, whole))
     dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 16])
-    rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, narrow)) * (H * BLOCK_D)
-    columns = gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
-    ptrs = dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :])
-    add_rows_to_memory(ptrs, warpgroup_mma_wait(num_outstanding=0, deps=[dq]))
+    add_tile(dq_ptr, warpgroup_mma_wait(num_outstanding=0, deps=[dq]), i, t, head, H, FRAGMENTS)
 
 
 @gluon.jit
@@ -147,12 +131,12 @@ def own_rows(F, BLOCK_F: gl.constexpr):
 
 
 @gluon.jit
-def store_weights(dk_ptr, du_ptr, dv_ptr, dku, dv, F, D, whole: gl.constexpr, split: gl.constexpr):
-    """Writes the program's rows of dK, dU and dV, all (H_kv, E, F, D) and contiguous."""
+def store_weights(dk_ptr, du_ptr, dv_ptr, dku, dv, F, D, stride_split, whole: gl.constexpr, split: gl.constexpr):
+    """Writes the program's rows of dK, dU and dV, all (splits, H_kv, E, F, D) and contiguous."""
     BLOCK_F: gl.constexpr = dv.shape[0]
     BLOCK_D: gl.constexpr = dv.shape[1]
     sub_network, first_f = own_rows(F, BLOCK_F)
-    first = (sub_network.to(gl.int64) * F + first_f) * D
+    first = gl.program_id(1).to(gl.int64) * stride_split + (sub_network.to(gl.int64) * F + first_f) * D
     rows = gl.arange(0, BLOCK_F, layout=gl.SliceLayout(1, split))
     columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, split))
     mask = (rows < F - first_f)[:, None] & (columns < D)[None, :]
@@ -169,9 +153,10 @@ def store_weights(dk_ptr, du_ptr, dv_ptr, dku, dv, F, D, whole: gl.constexpr, sp
 
 @gluon.jit
 def consume(
-    LOW: gl.constexpr, HIGH: gl.constexpr, HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
+    LOW: gl.constexpr, HIGH: gl.constexpr,
+    HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr,
     s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
-    t, head, end_t, first_head, end_head, tiles, e, T, H, E, F, D,
+    t, head, first_head, end_head, tiles, e, T, H, E, F, D, stride_split,
 ):  # fmt: skip
     """Two warpgroups: dK, dU and dV of the program's rows, and its share of dQ and dR."""
     STAGES: gl.constexpr = s_q.shape[0]
@@ -212,21 +197,26 @@ def consume(
         release(empty, before, STAGES, i > 0)  # synchronises the warpgroups, so P, dM and dN have been read
         share(p, dm, dn, s_p, s_dmn, i, pair)
         if ADDS_Q:
-            add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole)
-        t, head = next_tile(t, head, end_t, first_head, end_head, BLOCK_T)
+            add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole, FRAGMENTS)
+        t, head = next_tile(t, head, T, first_head, end_head, BLOCK_T)
     dv, dku = issue_weights(s_p, s_dmn, s_q, s_dout, dv, dku, tiles - 1, STAGES)
     dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])
 
-    store_weights(dk_ptr, du_ptr, dv_ptr, dku.to(dtype), dv.to(dtype), F, D, whole, split)
+    result: gl.constexpr = dk_ptr.dtype.element_ty  # float32 where it is one of several splits
+    store_weights(dk_ptr, du_ptr, dv_ptr, dku.to(result), dv.to(result), F, D, stride_split, whole, split)
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "tiles_per_split"])
 def backward_kernel(
     q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
-    T, H, E, F, D, GROUP, LOW: gl.constexpr, HIGH: gl.constexpr,
-    STAGES: gl.constexpr, HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
+    T, H, E, F, D, GROUP, tiles_per_split, stride_split, LOW: gl.constexpr, HIGH: gl.constexpr,
+    STAGES: gl.constexpr, HAS_GATE: gl.constexpr,
+    ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr,
 ):  # fmt: skip
-    """q, dout (T, H, D), k, u, v (H_kv E, F, D), gate (T, H, E) -> dk, du, dv (H_kv, E, F, D), added dq and dgate."""
+    """q, dout (T, H, D), k, u, v (H_kv E, F, D), gate (T, H, E) -> dk, du, dv (splits, H_kv, E, F, D).
+
+    dq and dgate are added to.
+    """
     BLOCK_T: gl.constexpr = q_desc.block_shape[0]
     BLOCK_F: gl.constexpr = k_desc.block_shape[1]
     BLOCK_D: gl.constexpr = k_desc.block_shape[2]
@@ -247,19 +237,22 @@ def backward_kernel(
     mbarrier.wait(weights_full.index(1), 0)
     first_head = (sub_network // E) * GROUP
     tiles_t = gl.cdiv(T, BLOCK_T)
-    end_t = tiles_t * BLOCK_T
-    t = (gl.program_id(0) % tiles_t) * BLOCK_T  # programs start at different tiles, lest all add to one dQ at once
+    first_tile = gl.program_id(1) * tiles_per_split
+    tiles = min(tiles_per_split, tiles_t * GROUP - first_tile)
+    first_tile += gl.program_id(0) % tiles_t  # programs start at different tiles, lest all add to one dQ at once
+    t = (first_tile % tiles_t) * BLOCK_T
+    head = first_head + first_tile // tiles_t % GROUP
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
         s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
-        t, first_head, end_t, first_head, first_head + GROUP, tiles_t * GROUP, sub_network % E, T, H, E, F, D,
+        t, head, first_head, first_head + GROUP, tiles, sub_network % E, T, H, E, F, D, stride_split,
     )  # fmt: skip
     producer_arguments = (
         q_desc, dout_desc, s_q, s_dout, q_full, dout_full, empty,
-        t, first_head, end_t, first_head, first_head + GROUP, tiles_t * GROUP,
+        t, head, T, first_head, first_head + GROUP, tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
+            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE, FRAGMENTS) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
             (produce_tokens, producer_arguments),
         ],
         [1],
@@ -270,12 +263,17 @@ def backward_kernel(
 def plan_backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
     dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None,
-    tile: BackwardTile | None = None,
+    tile: BackwardTile | None = None, splits: int = 1,
 ) -> Launch:  # fmt: skip
-    """The launch that writes dk, du and dv and adds to dq (room for whole tiles, H, padded D) and dgate (T, H, E)."""
+    """The launch that writes dk, du and dv and adds to dq (of `dq_buffer`) and dgate (T, H, E).
+
+    With more than one split dk, du and dv are (splits, H_kv, E, F, D) in float32 and get partial sums.
+    """
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
     tile = tile or backward_tile(D)
     assert tile is not None
+    tiles_per_split = -(-token_tiles(q, k, tile) // splits)
+    assert (splits - 1) * tiles_per_split < token_tiles(q, k, tile), "a split without tiles"
     arguments = {
         "q_desc": token_descriptor(q, tile.block_t), "dout_desc": token_descriptor(dout, tile.block_t),
         **{f"{name}_desc": weight_descriptor(x, tile.block_f) for name, x in (("k", k), ("u", u), ("v", v))},
@@ -283,24 +281,19 @@ def plan_backward(
         "dgate_ptr": q if added_dgate is None else added_dgate, "dq_ptr": q if added_dq is None else added_dq,
         "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
         **dict(zip(("LOW", "HIGH"), low_and_high(D), strict=True)),
-        "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
-        "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None,
+        "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv,
+        "tiles_per_split": tiles_per_split, "stride_split": k.numel(),
+        "STAGES": tile.stages, "HAS_GATE": gate is not None,
+        "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None, "FRAGMENTS": tile.dq_fragments,
     }  # fmt: skip
-    return Launch(backward_kernel, (H_kv * E * -(-F // tile.block_f),), arguments, num_warps=8, num_stages=1)
-
-
-def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
-    """Zeros in float32 that whole tiles of q (T, H, D) can be added to."""
-    T, H, D = q.shape
-    whole_tiles = -(-T // tile.block_t) * tile.block_t
-    return torch.zeros(whole_tiles, H, block_d(D), dtype=torch.float32, device=q.device)
+    return Launch(backward_kernel, (row_tiles(k, tile), splits), arguments, num_warps=8, num_stages=1)
 
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    dk, du, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v))
+    weights = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v)]
     tile = backward_tile(q.shape[-1])
     assert tile is not None
     q_THD, dout_THD, gate_THE = flat(q), flat(dout), None if gate is None else flat(gate)
@@ -308,13 +301,19 @@ def backward(
     dgate = torch.zeros(gate.shape, dtype=torch.float32, device=q.device) if gate is not None and needs[4] else None
     if q.numel() > 0:
         dgate_THE = None if dgate is None else flat(dgate)
-        plan_backward(dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile).run()
+        splits = splits_for(q_THD, k, tile)
+        dk, du, dv = sums = (
+            weights if splits == 1 else [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in weights]
+        )
+        plan_backward(dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile, splits).run()
+        if splits > 1:
+            for partial, gradient in zip(sums, weights, strict=True):
+                plan_combine(partial, gradient).run()
     else:
-        for gradient in (dk, du, dv):
+        for gradient in weights:
             gradient.zero_()
     if dq is not None:
-        dq = dq[: len(q_THD), :, : q.shape[-1]].to(q.dtype).view(q.shape)
+        dq = rounded_dq(dq, q_THD, tile).view(q.shape)
     if dgate is not None and gate is not None:
         dgate = dgate.to(gate.dtype)
-    weights = (gradient if need else None for gradient, need in zip((dk, du, dv), needs[1:4], strict=True))
-    return dq, *weights, dgate
+    return dq, *(gradient if need else None for gradient, need in zip(weights, needs[1:4], strict=True)), dgate

@@ -27,19 +27,39 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Tokens and parameter rows of one tile, stages of the rings."""
+    """Tokens and parameter rows of one tile, stages of the rings, and two options.
+
+    dq_fragments: the order of dQ in memory (added_dq.py), in which it takes half as many reductions and a warp's meet
+    four cache lines instead of eight. splits_tokens: over several programs, where more of the device is then busy
+    (splits.py), at the price of float32 partial sums.
+    """
+
+    block_t: int
+    block_f: int
+    stages: int
+    dq_fragments: bool = True
+    splits_tokens: bool = False
+
+
+class TokensTile(NamedTuple):
+    """Tokens of a warpgroup and parameter rows of one tile, stages of the rings: of the kernel for dQ and dR alone."""
 
     block_t: int
     block_f: int
     stages: int
 
 
-HopperTile = ForwardTile | BackwardTile
+HopperTile = ForwardTile | BackwardTile | TokensTile
 
 # What ships: one configuration for each of BLOCK_DS, or None where the accumulators do not fit the registers.
 FORWARD = (ForwardTile(64, 64, 4, True), ForwardTile(64, 64, 4, True), ForwardTile(64, 32, 3))
 BACKWARD = (BackwardTile(128, 64, 2), BackwardTile(128, 64, 2), None)
-TABLE: dict[str, tuple[HopperTile | None, ...]] = {"forward": FORWARD, "backward": BACKWARD}
+BACKWARD_TOKENS = (TokensTile(64, 64, 4), TokensTile(64, 64, 3), None)
+TABLE: dict[str, tuple[HopperTile | None, ...]] = {
+    "forward": FORWARD,
+    "backward": BACKWARD,
+    "backward_tokens": BACKWARD_TOKENS,
+}
 
 # One of BLOCK_DS -> the configurations among which a GPU is to choose, the most promising first; each compiles without
 # a spill (tests/ops/test_triton_compiles.py). The shipped ones are among them.
@@ -81,10 +101,22 @@ FORWARD_CANDIDATES: dict[int, tuple[ForwardTile, ...]] = {
     ),
 }
 BACKWARD_CANDIDATES: dict[int, tuple[BackwardTile, ...]] = {
-    64: (BackwardTile(128, 64, 2),),
-    128: (BackwardTile(128, 64, 2),),
+    D: (
+        BackwardTile(128, 64, 2),
+        BackwardTile(128, 64, 2, dq_fragments=False),
+        BackwardTile(128, 64, 2, splits_tokens=True),
+    )
+    for D in (64, 128)
 }
-CANDIDATES = {"forward": FORWARD_CANDIDATES, "backward": BACKWARD_CANDIDATES}
+BACKWARD_TOKENS_CANDIDATES: dict[int, tuple[TokensTile, ...]] = {
+    64: tuple(TokensTile(64, 64, stages) for stages in (2, 4, 6)),
+    128: tuple(TokensTile(64, 64, stages) for stages in (2, 3)),
+}
+CANDIDATES = {
+    "forward": FORWARD_CANDIDATES,
+    "backward": BACKWARD_CANDIDATES,
+    "backward_tokens": BACKWARD_TOKENS_CANDIDATES,
+}
 # (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget. None so far.
 VERIFIED: frozenset[tuple[int, str]] = frozenset()
 # Of those: the number of tokens from which they measured faster than the backend `triton`; `auto` takes them there.
@@ -115,3 +147,8 @@ def forward_tile(D: int) -> ForwardTile:
 def backward_tile(D: int) -> BackwardTile | None:
     """The backward's configuration at head dim D, or None where it has none."""
     return BACKWARD[BLOCK_DS.index(block_d(D))]
+
+
+def tokens_tile(D: int) -> TokensTile | None:
+    """The configuration of the kernel for dQ and dR alone at head dim D, or None where it has none."""
+    return BACKWARD_TOKENS[BLOCK_DS.index(block_d(D))]

@@ -1,4 +1,4 @@
-"""What the Hopper kernels are written with: tiles that arrive through a ring, products, the activation, sums in memory.
+"""What the Hopper kernels are written with: tiles that arrive through a ring, products, the activation.
 
 A ring is a number of stages in shared memory with two barriers each. The producer waits until a stage is empty and asks
 TMA to fill it; TMA's bytes complete `full`; every consumer waits for `full` and arrives at `empty` when its products
@@ -127,29 +127,14 @@ def tanh(x):
 
 
 @gluon.jit
-def add_to_memory(ptrs, values):
-    """Adds to float32 memory, two neighbours of a row in one reduction; the order among programs is open."""
-    gl.inline_asm_elementwise(
-        "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;",
-        "=r,=r,l,l,f,f",
-        [ptrs.to(gl.int64, bitcast=True), values],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=2,
-    )
-
-
-@gluon.jit
-def add_rows_to_memory(ptrs, values):
-    """Adds the rows of values to float32 memory; ptrs (rows, 8) point at the first eight columns.
-
-    Eight columns at a time, so that all addresses are a few registers and constants.
-    """
-    COLUMNS: gl.constexpr = values.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS // 2, 16])
-    if COLUMNS == 8:
-        add_to_memory(ptrs, values)
-    else:
-        left, right = halves(values, layout)
-        add_rows_to_memory(ptrs, left)
-        add_rows_to_memory(ptrs + COLUMNS // 2, right)
+def differentiate(scores, da, r, score: gl.constexpr, dtype: gl.constexpr):
+    """From S = [M N] and dA: P, dM and dN in the inputs' dtype, and dR of every row."""
+    m, n = halves(scores, score)
+    t = tanh(0.5 * m)
+    sigmoid = 0.5 + 0.5 * t
+    silu = m * sigmoid
+    a = silu * n
+    dr = gl.sum(da * a, axis=1)
+    da = da * r[:, None]
+    dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
+    return (a * r[:, None]).to(dtype), dm.to(dtype), (da * silu).to(dtype), dr

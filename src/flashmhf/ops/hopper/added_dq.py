@@ -1,0 +1,100 @@
+"""dQ as the programs of the one-pass backward add it up in float32 memory, and what is returned of it.
+
+The memory is in one of two orders. By rows it is (tokens, H, BLOCK_D): a thread adds two neighbours at a time, and the
+32 pairs of a warp lie in eight rows, 32 bytes in each. In fragments it is (tiles, H, BLOCK_T / 16, BLOCK_D / 8,
+8, 4, 2, 2): 16 tokens x 8 columns lie together as a warp holds them (token, pair of columns; token + 0 or 8,
+neighbour). A thread's four values are then neighbours, too, and a warp's reduction is 512 bytes on end: half as many
+reductions, and no cache line is met twice. What rounds dQ reads it in that order.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flashmhf.ops.hopper.tiles import BackwardTile, block_d
+from flashmhf.ops.hopper.vocabulary import halves, zero
+
+
+@gluon.jit
+def add_pairs(ptrs, values):
+    """Adds two neighbours at a time to float32 memory; the order among programs is open."""
+    gl.inline_asm_elementwise(
+        "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;",
+        "=r,=r,l,l,f,f",
+        [ptrs.to(gl.int64, bitcast=True), values],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def add_fours(ptrs, values):
+    """Adds four values of a thread at a time to four neighbours in float32 memory."""
+    gl.inline_asm_elementwise(
+        "red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};"
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
+        "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
+        [ptrs.to(gl.int64, bitcast=True), values],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def add_columns(ptrs, values, FRAGMENTS: gl.constexpr):
+    """Adds values to memory eight columns at a time, so that all addresses are a few registers and constants.
+
+    ptrs (rows, 8) point at the first eight columns.
+    """
+    COLUMNS: gl.constexpr = values.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS // 2, 16])
+    if COLUMNS > 8:
+        left, right = halves(values, layout)
+        add_columns(ptrs, left, FRAGMENTS)
+        add_columns(ptrs + COLUMNS // 2 * (16 if FRAGMENTS else 1), right, FRAGMENTS)
+    elif FRAGMENTS:
+        add_fours(ptrs, values)
+    else:
+        add_pairs(ptrs, values)
+
+
+@gluon.jit
+def add_tile(dq_ptr, dq, i, t, head, H, FRAGMENTS: gl.constexpr):
+    """Adds dq (BLOCK_T, BLOCK_D), of item i: the tokens from t on of one head."""
+    BLOCK_T: gl.constexpr = dq.shape[0]
+    BLOCK_D: gl.constexpr = dq.shape[1]
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 16])
+    rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, narrow))
+    columns = gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
+    if FRAGMENTS:  # where a thread's first value goes, of an even column of the upper eight rows; the rest follow
+        rows = rows // 16 * (16 * BLOCK_D) + rows % 8 * 16
+        columns *= 2
+        head *= BLOCK_T
+    else:
+        rows *= H * BLOCK_D
+    rows += zero(i)  # or a 64-bit address is kept in registers from tile to tile
+    add_columns(dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :]), dq, FRAGMENTS)
+
+
+def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
+    """Zeros in float32 that whole tiles of q (T, H, D) can be added to, in the tile's order."""
+    T, H, D = q.shape
+    tiles, BLOCK_D = -(-T // tile.block_t), block_d(D)
+    by_rows = (tiles * tile.block_t, H, BLOCK_D)
+    in_fragments = (tiles, H, tile.block_t // 16, BLOCK_D // 8, 8, 4, 2, 2)
+    return torch.zeros(in_fragments if tile.dq_fragments else by_rows, dtype=torch.float32, device=q.device)
+
+
+def rounded_dq(added: Tensor, q: Tensor, tile: BackwardTile) -> Tensor:
+    """(T, H, D) in q's dtype, contiguous, of what has been added to `dq_buffer(q, tile)`."""
+    T, H, D = q.shape
+    if not tile.dq_fragments:
+        return added[:T, :, :D].to(q.dtype)
+    tiles = len(added)
+    dq = torch.empty(tiles * tile.block_t, H, D, dtype=q.dtype, device=q.device)
+    in_fragments = dq.view(tiles, tile.block_t // 16, 2, 8, H, D // 8, 4, 2).permute(0, 4, 1, 5, 3, 6, 2, 7)
+    in_fragments.copy_(added[:, :, :, : D // 8])
+    return dq[:T]

@@ -1,0 +1,231 @@
+"""The Hopper backwards' own source under the emulator: one pass, tokens split, deterministic, tokens alone."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from emulated_hopper import DTYPES, HOOKS, SHAPES, caught, emulate_hopper, results, within_budget
+from gluon_emulator import emulate
+from gluon_mutants import mutated
+from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
+
+from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.hopper import backend as backend_module
+from flashmhf.ops.hopper import backward as backward_module
+from flashmhf.ops.hopper import backward_tokens as tokens_module
+from flashmhf.ops.hopper import splits as splits_module
+from flashmhf.ops.hopper import tiles
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "q gate"])
+def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
+    emulate_hopper(monkeypatch)
+    monkeypatch.setattr(backend_module, "portable_backward", None)
+    inputs = make_inputs(Shape((70,), 4, 2, 2, 20, 64), torch.float16)
+    named = dict(zip(("q", "k", "u", "v", "gate"), inputs[:5], strict=True))
+    for name in wanted.split():
+        named[name].requires_grad_()
+    flash_mhf(**named, backend="hopper").backward(inputs[5])
+    eager = dict(zip(NAMES, eager_results([x.detach() for x in inputs]), strict=True))
+    exact = dict(zip(NAMES, exact_results([x.detach() for x in inputs]), strict=True))
+    for name, tensor in named.items():
+        assert (tensor.grad is not None) == (name in wanted.split())
+        if tensor.grad is not None:
+            assert_within_budget(name, tensor.grad, eager[f"d{name}"], exact[f"d{name}"], precision=torch.float16)
+
+
+@pytest.fixture
+def deterministic():
+    """As torch has it, whose torch.empty then is full of NaN, too."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_deterministic_gradients(shape, dtype, gate, monkeypatch, deterministic):
+    emulate_hopper(monkeypatch)
+    monkeypatch.setattr(backend_module, "portable_backward", None)
+    within_budget(make_inputs(shape, dtype, gate))
+
+
+def test_deterministic_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch, deterministic):
+    emulate_hopper(monkeypatch)
+    monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
+    inputs = make_inputs(Shape((300,), 4, 2, 3, 70, 64), torch.bfloat16)
+    first, second = results(inputs), results(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_many_interleavings_of_the_deterministic_backward(seed, monkeypatch, deterministic):
+    emulate_hopper(monkeypatch)
+    within_budget(make_inputs(Shape((300,), 2, 1, 3, 150, 64), torch.bfloat16, seed=seed))
+
+
+def test_head_dim_256_takes_the_portable_backward(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the portable kernels, on the CPU")
+    emulate_hopper(monkeypatch)
+    monkeypatch.setattr(backend_module, "one_pass_backward", None)
+    monkeypatch.setattr(backend_module, "backward_tokens", None)
+    within_budget(make_inputs(Shape((20,), 2, 1, 1, 20, 256), torch.float16))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 6])
+@pytest.mark.parametrize("shape", [Shape((300,), 4, 2, 2, 100, 64), Shape((700,), 2, 2, 1, 65, 96)], ids=str)
+def test_tokens_split_over_programs(shape, splits, monkeypatch):
+    """Splits with as many tiles, with fewer, and beginning in another head than the first of their group."""
+    emulate_hopper(monkeypatch)
+    tile = tiles.backward_tile(shape.D)._replace(splits_tokens=True)
+    monkeypatch.setattr(tiles, "BACKWARD", (tile, tile, None))
+    monkeypatch.setattr(splits_module, "token_splits", lambda programs, tiles, size: splits)
+    monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
+    combined = []
+    plan = backward_module.plan_combine
+    monkeypatch.setattr(
+        backward_module, "plan_combine", lambda sums, out: combined.append(len(sums)) or plan(sums, out)
+    )
+    inputs = make_inputs(shape, torch.bfloat16)
+    within_budget(inputs)
+    assert len(combined) == 3
+    first, second = results(inputs), results(inputs)
+    for name, a, b in zip(NAMES, first, second, strict=True):
+        assert torch.equal(a, b) or name in ("dq", "dgate"), name
+
+
+def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch):
+    emulate_hopper(monkeypatch)
+    monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
+    inputs = make_inputs(Shape((300,), 2, 1, 2, 70, 64), torch.bfloat16)
+    first, second = results(inputs), results(inputs)
+    for name, a, b in zip(NAMES, first, second, strict=True):
+        assert torch.equal(a, b) or name in ("dq", "dgate"), name
+
+
+# Where a line of the backward is changed, and the emulator must say so.
+BACKWARD_MUTATIONS = {
+    "S and dA are used in flight": ("num_outstanding=2, deps=[scores, da]", "num_outstanding=3, deps=[scores, da]"),
+    "the first tile is released": ("release(empty, before, STAGES, i > 0)", "release(empty, before, STAGES)"),
+    "Q and dO are released early": ("release(empty, before, STAGES, i > 0)", "release(empty, i, STAGES)"),
+    "P is shared without a fence": (
+        "s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))\n    fence_async_shared()",
+        "s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))",
+    ),
+    "P is overwritten in flight": (
+        "dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])\n        dv = ",
+        "dv, dku = warpgroup_mma_wait(num_outstanding=2, deps=[dv, dku])\n        dv = ",
+    ),
+}
+
+
+TOKENS_MUTATIONS = {
+    "S and dA are used in flight": ("num_outstanding=2 if NEEDS_Q", "num_outstanding=3 if NEEDS_Q"),
+    "K and U are released early": ("release(empty, before, STAGES, i > 0)", "release(empty, i, STAGES)"),
+    "the first tile is released twice": ("release(empty, before, STAGES, i > 0)", "release(empty, before, STAGES)"),
+    "dQ of the tile before may still read K": (
+        "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dq]))\n        release",
+        "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[dq]))\n        release",
+    ),
+    "V is read before it has arrived": ("wait_full(v_full, i, STAGES)", "wait_full(v_full, 0, STAGES)"),
+    "dO is not waited for": ("q_full = allocate_barriers(2, 2)", "q_full = allocate_barriers(2, 1)"),
+    "dQ leaves without a fence": ("    fence_async_shared()\n        tma", "    tma"),
+}
+# What no rule forbids: the sums are wrong.
+TOKENS_ERRORS = {
+    "unchanged": None,
+    "dR goes on in the next sub-network": ("gl.where(last, 0.0, dr)", "dr"),
+    "dR is written at another tile": ("last = f + BLOCK_F >= F", "last = f + BLOCK_F < F"),
+    "the gate of another sub-network": ("gate_ptrs + e.to(gl.int64) *", "gate_ptrs + 0 * e.to(gl.int64) *"),
+    "rows of another sub-network": ("gl.where(f < F, e, e + 1)", "gl.where(f < F, e, e)"),
+    "U in K's place": ("s_pair.slice(BLOCK_F, BLOCK_F)", "s_pair.slice(0, BLOCK_F)"),
+    "the last tile is left out": ("issue_dq(dm, dn, s_ku, dq, tiles - 1", "issue_dq(dm * 0.0, dn, s_ku, dq, tiles - 1"),
+}
+# Where dQ would be added to the wrong place, or something else to it. The emulator cannot know, but the sums are wrong.
+DQ_MUTATIONS = {
+    "fragments, unchanged": None,
+    "columns in their own order": ("columns *= 2", "columns *= 1"),
+    "the next columns eight rows too near": ("(16 if FRAGMENTS else 1)", "(8 if FRAGMENTS else 1)"),
+    "rows twice as near": ("rows % 8 * 16", "rows % 8 * 8"),
+    "the next 16 rows too near": ("rows // 16 * (16 *", "rows // 16 * (8 *"),
+    "half of the head before": ("head *= BLOCK_T", "head *= BLOCK_T // 2"),
+    "a thread's values in another order": ("{$8, $9, $10, $11}", "{$8, $10, $9, $11}"),
+    "the address of the second value": ("[$4], {$8", "[$5], {$8"),
+    "two of four values": ("add.v4.f32 [$4], {$8, $9, $10, $11}", "add.v2.f32 [$4], {$8, $9}"),
+    "packs of two": ("pack=4", "pack=2"),
+}
+DQ_MUTATIONS_BY_ROWS = {
+    "rows, unchanged": None,
+    "a pair the wrong way round": ("{$4, $5}", "{$5, $4}"),
+    "the next columns at the wrong place": ("(16 if FRAGMENTS else 1)", "(16 if FRAGMENTS else 2)"),
+}
+
+
+@pytest.mark.parametrize("change", BACKWARD_MUTATIONS.values(), ids=BACKWARD_MUTATIONS.keys())
+def test_a_broken_backward_is_caught(change):
+    launch, _ = backward_launch(make_inputs(Shape((900,), 1, 1, 1, 64, 64), torch.bfloat16), tiles.backward_tile(64))
+    assert caught(launch.kernel, launch, change)
+
+
+def tokens_launch(inputs: list):
+    """The launch of the kernel for dQ and dR alone, and where it writes them."""
+    q, k, u, v, gate, dout = inputs
+    dq, dgate = (torch.full_like(x, torch.nan) for x in (q, gate))
+    return tokens_module.plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate), dq, dgate
+
+
+@pytest.mark.parametrize("change", TOKENS_MUTATIONS.values(), ids=TOKENS_MUTATIONS.keys())
+def test_a_broken_backward_of_tokens_is_caught(change):
+    launch, *_ = tokens_launch(make_inputs(Shape((130,), 1, 1, 3, 250, 64), torch.bfloat16))
+    assert caught(launch.kernel, launch, change)
+
+
+@pytest.mark.parametrize("change", TOKENS_ERRORS.values(), ids=TOKENS_ERRORS.keys())
+def test_a_backward_of_tokens_that_errs_is_noticed(change):
+    inputs = make_inputs(Shape((130,), 2, 1, 2, 100, 96), torch.bfloat16)
+    launch, *written = tokens_launch(inputs)
+    kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
+    emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
+    exact, eager = exact_results(inputs), eager_results(inputs)
+    wrong = False
+    for index, mine in zip((1, 5), written, strict=True):
+        try:
+            assert_within_budget(NAMES[index], mine, eager[index], exact[index], precision=torch.bfloat16)
+        except AssertionError:
+            wrong = True
+    assert wrong == (change is not None)
+
+
+def backward_launch(inputs: list, tile: tiles.BackwardTile):
+    """The launch of the one-pass backward, and the memory that dQ is added to."""
+    q, k, u, v, gate, dout = inputs
+    weights = (torch.empty_like(x) for x in (k, u, v))
+    added = backward_module.dq_buffer(q, tile)
+    dgate = torch.zeros_like(gate)
+    return backward_module.plan_backward(dout, q, k, u, v, gate, *weights, added, dgate, tile), added
+
+
+@pytest.mark.parametrize(
+    ("fragments", "change"),
+    [*((True, x) for x in DQ_MUTATIONS.values()), *((False, x) for x in DQ_MUTATIONS_BY_ROWS.values())],
+    ids=[*DQ_MUTATIONS, *DQ_MUTATIONS_BY_ROWS],
+)
+def test_dq_in_memory_has_its_order(fragments, change):
+    inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 96), torch.bfloat16)
+    tile = tiles.backward_tile(96)._replace(dq_fragments=fragments)
+    launch, added = backward_launch(inputs, tile)
+    kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
+    try:
+        emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
+        dq = backward_module.rounded_dq(added, inputs[0], tile)
+        assert dq.is_contiguous()
+        exact, eager = (results(inputs)[1] for results in (exact_results, eager_results))
+        assert_within_budget("dq", dq, eager, exact, precision=torch.bfloat16)
+        wrong = False
+    except AssertionError:
+        wrong = True
+    assert wrong == (change is not None)
