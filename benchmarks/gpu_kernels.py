@@ -98,9 +98,8 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     weights = dk, du, dv = [results[name] for name in ("dk", "du", "dv")]
     splits = splits_to_show(q, k, tile)
-    partial = (
-        weights if splits == 1 else [poisoned(x.new_empty(splits, *x.shape, dtype=torch.float32)) for x in weights]
-    )
+    if splits > 1:
+        dk, du, dv = (poisoned(x.new_empty(splits, *x.shape, dtype=torch.float32)) for x in weights)
     added_dq, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
     launch = hopper_backward.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile, splits)
     combine = [] if splits == 1 else [plan_combine(x, total) for x, total in zip((dk, du, dv), weights, strict=True)]
