@@ -7,9 +7,9 @@ It costs float32 partial sums of dK, dU and dV, which a second kernel adds in fi
 
 from torch import Tensor
 
+from flashmhf.ops.hopper.launch import PROCESSORS, processors
 from flashmhf.ops.hopper.tiles import BackwardTile
 
-PROCESSORS = 132  # multiprocessors of an H100 (SXM) and an H200
 MAX_SPLITS = 16
 MAX_PARTIAL_BYTES = 2**28  # of the partial sums of one launch
 # What a program costs beside its tiles, in tiles of 128 tokens: an estimate from bytes and clocks, not a measurement.
@@ -37,8 +37,9 @@ def token_splits(programs: int, tiles: int, bytes_of_a_split: int, processors: i
 
 def splits_for(q: Tensor, k: Tensor, tile: BackwardTile) -> int:
     """Over how many programs the tokens of q (T, H, D) are split."""
-    bytes_of_a_split = 3 * 4 * k.numel()
-    return token_splits(row_tiles(k, tile), token_tiles(q, k, tile), bytes_of_a_split) if tile.splits_tokens else 1
+    if not tile.splits_tokens:
+        return 1
+    return token_splits(row_tiles(k, tile), token_tiles(q, k, tile), 3 * 4 * k.numel(), processors(q.device))
 
 
 def row_tiles(k: Tensor, tile: BackwardTile) -> int:

@@ -1,8 +1,11 @@
 """Tile sizes of the Hopper kernels, and which of them a GPU has verified. Imports torch alone: backends.py asks it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
+
+from flashmhf.ops import measured
 
 BLOCK_DS = (64, 128, 256)
 HEAD_DIM_MULTIPLE = 8  # TMA wants strides of 16 bytes
@@ -50,11 +53,21 @@ class TokensTile(NamedTuple):
 
 
 HopperTile = ForwardTile | BackwardTile | TokensTile
+Tile = TypeVar("Tile", ForwardTile, BackwardTile | None, TokensTile | None)
+
+
+def _measured(kernel: str, make: Callable[..., Tile], tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """The tiles, one for each of BLOCK_DS, with those that measured faster in their place."""
+    chosen = (measured.hopper_tile(kernel, block_d) for block_d in BLOCK_DS)
+    return tuple(tile if fields is None else make(**fields) for tile, fields in zip(tiles, chosen, strict=True))
+
 
 # What ships: one configuration for each of BLOCK_DS, or None where the accumulators do not fit the registers.
-FORWARD = (ForwardTile(64, 64, 4, True), ForwardTile(64, 64, 4, True), ForwardTile(64, 32, 3))
-BACKWARD = (BackwardTile(128, 64, 2), BackwardTile(128, 64, 2), None)
-BACKWARD_TOKENS = (TokensTile(64, 64, 4), TokensTile(64, 64, 3), None)
+FORWARD = _measured(
+    "forward", ForwardTile, (ForwardTile(64, 64, 4, True), ForwardTile(64, 64, 4, True), ForwardTile(64, 32, 3))
+)
+BACKWARD = _measured("backward", BackwardTile, (BackwardTile(128, 64, 2), BackwardTile(128, 64, 2), None))
+BACKWARD_TOKENS = _measured("backward_tokens", TokensTile, (TokensTile(64, 64, 4), TokensTile(64, 64, 3), None))
 TABLE: dict[str, tuple[HopperTile | None, ...]] = {
     "forward": FORWARD,
     "backward": BACKWARD,
@@ -117,10 +130,10 @@ CANDIDATES = {
     "backward": BACKWARD_CANDIDATES,
     "backward_tokens": BACKWARD_TOKENS_CANDIDATES,
 }
-# (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget. None so far.
-VERIFIED: frozenset[tuple[int, str]] = frozenset()
+# (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget.
+VERIFIED = measured.hopper_verified()
 # Of those: the number of tokens from which they measured faster than the backend `triton`; `auto` takes them there.
-FASTER_FROM: dict[tuple[int, str], int] = {}
+FASTER_FROM = measured.hopper_faster_from()
 
 
 def configuration(D: int, dtype: torch.dtype) -> tuple[int, str]:

@@ -8,10 +8,12 @@ import functools
 import logging
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from flashmhf.ops import measured
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +117,20 @@ ONE_PASS: dict[str, tuple[Tile | None, ...]] = {
     "sm_100": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 128, 8, 2), None),
     "gfx942": (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1), None),
 }
-# (device class, one of BLOCK_DS) where one pass measured faster than the two kernels. Nothing has been measured so far.
-ONE_PASS_FASTER: frozenset[tuple[str, int]] = frozenset()
+# (device class, one of BLOCK_DS) where one pass measured faster than the two kernels.
+ONE_PASS_FASTER = measured.one_pass_faster()
+
+
+def _put_measured_tiles() -> None:
+    """A tile that measured faster takes the place of the table's."""
+    for (device, element_bytes, kernel, block_d), sizes in measured.triton_tiles().items():
+        tiles: dict[str, Any] = ONE_PASS if kernel == "backward_one_pass" else TABLE[device][element_bytes]
+        row = device if kernel == "backward_one_pass" else kernel
+        column = BLOCK_DS.index(block_d)
+        tiles[row] = (*tiles[row][:column], Tile(*sizes), *tiles[row][column + 1 :])
+
+
+_put_measured_tiles()
 
 
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: int) -> Tile:
