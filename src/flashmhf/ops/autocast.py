@@ -30,6 +30,6 @@ def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast switched off."""
-    if device_type in AUTOCAST_DEVICE_TYPES:
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

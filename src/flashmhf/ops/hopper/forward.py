@@ -41,6 +41,7 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_full,
 )
 from flashmhf.ops.triton.launch import Launch
+from flashmhf.ops.triton.plans import launch
 
 
 @gluon.jit
@@ -202,7 +203,7 @@ def plan_forward(
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() > 0:
-        plan_forward(flat(q), k, u, v, None if gate is None else flat(gate), flat(out)).run()
+        launch(plan_forward, flat(q), k, u, v, None if gate is None else flat(gate), flat(out))
     return out

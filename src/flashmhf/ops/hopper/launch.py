@@ -1,5 +1,6 @@
 """What the Hopper launchers share: TMA descriptors and flat tokens."""
 
+import functools
 from typing import Any
 
 import torch
@@ -43,5 +44,9 @@ def gate_arguments(gate: Tensor | None, stand_in: Tensor) -> dict[str, Any]:
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(tuple(block), x.dtype))
+
+
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])

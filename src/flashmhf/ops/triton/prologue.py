@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flashmhf.ops.prologue import MIN_GATE_SUM, Prologue
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, block_d, token_arguments
+from flashmhf.ops.triton.launch import Launch, Tokens, block_d, cdiv, token_arguments
+from flashmhf.ops.triton.plans import launch
 
 NUM_WARPS = 8
 NUM_STAGES = 1
@@ -176,7 +177,7 @@ def plan_prologue_forward(
         **token_arguments("gate", gate_view),
         **_common_arguments(tokens, q, gate_weight, norm_weight, prologue),
     }
-    grid = (triton.cdiv(tokens.T, arguments["BLOCK_T"]) * q.shape[-2],)
+    grid = (cdiv(tokens.T, arguments["BLOCK_T"]) * q.shape[-2],)
     return Launch(prologue_forward_kernel, grid, arguments, NUM_WARPS, NUM_STAGES)
 
 
@@ -208,7 +209,7 @@ def plan_prologue_backward(
 
 def programs_per_head(T: int, H: int, D: int) -> int:
     """Programs that share one head's tokens in the backward kernel."""
-    return max(1, min(triton.cdiv(T, block_t(D)), triton.cdiv(WEIGHT_PROGRAMS, H)))
+    return max(1, min(cdiv(T, block_t(D)), cdiv(WEIGHT_PROGRAMS, H)))
 
 
 def block_t(D: int) -> int:
@@ -222,11 +223,11 @@ def prologue_forward(
     """As `flashmhf.ops.prologue.forward`."""
     normed = gate = None
     if norm_weight is not None:
-        normed = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        normed = torch.empty_like(q, memory_format=torch.contiguous_format)
     if gate_weight is not None:
-        gate = torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32, device=q.device)
+        gate = q.new_empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32)
     if q.numel() > 0 and (normed is not None or gate is not None):
-        plan_prologue_forward(q, gate_weight, norm_weight, prologue, normed, gate).run()
+        launch(plan_prologue_forward, q, gate_weight, norm_weight, prologue, normed, gate)
     return q if normed is None else normed, gate
 
 
@@ -244,13 +245,14 @@ def prologue_backward(
     H, D = q.shape[-2:]
     programs = programs_per_head(q.shape[:-2].numel(), H, D)
     dgate_weights, dnorm_weights = (
-        None if weight is None else torch.zeros((programs, *weight.shape), dtype=torch.float32, device=q.device)
+        None if weight is None else q.new_zeros((programs, *weight.shape), dtype=torch.float32)
         for weight in (gate_weight, norm_weight)
     )
     if q.numel() > 0:
-        plan_prologue_backward(
-            q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights
-        ).run()
+        launch(
+            plan_prologue_backward,
+            *(q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights),
+        )
     return (
         dnormed,
         None if dgate_weights is None or gate_weight is None else dgate_weights.sum(0).to(gate_weight.dtype),
