@@ -135,7 +135,7 @@ def measure(repeats: int) -> list[Row]:
             layers: dict[str, nn.Module] = {"swiglu": SwiGLU(WIDTH, WIDTH, dtype=DTYPE)}
             for backend in ("triton", "hopper"):
                 for name, options in LAYERS.items():
-                    layer = FlashMHF(WIDTH, 1, 2, WIDTH, backend=backend, dtype=DTYPE, **options)
+                    layer = FlashMHF(WIDTH, 1, 2, WIDTH // 2, backend=backend, dtype=DTYPE, **options)
                     layers[f"{backend}: {name}"] = layer
             times = microseconds({name: timed_pass(layer, measured_pass) for name, layer in layers.items()}, repeats)
         rows += [

@@ -164,26 +164,16 @@ class FlashMHF(nn.Module):
 
     def _sub_networks(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> S (..., H, D), all that comes before out_proj."""
-        # A module looks up its parameters slowly, and this runs for every layer of every step: each of them once.
-        in_proj, q_norm, gate_weight = self.in_proj, self.q_norm, self.gate_weight
-        q = x if in_proj is None else in_proj(x)
-        q = q.unflatten(-1, (-1, self.head_dim))  # as many heads as this rank has
+        q_norm = self.q_norm  # each of them is looked up once: a module does that slowly, in every layer of every step
         norm_weight, norm_eps = (None, 0.0) if q_norm is None else (local(q_norm.weight), q_norm.eps)
-        if self.score_scale != 1.0:  # of q, or of the norm's weight, which is small
-            if norm_weight is None:
-                q = q * self.score_scale
-            else:
-                norm_weight = norm_weight * self.score_scale
-        if gate_weight is not None:
-            gate_weight = local(gate_weight)
-            if self.gate_scale != self.score_scale:  # q has `score_scale` already
-                gate_weight = gate_weight * (self.gate_scale / self.score_scale)
+        if norm_weight is not None and self.score_scale != 1.0:
+            norm_weight = norm_weight * self.score_scale
         out = gated_mhf(
-            q,
+            self._query(x),
             local(self.k),
             local(self.u),
             local(self.v),
-            gate_weight,
+            self._gate_weight(),
             norm_weight,
             gate=self.gate or "sigmoid",
             gate_total=self.output_scale,
@@ -191,6 +181,21 @@ class FlashMHF(nn.Module):
             backend=self.backend,
         )
         return out * self.output_scale if self.gate is None and self.output_scale != 1.0 else out
+
+    def _query(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that; H of this rank."""
+        in_proj = self.in_proj
+        q = x if in_proj is None else in_proj(x)
+        q = q.unflatten(-1, (-1, self.head_dim))
+        return q if self.score_scale == 1.0 or self.q_norm is not None else q * self.score_scale
+
+    def _gate_weight(self) -> Tensor | None:
+        """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
+        gate_weight = self.gate_weight
+        if gate_weight is None:
+            return None
+        factor = self.gate_scale / self.score_scale
+        return local(gate_weight) if factor == 1.0 else local(gate_weight) * factor
 
     def extra_repr(self) -> str:
         parts = [

@@ -17,17 +17,17 @@ MOST_CALLS = 1024  # then all are forgotten, so that ever new numbers of tokens 
 
 
 class Call:
-    """The backend of a call that has been checked, and its launches by their order (`ops/triton/plans.py`).
+    """The backend of a call that has been checked, and what it has found out since, by its order.
 
-    `with call:` around what the backend runs lets launches find it.
+    `with call:` around what the backend runs lets `once` and the launches (`ops/triton/plans.py`) find it.
     """
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
-        self.launches: dict[int, Any] = {}
+        self.steps: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        running.call, running.launches = self, 0
+        running.call, running.steps = self, 0
 
     def __exit__(self, *error: object) -> None:
         running.call = None
@@ -35,7 +35,7 @@ class Call:
 
 class _Running(threading.local):
     call: Call | None = None
-    launches = 0  # of the call so far
+    steps = 0  # of the call so far
 
 
 running = _Running()
@@ -51,13 +51,13 @@ def find(select: Callable[..., ModuleType], tensors: tuple[Tensor | None, ...], 
         options: whatever else the launches depend on; hashable.
     """
     key: list[Any] = [select, options, torch.are_deterministic_algorithms_enabled()]
+    if tensors[0] is not None and tensors[0].dtype is torch.float32:
+        key.append(torch.get_float32_matmul_precision())
     for x in tensors:
         if x is None:
             key.append(None)
         else:
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT)
-            if x.dtype is torch.float32:
-                key.append(torch.get_float32_matmul_precision())
     found = tuple(key)
     call = _calls.get(found)
     if call is None:
@@ -66,6 +66,19 @@ def find(select: Callable[..., ModuleType], tensors: tuple[Tensor | None, ...], 
             _calls.clear()
         _calls[found] = call
     return call
+
+
+def once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, which must follow from the call that this thread is in: found out once for it."""
+    call = running.call
+    if call is None:
+        return function(*arguments)
+    number = running.steps
+    running.steps = number + 1
+    known = call.steps.get(number)
+    if known is None or known[0] is not function:
+        known = call.steps[number] = (function, function(*arguments))
+    return known[1]
 
 
 def forget() -> None:

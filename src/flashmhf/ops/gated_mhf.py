@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops import backends, calls, reference
-from flashmhf.ops.autograd import register_autograd
 from flashmhf.ops.autocast import cast_inputs, without_autocast
+from flashmhf.ops.autograd import register_autograd
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.prologue import GATES, Prologue
 from flashmhf.ops.second_derivatives import differentiate_gradients
@@ -95,8 +95,9 @@ def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_tota
 
 
 def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
+    q, k, u, v, gate_weight, norm_weight, *_ = tensors
     gate, backend, *_ = options
-    return backends.select(_check(*tensors[:6], gate), backend)
+    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate), backend)
 
 
 @torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)

@@ -16,7 +16,7 @@ TMA_ALIGNMENT = 16  # bytes, of the address and of every stride but the last
 
 def flat(x: Tensor) -> Tensor:
     """(..., H, X) -> (T, H, X); copies only what one stride of the tokens cannot describe."""
-    return x.reshape(-1, *x.shape[-2:])
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def for_tma(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from flashmhf.ops.calls import running
 from flashmhf.ops.triton.launch import Launch
@@ -23,14 +24,14 @@ def launch(plan: Callable[..., Launch], *arguments: Any) -> None:
     if call is None:
         plan(*arguments).run()
         return
-    number = running.launches
-    running.launches = number + 1
-    known = call.launches.get(number)
-    if known is not None and known.is_of(plan, arguments):
+    number = running.steps
+    running.steps = number + 1
+    known = call.steps.get(number)
+    if isinstance(known, _Plan) and known.is_of(plan, arguments):
         known.run(arguments)
         return
     planned = plan(*arguments)
-    call.launches[number] = _Plan.of(plan, arguments, planned, planned.run())
+    call.steps[number] = _Plan.of(plan, arguments, planned, planned.run())
 
 
 class _Plan:
@@ -59,11 +60,10 @@ class _Plan:
             self.arguments[position] = None
         direct = isinstance(compiled, CompiledKernel) and torch.version.hip is None and not self.kernel.pre_run_hooks
         self.start = compiled[self.grid] if direct else self._ask_triton
+        self.stream = driver.active.get_current_stream if direct else _no_stream
 
     @classmethod
-    def of(
-        cls, plan: Callable[..., Launch], given: tuple[Any, ...], launch: Launch, compiled: Any
-    ) -> "_Plan | None":
+    def of(cls, plan: Callable[..., Launch], given: tuple[Any, ...], launch: Launch, compiled: Any) -> "_Plan | None":
         """None where the launch has copies, or where two of the given tensors have one address."""
         tensors = {index: x for index, x in enumerate(given) if isinstance(x, Tensor)}
         indices = {(x.data_ptr(), x.dtype): index for index, x in tensors.items()}
@@ -87,7 +87,7 @@ class _Plan:
     def is_of(self, plan: Callable[..., Launch], given: tuple[Any, ...]) -> bool:
         if plan is not self.plan:
             return False
-        for index, x in self.options:  # not all(): a generator would take as long as the rest of a launch
+        for index, x in self.options:  # noqa: SIM110  (a generator takes as long as the rest)
             if given[index] is not x and given[index] != x:
                 return False
         return True
@@ -100,14 +100,18 @@ class _Plan:
             arguments[position] = _on(descriptor, given[index])
         device = given[0].get_device()
         if device < 0 or device == torch.cuda.current_device():
-            self.start(*arguments)
+            self.start(*arguments, stream=self.stream(device))
         else:
             with torch.cuda.device(device):  # Triton launches on the current device
-                self.start(*arguments)
+                self.start(*arguments, stream=self.stream(device))
 
-    def _ask_triton(self, *arguments: Any) -> None:
+    def _ask_triton(self, *arguments: Any, stream: Any) -> None:
         named = dict(zip(self.kernel.arg_names, arguments, strict=True))
         Launch(self.kernel, self.grid, named, self.num_warps, self.num_stages).run()
+
+
+def _no_stream(device: int) -> None:
+    return None
 
 
 def _on(descriptor: Any, base: Tensor | None) -> Any:
