@@ -23,7 +23,7 @@ def for_tma(x: Tensor) -> Tensor:
     """x itself, or a contiguous copy where TMA cannot address it."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     aligned = x.data_ptr() % TMA_ALIGNMENT == 0 and all(s % TMA_ALIGNMENT == 0 and s > 0 for s in strides)
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def token_descriptor(x: Tensor, block_t: int) -> TensorDescriptor:
