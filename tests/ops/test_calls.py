@@ -48,7 +48,9 @@ def check(layer: FlashMHF, x: torch.Tensor) -> None:
             results.append([out, *torch.autograd.grad(out.float().square().sum(), [x_leaf, *weights])])
         tolerance = 1e-3 if x.dtype == torch.float32 else 3e-2
         for mine, expected in zip(*results, strict=True):
-            torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * expected.detach().abs().max().item())
+            torch.testing.assert_close(
+                mine, expected, rtol=tolerance, atol=tolerance * expected.detach().abs().max().item()
+            )
 
 
 def plans() -> list[_Plan]:
