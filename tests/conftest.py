@@ -21,6 +21,14 @@ def reproducible():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fresh_calls():
+    """Backends and tables that a test changes are asked again, and not what another test found out."""
+    from flashmhf.ops import calls
+
+    calls.forget()
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fills whatever torch.empty and its kin return with NaN."""

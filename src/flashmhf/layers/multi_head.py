@@ -159,12 +159,13 @@ class FlashMHF(nn.Module):
             out = checkpoint(self._sub_networks, x, use_reentrant=False, context_fn=_save_operator_output)
         else:
             out = self._sub_networks(x)
-        out = out.flatten(-2)
-        return out if self.out_proj is None else self.out_proj(out)
+        out, out_proj = out.flatten(-2), self.out_proj
+        return out if out_proj is None else out_proj(out)
 
     def _sub_networks(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> S (..., H, D), all that comes before out_proj."""
-        norm_weight = None if self.q_norm is None else local(self.q_norm.weight)
+        q_norm = self.q_norm  # each of them is looked up once: a module does that slowly, in every layer of every step
+        norm_weight, norm_eps = (None, 0.0) if q_norm is None else (local(q_norm.weight), q_norm.eps)
         if norm_weight is not None and self.score_scale != 1.0:
             norm_weight = norm_weight * self.score_scale
         out = gated_mhf(
@@ -176,23 +177,25 @@ class FlashMHF(nn.Module):
             norm_weight,
             gate=self.gate or "sigmoid",
             gate_total=self.output_scale,
-            norm_eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            norm_eps=norm_eps,
             backend=self.backend,
         )
         return out * self.output_scale if self.gate is None and self.output_scale != 1.0 else out
 
     def _query(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that; H of this rank."""
-        q = x if self.in_proj is None else self.in_proj(x)
-        q = q.unflatten(-1, (q.shape[-1] // self.head_dim, self.head_dim))
-        return q if self.q_norm is not None or self.score_scale == 1.0 else q * self.score_scale
+        in_proj = self.in_proj
+        q = x if in_proj is None else in_proj(x)
+        q = q.unflatten(-1, (-1, self.head_dim))
+        return q if self.score_scale == 1.0 or self.q_norm is not None else q * self.score_scale
 
     def _gate_weight(self) -> Tensor | None:
         """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
-        if self.gate_weight is None:
+        gate_weight = self.gate_weight
+        if gate_weight is None:
             return None
         factor = self.gate_scale / self.score_scale
-        return local(self.gate_weight) if factor == 1.0 else local(self.gate_weight) * factor
+        return local(gate_weight) if factor == 1.0 else local(gate_weight) * factor
 
     def extra_repr(self) -> str:
         parts = [

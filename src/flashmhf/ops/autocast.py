@@ -11,6 +11,7 @@ AUTOCAST_DEVICE_TYPES = frozenset(
     for device_type in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "ipu", "maia")
     if torch.amp.is_autocast_available(device_type)
 )
+_NOTHING = contextlib.nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -30,6 +31,6 @@ def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast switched off."""
-    if device_type in AUTOCAST_DEVICE_TYPES:
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    if autocast_dtype(device_type) is None:
+        return _NOTHING
+    return torch.autocast(device_type, enabled=False)

@@ -5,13 +5,15 @@ Between forward and backward it saves its inputs and nothing else: the normed Q 
 """
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashmhf.ops import backends, reference
+from flashmhf.ops import backends, calls, reference
 from flashmhf.ops.autocast import cast_inputs, without_autocast
+from flashmhf.ops.autograd import register_autograd
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.prologue import GATES, Prologue
 from flashmhf.ops.second_derivatives import differentiate_gradients
@@ -24,6 +26,8 @@ _LIBRARY.define(
     f"gated_mhf_backward(Tensor dout, {_TENSORS}, bool[] needs, {_OPTIONS}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_GATED_MHF = torch.ops.flashmhf.gated_mhf.default
+_GATED_MHF_BACKWARD = torch.ops.flashmhf.gated_mhf_backward.default
 
 
 def gated_mhf(
@@ -56,14 +60,14 @@ def gated_mhf(
         ValueError: an argument does not fit; names it, what was expected and what was given.
     """
     q, k, u, v = cast_inputs(q, k, u, v)
-    return torch.ops.flashmhf.gated_mhf(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend)
+    return _GATED_MHF(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend)
 
 
 @torch.library.impl(_LIBRARY, "gated_mhf", "CompositeExplicitAutograd")
 def _forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend) -> Tensor:
-    problem = _check(q, k, u, v, gate_weight, norm_weight, gate)
-    run = backends.select(problem, backend)
-    with without_autocast(q.device.type):
+    call = calls.find(_select, (q, k, u, v, gate_weight, norm_weight), (gate, backend, gate_total, norm_eps))
+    run = call.module
+    with call, without_autocast(q.device.type):
         normed, gates = run.prologue_forward(q, gate_weight, norm_weight, Prologue(gate, gate_total, norm_eps))
         return run.forward(normed, k, u, v, gates).contiguous()
 
@@ -71,12 +75,14 @@ def _forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, b
 @torch.library.impl(_LIBRARY, "gated_mhf_backward", "CompositeExplicitAutograd")
 def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_total, norm_eps, backend) -> list[Tensor]:
     """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
-    run = backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate), backend)
+    tensors = (q, k, u, v, gate_weight, norm_weight, dout)
+    call = calls.find(_select, tensors, (gate, backend, gate_total, norm_eps, *needs))
+    run = call.module
     options = Prologue(gate, gate_total, norm_eps)
     before_op = needs[0] or needs[4] or needs[5]
     op_needs = (before_op, *needs[1:4], before_op and gate_weight is not None)
     dq = dgate_weight = dnorm_weight = None
-    with without_autocast(q.device.type):
+    with call, without_autocast(q.device.type):
         normed, gates = run.prologue_forward(q, gate_weight, norm_weight, options)
         dnormed, dk, du, dv, dgates = run.backward(dout, normed, k, u, v, gates, op_needs)
         del normed, gates
@@ -86,6 +92,12 @@ def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_tota
             )
     grads = (dq, dk, du, dv, dgate_weight, dnorm_weight)
     return [grad.contiguous() for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+
+
+def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
+    q, k, u, v, gate_weight, norm_weight, *_ = tensors
+    gate, backend, *_ = options
+    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate), backend)
 
 
 @torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)
@@ -115,42 +127,26 @@ def _check(q, k, u, v, gate_weight, norm_weight, gate) -> Problem:
     return problem
 
 
-def _save_forward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor | None]:
+    grads = iter(_GATED_MHF_BACKWARD(dout, *tensors, list(needs), *options))
+    return [next(grads) if need else None for need in needs]
 
 
-def _differentiate_forward(ctx, dout: Tensor):
-    needs = list(ctx.needs_input_grad[:6])
-    grads = iter(torch.ops.flashmhf.gated_mhf_backward(dout, *ctx.saved_tensors, needs, *ctx.options))
-    return (*(next(grads) if need else None for need in needs), *(None for _ in ctx.options))
-
-
-def _save_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.needs, *ctx.options = inputs[7:]
-
-
-def _differentiate_backward(ctx, grad_grads: list[Tensor | None]):
-    gate, gate_total, norm_eps, _ = ctx.options
+def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed, gate, gate_total, norm_eps, _ = options
 
     def gradients(inputs: list[Any]) -> tuple[Tensor, ...]:
         dout, *arguments = inputs
-        for i, need in enumerate(ctx.needs):
+        for i, need in enumerate(needed):
             if need and not arguments[i].requires_grad:
                 arguments[i] = arguments[i].detach().requires_grad_()
-        differentiated = [x for x, need in zip(arguments, ctx.needs, strict=True) if need]
+        differentiated = [x for x, need in zip(arguments, needed, strict=True) if need]
         q, k, u, v, gate_weight, norm_weight = arguments
         out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps)
         return torch.autograd.grad(out, differentiated, dout, create_graph=True)
 
-    seconds = differentiate_gradients(ctx.saved_tensors, ctx.needs_input_grad[:7], grad_grads, gradients)
-    return (*seconds, None, *(None for _ in ctx.options))
+    return differentiate_gradients(tensors, needs, grad_grads, gradients)
 
 
-torch.library.register_autograd(
-    "flashmhf::gated_mhf", _differentiate_forward, setup_context=_save_forward, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "flashmhf::gated_mhf_backward", _differentiate_backward, setup_context=_save_backward, lib=_LIBRARY
-)
+register_autograd(_LIBRARY, "gated_mhf", _forward, _differentiate_forward)
+register_autograd(_LIBRARY, "gated_mhf_backward", _backward, _differentiate_backward)

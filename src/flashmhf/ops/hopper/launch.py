@@ -1,5 +1,6 @@
 """What the Hopper launchers share: TMA descriptors and flat tokens."""
 
+import functools
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ TMA_ALIGNMENT = 16  # bytes, of the address and of every stride but the last
 
 def flat(x: Tensor) -> Tensor:
     """(..., H, X) -> (T, H, X); copies only what one stride of the tokens cannot describe."""
-    return x.reshape(-1, *x.shape[-2:])
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def for_tma(x: Tensor) -> Tensor:
     """x itself, or a contiguous copy where TMA cannot address it."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     aligned = x.data_ptr() % TMA_ALIGNMENT == 0 and all(s % TMA_ALIGNMENT == 0 and s > 0 for s in strides)
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def token_descriptor(x: Tensor, block_t: int) -> TensorDescriptor:
@@ -49,5 +50,9 @@ def processors(device: torch.device) -> int:
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(tuple(block), x.dtype))
+
+
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashmhf.ops.calls import once
 from flashmhf.ops.prologue import MIN_GATE_SUM, Prologue
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, block_d, token_arguments
+from flashmhf.ops.triton.launch import Launch, Tokens, block_d, cdiv, token_arguments
+from flashmhf.ops.triton.plans import launch
 
 NUM_WARPS = 8
 NUM_STAGES = 1
@@ -176,7 +178,7 @@ def plan_prologue_forward(
         **token_arguments("gate", gate_view),
         **_common_arguments(tokens, q, gate_weight, norm_weight, prologue),
     }
-    grid = (triton.cdiv(tokens.T, arguments["BLOCK_T"]) * q.shape[-2],)
+    grid = (cdiv(tokens.T, arguments["BLOCK_T"]) * q.shape[-2],)
     return Launch(prologue_forward_kernel, grid, arguments, NUM_WARPS, NUM_STAGES)
 
 
@@ -206,14 +208,24 @@ def plan_prologue_backward(
     )
 
 
+def programs_for(q: Tensor) -> int:
+    """Programs that share one head's tokens of q."""
+    return programs_per_head(q.shape[:-2].numel(), *q.shape[-2:])
+
+
 def programs_per_head(T: int, H: int, D: int) -> int:
     """Programs that share one head's tokens in the backward kernel."""
-    return max(1, min(triton.cdiv(T, block_t(D)), triton.cdiv(WEIGHT_PROGRAMS, H)))
+    return max(1, min(cdiv(T, block_t(D)), cdiv(WEIGHT_PROGRAMS, H)))
 
 
 def block_t(D: int) -> int:
     """Tokens of a tile: as many as registers hold (docs/kernels.md)."""
     return 32 if D <= 128 else 16
+
+
+def gate_shape(q: Tensor, gate_weight: Tensor) -> tuple[int, ...]:
+    """(..., H, E)."""
+    return (*q.shape[:-1], gate_weight.shape[-1])
 
 
 def prologue_forward(
@@ -222,11 +234,11 @@ def prologue_forward(
     """As `flashmhf.ops.prologue.forward`."""
     normed = gate = None
     if norm_weight is not None:
-        normed = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        normed = torch.empty_like(q, memory_format=torch.contiguous_format)
     if gate_weight is not None:
-        gate = torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32, device=q.device)
+        gate = q.new_empty(once(gate_shape, q, gate_weight), dtype=torch.float32)
     if q.numel() > 0 and (normed is not None or gate is not None):
-        plan_prologue_forward(q, gate_weight, norm_weight, prologue, normed, gate).run()
+        launch(plan_prologue_forward, q, gate_weight, norm_weight, prologue, normed, gate)
     return q if normed is None else normed, gate
 
 
@@ -241,16 +253,18 @@ def prologue_backward(
     """As `flashmhf.ops.prologue.backward`; dq is written over `dnormed`."""
     if gate_weight is None and norm_weight is None:
         return dnormed, None, None
-    H, D = q.shape[-2:]
-    programs = programs_per_head(q.shape[:-2].numel(), H, D)
+    some = q.numel() > 0
+    programs = once(programs_for, q)
+    make = q.new_empty if some else q.new_zeros
     dgate_weights, dnorm_weights = (
-        None if weight is None else torch.zeros((programs, *weight.shape), dtype=torch.float32, device=q.device)
+        None if weight is None else make((programs, *weight.shape), dtype=torch.float32)
         for weight in (gate_weight, norm_weight)
     )
-    if q.numel() > 0:
-        plan_prologue_backward(
-            q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights
-        ).run()
+    if some:
+        launch(
+            plan_prologue_backward,
+            *(q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights),
+        )
     return (
         dnormed,
         None if dgate_weights is None or gate_weight is None else dgate_weights.sum(0).to(gate_weight.dtype),

@@ -1,0 +1,265 @@
+"""What operators remember of a call: never more than its metadata, and nothing of it is stale."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from flashmhf.layers import FlashMHF
+from flashmhf.ops import backends, calls
+from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.gated_mhf import gated_mhf
+from flashmhf.ops.triton.launch import Launch
+from flashmhf.ops.triton.plans import _Plan
+
+SIZES = (16, 2, 2, 6)  # hidden, heads, sub-networks, rows
+
+
+@pytest.fixture(autouse=True)
+def triton_runs_here(monkeypatch):
+    """Every name but "reference" selects the Triton kernels, which run in the interpreter."""
+    from flashmhf.ops import reference
+    from flashmhf.ops.triton import backend
+
+    monkeypatch.setattr(backends, "select", lambda problem, name: reference if name == "reference" else backend)
+
+
+def make_layer(**options) -> FlashMHF:
+    layer = FlashMHF(*SIZES, **({"q_norm": True, "num_kv_heads": 1} | options))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def check(layer: FlashMHF, x: torch.Tensor) -> None:
+    """Output and gradients are those of a new layer on the formula; twice, so that the second is remembered."""
+    for _ in range(2):
+        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_() if x.is_contiguous() else x * 1.25
+        results = []
+        for variant in (layer, copy.deepcopy(layer)):
+            variant.backend = "triton" if variant is layer else "reference"
+            x_leaf = x.detach().requires_grad_()
+            out = variant(x_leaf)
+            weights = [parameter for parameter in variant.parameters() if parameter.requires_grad]
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), [x_leaf, *weights])])
+        tolerance = 1e-3 if x.dtype == torch.float32 else 3e-2
+        for mine, expected in zip(*results, strict=True):
+            torch.testing.assert_close(
+                mine, expected, rtol=tolerance, atol=tolerance * expected.detach().abs().max().item()
+            )
+
+
+def plans() -> list[_Plan]:
+    """Every launch that is remembered."""
+    return [step for call in calls._calls.values() for step in call.steps.values() if isinstance(step, _Plan)]
+
+
+def with_other_strides(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().transpose(-1, -2).contiguous().transpose(-1, -2))
+
+
+def test_a_repeated_call_plans_nothing(monkeypatch):
+    layer, x = make_layer(), torch.randn(5, 16)
+    layer(x)
+    assert plans()
+    monkeypatch.setattr("flashmhf.ops.triton.launch.Tokens.of", None)
+    monkeypatch.setattr(backends, "select", None)
+    layer(torch.randn(5, 16))
+
+
+def test_one_parameter_has_other_strides_and_then_all():
+    layer, x = make_layer(), torch.randn(5, 16)
+    check(layer, x)
+    for name in ("k", "u", "v"):
+        setattr(layer, name, with_other_strides(getattr(layer, name)))
+        check(layer, x)  # until all three agree they are copied to one layout at every call
+
+
+def test_data_are_swapped_under_a_parameter():
+    layer, x = make_layer(), torch.randn(5, 16)
+    check(layer, x)
+    layer.k.data = with_other_strides(layer.k).data
+    check(layer, x)
+    layer.k.data = torch.randn(layer.k.shape)
+    check(layer, x)
+
+
+def test_reassigned_loaded_and_cast_parameters():
+    layer, x = make_layer(), torch.randn(5, 16)
+    check(layer, x)
+    layer.k = nn.Parameter(torch.randn_like(layer.k))
+    check(layer, x)
+    layer.load_state_dict(make_layer().state_dict())
+    check(layer, x)
+    layer.to(torch.float16)
+    check(layer, x.half())
+    layer.to(torch.float32)
+    check(layer, x)
+
+
+@pytest.mark.parametrize("shape", [(5,), (6,), (2, 3), (1, 1), (1, 40)])
+def test_other_tokens(shape):
+    layer = make_layer()
+    check(layer, torch.randn(4, 16))
+    check(layer, torch.randn(*shape, 16))
+
+
+def test_other_strides_of_the_input():
+    layer = make_layer(projections=False)
+    check(layer, torch.randn(3, 4, 16))
+    check(layer, torch.randn(4, 3, 16).transpose(0, 1))
+    check(layer, torch.randn(3, 4, 32)[..., :16])
+    check(layer, torch.randn(3, 4, 16))
+
+
+@pytest.mark.parametrize("options", [{"gate": None}, {"q_norm": False}, {"gate": "softmax"}, {"output_scale": 3.0}])
+def test_layers_of_the_same_sizes_that_differ_in_an_option(options):
+    x = torch.randn(5, 16)
+    check(make_layer(), x)
+    check(make_layer(**options), x)
+    check(make_layer(norm_eps=0.5), x)
+
+
+def test_with_and_without_gradients():
+    layer, x = make_layer(), torch.randn(5, 16)
+    with torch.no_grad():
+        expected = layer(x)
+    check(layer, x)
+    layer.k.requires_grad_(False)
+    check(layer, x)
+    torch.testing.assert_close(layer(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def inputs(T: int = 5, **changes) -> list[torch.Tensor]:
+    shapes = {"q": (T, 2, 8), "k": (1, 2, 6, 8), "u": (1, 2, 6, 8), "v": (1, 2, 6, 8), "gate": (T, 2, 2)}
+    return [torch.randn(shape) for shape in (shapes | changes).values()]
+
+
+def compare(*given: torch.Tensor) -> None:
+    torch.testing.assert_close(flash_mhf(*given), flash_mhf(*given, backend="reference"), rtol=1e-3, atol=1e-3)
+
+
+def test_an_input_that_is_not_aligned_is_a_call_of_its_own():
+    compare(*inputs())
+    before = len(calls._calls)
+    for _ in range(2):
+        q, *rest = inputs()
+        shifted = torch.randn(q.numel() + 1)[1:].view(q.shape)
+        assert shifted.stride() == q.stride()
+        compare(shifted, *rest)
+    assert len(calls._calls) == before + 2  # on either backend
+
+
+def test_one_tensor_given_twice_and_then_two():
+    for _ in range(2):
+        q, k, _, _, gate = inputs()
+        compare(q, k, k, k, gate)
+    assert len(plans()) == 1  # the sum over splits; of the other, which of the three pointers is which
+    for _ in range(3):
+        compare(*inputs())
+    assert len(plans()) == 2
+    q, k, _, _, gate = inputs()
+    compare(q, k, k, k, gate)
+
+
+def test_a_copy_is_made_every_time():
+    strided = torch.randn(1, 2, 8, 6)
+    for _ in range(3):
+        q, k, _, v, gate = inputs()
+        compare(q, k, strided.normal_().transpose(-1, -2), v, gate)
+
+
+def test_precision_and_determinism_are_asked_for_every_time():
+    given = inputs()
+    flash_mhf(*given)
+    torch.set_float32_matmul_precision("high")
+    try:
+        flash_mhf(*given)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True)
+    try:
+        flash_mhf(*given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(calls._calls) == 3
+    precisions = [plan.arguments[-1] for plan in plans() if plan.kernel.arg_names[-1] == "PRECISION"]
+    assert sorted(precisions) == ["ieee", "ieee", "tf32"]
+
+
+def test_no_tensor_is_kept():
+    given = inputs()
+    references = [weakref.ref(x) for x in [*given, flash_mhf(*given)]]
+    assert len(plans()) == 2
+    del given
+    gc.collect()
+    assert not [reference for reference in references if reference() is not None]
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(calls, "MOST_CALLS", 3)
+    for T in (*range(1, 8), 1, 2):
+        flash_mhf(*inputs(T))
+        assert 1 <= len(calls._calls) <= 3
+
+
+def test_threads_have_a_call_each(monkeypatch):
+    failures, one_at_a_time, run = [], threading.Lock(), Launch.run
+
+    def run_alone(launch: Launch) -> None:
+        with one_at_a_time:  # Triton's interpreter is for one thread
+            run(launch)
+
+    monkeypatch.setattr(Launch, "run", run_alone)
+
+    def work(T: int) -> None:
+        try:
+            for i in range(6):
+                compare(*inputs(T + i % 2))
+        except Exception as error:  # a thread's own are lost
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(1 + i % 3,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_failed_launch_leaves_no_call_running(monkeypatch):
+    monkeypatch.setattr(Launch, "run", lambda launch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flash_mhf(*inputs())
+    assert calls.running.call is None
+
+
+def test_a_bad_call_is_refused_every_time():
+    q, k, u, v, gate = inputs()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="gate: expected shape"):
+            flash_mhf(q, k, u, v, gate[:, :1])
+    compare(q, k, u, v, gate)
+    with pytest.raises(ValueError, match="k: expected q's device cpu, got meta"):
+        flash_mhf(q, torch.empty(k.shape, device="meta"), u, v, gate)
+
+
+def test_what_is_traced_is_not_remembered():
+    torch._dynamo.reset()
+    weights = [torch.randn(1, 2, 6, 8) for _ in range(3)]
+    compiled = torch.compile(gated_mhf, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (3, 4, 5, 6):
+        q = torch.randn(T, 2, 8)
+        torch.testing.assert_close(compiled(q, *weights), gated_mhf(q, *weights))
+    sizes = [size for key in calls._calls for part in key if isinstance(part, tuple) for size in part]
+    assert sizes
+    assert not any(isinstance(size, torch.SymInt) for size in sizes)
+    calls.forget()
+    flash_mhf(*(x.to("meta") for x in inputs()))
+    assert not calls._calls
