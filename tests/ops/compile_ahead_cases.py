@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from compile_kernels import TARGETS, Source, compiled_kernel
 from flashmhf.layers import FlashMHF
-from flashmhf.ops import backends
+from flashmhf.ops import backends, calls
 from flashmhf.ops.hopper import backend as hopper
 from flashmhf.ops.hopper.tiles import ForwardTile, backward_tile, forward_tile
 from flashmhf.ops.prologue import Prologue
@@ -148,6 +148,7 @@ def layers() -> None:
     """Layers as benchmarks and models run them, with few tokens and many."""
     modules = {"triton": portable, "hopper": hopper}
     for (name, module), T, q_norm in itertools.product(modules.items(), (1, 16, 200), (False, True)):
+        calls.forget()
         with patch.object(backends, "select", lambda problem, name, module=module: module):
             layer = FlashMHF(256, 4, 3, 40, init="scaled", q_norm=q_norm, dtype=torch.bfloat16)
             x = torch.zeros(T, 256, dtype=torch.bfloat16, requires_grad=True)
