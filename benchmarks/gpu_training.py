@@ -1,0 +1,311 @@
+"""Trains SwiGLU and FlashMHF models of equal size on the same tokens in the same order, one run a process.
+
+    python benchmarks/training_tokens.py BOOKS/train BOOKS/val .lease/tokens        on a machine that has the text
+    python benchmarks/gpu_training.py .lease/tokens flashmhf 0 --output rows.jsonl  on the GPU
+
+One line of JSON for each logged step, as soon as it is known; the last one of a run has "final": true. A GPU trains in
+one CUDA graph a step, so that the host's time does not count; where that cannot be captured, eagerly, and rows say so.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from flashmhf.benchmarking.layer import describe
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.errors import InputError
+from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+from training_tokens import TokenFiles, read_tokens
+
+ATTENTION = "causal_sdpa"
+TRUNK: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "init": "scaled",
+}
+# 29.6 M parameters with 8,192 tokens, equal to 0.4 %; rows of a sub-network in whole tiles of every kernel.
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "swiglu": {"ffn_type": "swiglu", "intermediate_size": 1376},
+    "flashmhf": {
+        "ffn_type": "flashmhf",
+        "intermediate_size": 1024,
+        "num_ffn_heads": 4,
+        "num_subnetworks": 4,
+        "q_norm": True,
+    },
+}
+EAGER_STEPS = 4  # before a graph is captured: they allocate the optimizer's state and compile kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What a run is, but for the tokens. The learning rates are not tuned for this size."""
+
+    contender: str
+    seed: int
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.1  # of the peak, at the end of the cosine
+    warmup: float = 0.1  # of the steps
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    batch_size: int = 64
+    context_length: int = 1024
+    tokens: int = 100_000_000
+    validations: int = 10
+    backend: str = "auto"
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // (self.batch_size * self.context_length))
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        low = self.final_learning_rate
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def config_of(run: TrainingRun, vocab_size: int, trunk: dict[str, Any] = TRUNK) -> FlashMHFConfig:
+    """The model of a run."""
+    ffn = CONTENDERS[run.contender]
+    return FlashMHFConfig(vocab_size=vocab_size, pad_token_id=None, backend=run.backend, **(trunk | ffn))
+
+
+class Trainee:
+    """A model with its optimizer; a call trains on a batch and returns the loss before it, a tensor."""
+
+    def __init__(self, config: FlashMHFConfig, run: TrainingRun, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(run.seed)
+        AttentionInterface.register(ATTENTION, causal_sdpa)  # without a mask, whose making waits for the GPU
+        with torch.device(device):
+            self.model = FlashMHFForCausalLM._from_config(config, attn_implementation=ATTENTION).train()
+        self.run, self.device = run, device
+        self.learning_rate = torch.tensor(0.0, device=device)
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": run.betas, "fused": True}
+        options |= {"capturable": True} if device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(_decayed(self.model, run.weight_decay), **options)
+        # Casts of weights must not outlive a step: a graph would go on reading those of its capture.
+        self.autocast = functools.partial(
+            torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
+        self.batch = torch.zeros(run.batch_size, run.context_length, dtype=torch.long, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.loss: Tensor | None = None
+
+    def __call__(self, batch: Tensor, step: int) -> Tensor:
+        self.batch.copy_(batch)
+        self.learning_rate.fill_(self.run.learning_rate_at(step))
+        if self.graph is None:
+            return self._step()
+        self.graph.replay()
+        assert self.loss is not None
+        return self.loss
+
+    def capture(self) -> None:
+        """From here on a step is the replay of a graph; raises what CUDA has against it, and eager steps go on."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.loss = self._step()
+        self.graph = graph
+
+    def _step(self) -> Tensor:
+        with self.autocast():
+            loss = self.model(self.batch, labels=self.batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self, blocks: Tensor) -> list[float]:
+        """Nats per token of each batch of `blocks` (N, context length)."""
+        losses = []
+        for batch in blocks.split(self.run.batch_size):
+            ids = batch.to(self.device, torch.long)
+            with self.autocast():
+                losses.append(self.model(ids, labels=ids, use_cache=False).loss)
+        return torch.stack(losses).float().tolist()
+
+
+def train(
+    run: TrainingRun,
+    files: TokenFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    emit: Callable[[Row], None],
+    *,
+    trunk: dict[str, Any] = TRUNK,
+) -> None:
+    """Trains one model and hands every row to `emit` at once: losses in nats per token, speed, and a last one."""
+    trainee = Trainee(config_of(run, files.vocab_size, trunk), run, device, dtype)
+    blocks, held_out = (_blocks(files.streams[part], run).to(device) for part in ("train", "validation"))
+    order = _order(len(blocks), run).to(device)
+    log = RunLog(trainee, files, held_out, emit)
+    for step in range(run.steps):
+        if step == EAGER_STEPS and device.type == "cuda":
+            log.mode = _captured(trainee)
+            log.restart_clock(step)
+        batch = blocks[order[step * run.batch_size : (step + 1) * run.batch_size]]
+        log.losses.append(trainee(batch, step).clone())
+        if log.is_due(step + 1) and not log.write(step + 1):
+            break
+
+
+class RunLog:
+    """The rows of one run."""
+
+    def __init__(self, trainee: Trainee, files: TokenFiles, held_out: Tensor, emit: Callable[[Row], None]) -> None:
+        self.trainee, self.files, self.held_out, self.emit = trainee, files, held_out, emit
+        self.run = trainee.run
+        self.mode = "eager"
+        self.losses: list[Tensor] = []
+        self.started = time.perf_counter()
+        self.restart_clock(0)
+
+    def restart_clock(self, step: int) -> None:
+        """The next row's speed counts from here."""
+        self._since, self._since_step = time.perf_counter(), step
+
+    def is_due(self, step: int) -> bool:
+        """Evenly spread, and at the end."""
+        run = self.run
+        return step * run.validations // run.steps > (step - 1) * run.validations // run.steps
+
+    def write(self, step: int) -> bool:
+        """Emits a row; False where training has no sense any more."""
+        run, final = self.run, step == self.run.steps
+        loss = float(torch.stack(self.losses).mean())  # waits for the device
+        self.losses = []
+        tokens = (step - self._since_step) * run.batch_size * run.context_length
+        tokens_per_s = tokens / (time.perf_counter() - self._since)
+        common = {"contender": run.contender, "seed": run.seed, "learning_rate": run.learning_rate, "step": step}
+        if not math.isfinite(loss):
+            self.emit({**common, "failed": f"the training loss is {loss}"})
+            return False
+        validation = self.trainee.validate(self.held_out if final else self.held_out[: run.batch_size])
+        row = {
+            **common,
+            "tokens": step * run.batch_size * run.context_length,
+            "train_nats_per_token": loss,
+            "validation_nats_per_token": sum(validation) / len(validation),
+            "tokens_per_s": tokens_per_s,
+            "mode": self.mode,
+            "elapsed_s": time.perf_counter() - self.started,
+        }
+        self.emit(row | self._summary(validation) if final else row)
+        self.restart_clock(step)
+        return True
+
+    def _summary(self, validation: list[float]) -> Row:
+        size = self.files.sizes["validation"]
+        nats = sum(validation) / len(validation)
+        cuda = self.trainee.device.type == "cuda"
+        return {
+            "final": True,
+            "parameters": self.trainee.model.num_parameters(),
+            "validation_bits_per_byte": nats * size.tokens / size.text_bytes / math.log(2),
+            "validation_parts_nats_per_token": [round(part, 5) for part in validation],
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+            "settings": asdict(self.run),
+        }
+
+
+def _captured(trainee: Trainee) -> str:
+    """Captures a step and says how steps run from here on."""
+    try:
+        trainee.capture()
+    except RuntimeError as error:  # an operation that a graph cannot hold: the comparison is worth more than its speed
+        trainee.optimizer.zero_grad(set_to_none=True)
+        return f"eager, no graph: {describe(error)}"
+    return "graph"
+
+
+def causal_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' interface of an attention function; a causal one that never asks what is in a mask."""
+    out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=options.get("scaling"))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms do not."""
+    named = list(model.named_parameters())
+    norms = {name for name, parameter in named if "norm" in name or parameter.dim() < 2}
+    return [
+        {"params": [parameter for name, parameter in named if name not in norms], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in named if name in norms], "weight_decay": 0.0},
+    ]
+
+
+def _blocks(stream: Tensor, run: TrainingRun) -> Tensor:
+    """(N, context length), int32, of which the last incomplete one is left out."""
+    count = len(stream) // run.context_length
+    if count < run.batch_size:
+        raise InputError(f"tokens: expected at least {run.batch_size * run.context_length}, got {len(stream)}")
+    return stream[: count * run.context_length].view(count, -1).to(torch.int32)
+
+
+def _order(blocks: int, run: TrainingRun) -> Tensor:
+    """Indices of blocks for every step, epoch after epoch; the same for every contender of a seed."""
+    generator = torch.Generator().manual_seed(run.seed)
+    epochs = -(-run.steps * run.batch_size // blocks)
+    return torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=Path, help="a folder that benchmarks/training_tokens.py wrote")
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--learning-rate", type=float, default=TrainingRun.learning_rate)
+    parser.add_argument("--train-tokens", type=int, default=TrainingRun.tokens)
+    parser.add_argument("--batch-size", type=int, default=TrainingRun.batch_size)
+    parser.add_argument("--backend", default=TrainingRun.backend)
+    parser.add_argument("--output", type=Path, help="rows are appended; default: standard output")
+    arguments = parser.parse_args()
+    run = TrainingRun(
+        contender=arguments.contender,
+        seed=arguments.seed,
+        learning_rate=arguments.learning_rate,
+        tokens=arguments.train_tokens,
+        batch_size=arguments.batch_size,
+        backend=arguments.backend,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.ExitStack() as stack:
+        file = None if arguments.output is None else stack.enter_context(arguments.output.open("a"))
+        try:
+            emit = functools.partial(_print_row, file=file)
+            train(run, read_tokens(arguments.tokens), device, torch.bfloat16, emit)
+        except InputError as error:
+            parser.error(str(error))
+
+
+def _print_row(row: Row, file: Any) -> None:
+    print(json.dumps(row), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()

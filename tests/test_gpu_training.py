@@ -1,0 +1,156 @@
+"""The training comparison for a GPU, at toy sizes on the CPU: tokens that travel, equal models, rows at once."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from flashmhf.accounting import count_parameters
+from flashmhf.errors import InputError
+from gpu_training import CONTENDERS, TRUNK, Trainee, TrainingRun, config_of, train
+from training_tokens import read_tokens, write_tokens
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TOY = TRUNK | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def token_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(60)]
+    for part, count in (("train", 6), ("validation", 2)):
+        (folder / part).mkdir()
+        for i in range(count):
+            (folder / part / f"{i}.txt").write_text(" ".join(generator.choices(words, k=1500)))
+    write_tokens({part: str(folder / part) for part in ("train", "validation")}, folder / "tokens", 400)
+    return folder / "tokens"
+
+
+def toy(contender: str, **changes) -> TrainingRun:
+    values = {"seed": 0, "batch_size": 4, "context_length": 32, "tokens": 20 * 4 * 32, "validations": 4}
+    return TrainingRun(contender=contender, **(values | changes))
+
+
+def rows_of(run: TrainingRun, token_folder: Path) -> list:
+    rows: list = []
+    train(run, read_tokens(token_folder), CPU, torch.float32, rows.append, trunk=TOY)
+    return rows
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_a_run_learns_and_reports_as_it_goes(contender, token_folder):
+    rows = rows_of(toy(contender), token_folder)
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    first, last = rows[0], rows[-1]
+    assert last["validation_nats_per_token"] < first["validation_nats_per_token"] - 0.3
+    assert last["final"]
+    assert last["mode"] == "eager"
+    size = read_tokens(token_folder).sizes["validation"]
+    per_byte = last["validation_nats_per_token"] * size.tokens / size.text_bytes / math.log(2)
+    assert last["validation_bits_per_byte"] == pytest.approx(per_byte)
+    assert last["settings"]["contender"] == contender
+    json.dumps(rows)
+
+
+def test_a_seed_says_everything(token_folder):
+    losses = [
+        [row["train_nats_per_token"] for row in rows_of(toy("flashmhf", seed=seed), token_folder)] for seed in (3, 3, 4)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_run_that_diverges_says_so_and_ends(token_folder):
+    rows = rows_of(toy("swiglu", learning_rate=1e30), token_folder)
+    assert "failed" in rows[-1]
+    assert not any(row.get("final") and "failed" not in rows[-1] for row in rows)
+
+
+def test_the_contenders_are_of_equal_size():
+    sizes = [count_parameters(config_of(TrainingRun(contender=contender, seed=0), 8192)) for contender in CONTENDERS]
+    assert max(sizes) / min(sizes) < 1.005
+    assert all(29e6 < size < 30e6 for size in sizes)
+
+
+def test_attention_is_the_causal_one_of_transformers(token_folder):
+    config = config_of(toy("swiglu"), 400, TOY)
+    trainee = Trainee(config, toy("swiglu"), CPU, torch.float32)
+    usual = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    usual.load_state_dict(trainee.model.state_dict())
+    ids = torch.randint(400, (2, 24))
+    assert torch.allclose(trainee.model(ids).logits, usual(ids).logits, atol=1e-5)
+
+
+class NoValues(TorchDispatchMode):
+    """Raises where a tensor's value is asked for, which would wait for a GPU and cannot be captured in a graph."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_a_training_step_waits_for_nothing(contender):
+    run = toy(contender)
+    trainee = Trainee(config_of(run, 400, TOY), run, CPU, torch.bfloat16)
+    with NoValues():
+        with trainee.autocast():
+            trainee.model(trainee.batch, labels=trainee.batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), 1.0, foreach=True)
+    with pytest.raises(AssertionError), NoValues():
+        bool(trainee.batch.any())
+
+
+def test_norms_do_not_decay():
+    trainee = Trainee(config_of(toy("flashmhf"), 400, TOY), toy("flashmhf"), CPU, torch.float32)
+    decayed, others = trainee.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0
+    norms = [p for name, p in trainee.model.named_parameters() if "norm" in name]
+    assert {id(p) for p in others["params"]} == {id(p) for p in norms}
+
+
+def test_the_learning_rate_rises_and_falls():
+    run = toy("swiglu", tokens=100 * 4 * 32)
+    rates = [run.learning_rate_at(step) for step in range(run.steps)]
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[0] == pytest.approx(run.learning_rate / 10)
+    assert rates[-1] == pytest.approx(0.1 * run.learning_rate, rel=0.01)
+
+
+@pytest.mark.parametrize("file", ["tokens.json", "train.xz", "validation.xz"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_damaged_tokens_are_named(file, damage, token_folder, tmp_path):
+    for one in token_folder.iterdir():
+        (tmp_path / one.name).write_bytes(one.read_bytes())
+    target = tmp_path / file
+    if damage == "missing":
+        target.unlink()
+    elif damage == "cut":
+        target.write_bytes(target.read_bytes()[:-9])
+    else:
+        target.write_bytes(b"no tokens")
+    with pytest.raises(InputError, match=rf"{file}: expected what "):
+        read_tokens(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_appends_rows(token_folder, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    sizes = ["--train-tokens", "8192", "--batch-size", "2"]
+    command = [sys.executable, str(BENCHMARKS / "gpu_training.py"), str(token_folder), "swiglu", "1"]
+    done = subprocess.run([*command, *sizes, "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows[-1]["final"]
+    done = subprocess.run([*command, "--train-tokens", "1", "--batch-size", "1000"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "tokens: expected at least" in done.stderr.splitlines()[-1]
