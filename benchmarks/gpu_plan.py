@@ -71,4 +71,15 @@ SECOND = (
     Step("generation", 15, "new tokens after a prompt, 370M", "gpu_model:generation", shows="tokens_per_s"),
 )  # fmt: skip
 
-PLANS = {"first": Plan(340, FIRST), "second": Plan(300, SECOND)}
+# SwiGLU against FlashMHF, seed after seed, so that what is there when the time is over is mostly pairs. By an estimate
+# the tokens fit; nothing has been measured.
+THIRD = tuple(
+    Step(
+        f"{contender}-{seed}", 75, f"training {contender} of 30M parameters, seed {seed}", "gpu_training:training",
+        {"contender": contender, "seed": seed}, shows="tokens_per_s",
+    )
+    for seed in range(3)
+    for contender in ("swiglu", "flashmhf")
+)  # fmt: skip
+
+PLANS = {"first": Plan(340, FIRST), "second": Plan(300, SECOND), "third": Plan(480, THIRD)}

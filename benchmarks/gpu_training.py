@@ -1,20 +1,16 @@
-"""Trains SwiGLU and FlashMHF models of equal size on the same tokens in the same order, one run a process.
+"""Steps of the third plan: SwiGLU and FlashMHF models of equal size, trained on the same tokens in the same order.
 
-    python benchmarks/training_tokens.py BOOKS/train BOOKS/val .lease/tokens        on a machine that has the text
-    python benchmarks/gpu_training.py .lease/tokens flashmhf 0 --output rows.jsonl  on the GPU
+    python benchmarks/training_tokens.py BOOKS/train BOOKS/val .lease/tokens     on a machine that has the text
 
-One line of JSON for each logged step, as soon as it is known; the last one of a run has "final": true. A GPU trains in
-one CUDA graph a step, so that the host's time does not count; where that cannot be captured, eagerly, and rows say so.
+A row for each logged step, as soon as it is known; the last one of a run has "final": true. A GPU trains in one CUDA
+graph a step, so that the host's time does not count; where that cannot be captured, eagerly, and rows say so.
 """
 
-import argparse
-import contextlib
 import functools
-import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +22,11 @@ from flashmhf.benchmarking.layer import describe
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from training_tokens import TokenFiles, read_tokens
+from gpu_bench import Bench, Case
+from training_tokens import PARTS, Stream, TokenFiles, read_tokens
 
 ATTENTION = "causal_sdpa"
+TOKENS = Path(".lease/tokens")  # in the repository's root; it travels there
 TRUNK: dict[str, Any] = {
     "hidden_size": 512,
     "num_hidden_layers": 8,
@@ -49,6 +47,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         "q_norm": True,
     },
 }
+TOY_TRUNK = TRUNK | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOY_VOCABULARY = 300
 EAGER_STEPS = 4  # before a graph is captured: they allocate the optimizer's state and compile kernels
 
 
@@ -66,7 +66,7 @@ class TrainingRun:
     max_grad_norm: float = 1.0
     batch_size: int = 64
     context_length: int = 1024
-    tokens: int = 100_000_000
+    tokens: int = 60_000_000
     validations: int = 10
     backend: str = "auto"
 
@@ -148,35 +148,53 @@ class Trainee:
         return torch.stack(losses).float().tolist()
 
 
+def training(bench: Bench, contender: str, seed: int) -> Iterator[Case]:
+    """One run, on the backend that `auto` takes."""
+    run = TrainingRun(contender=contender, seed=seed)
+    trunk = TRUNK
+    if bench.dry_run:
+        run = replace(run, batch_size=2, context_length=16, tokens=20 * 2 * 16, validations=4)
+        trunk = TOY_TRUNK
+
+    def measure() -> Iterator[Row]:
+        files = toy_tokens() if bench.dry_run else read_tokens(TOKENS)
+        return train(run, files, bench.device, bench.dtype, trunk=trunk)
+
+    yield Case(f"{contender} seed {seed}", measure, {"contender": contender})
+
+
 def train(
     run: TrainingRun,
     files: TokenFiles,
     device: torch.device,
     dtype: torch.dtype,
-    emit: Callable[[Row], None],
     *,
     trunk: dict[str, Any] = TRUNK,
-) -> None:
-    """Trains one model and hands every row to `emit` at once: losses in nats per token, speed, and a last one."""
+) -> Iterator[Row]:
+    """Trains one model; every row as it is known: losses in nats per token, speed, and a last one."""
     trainee = Trainee(config_of(run, files.vocab_size, trunk), run, device, dtype)
     blocks, held_out = (_blocks(files.streams[part], run).to(device) for part in ("train", "validation"))
     order = _order(len(blocks), run).to(device)
-    log = RunLog(trainee, files, held_out, emit)
+    log = RunLog(trainee, files, held_out)
     for step in range(run.steps):
         if step == EAGER_STEPS and device.type == "cuda":
             log.mode = _captured(trainee)
             log.restart_clock(step)
         batch = blocks[order[step * run.batch_size : (step + 1) * run.batch_size]]
         log.losses.append(trainee(batch, step).clone())
-        if log.is_due(step + 1) and not log.write(step + 1):
-            break
+        if log.is_due(step + 1):
+            row = log.row(step + 1)
+            yield row
+            if "failed" in row:
+                return
+            log.restart_clock(step + 1)
 
 
 class RunLog:
     """The rows of one run."""
 
-    def __init__(self, trainee: Trainee, files: TokenFiles, held_out: Tensor, emit: Callable[[Row], None]) -> None:
-        self.trainee, self.files, self.held_out, self.emit = trainee, files, held_out, emit
+    def __init__(self, trainee: Trainee, files: TokenFiles, held_out: Tensor) -> None:
+        self.trainee, self.files, self.held_out = trainee, files, held_out
         self.run = trainee.run
         self.mode = "eager"
         self.losses: list[Tensor] = []
@@ -192,8 +210,8 @@ class RunLog:
         run = self.run
         return step * run.validations // run.steps > (step - 1) * run.validations // run.steps
 
-    def write(self, step: int) -> bool:
-        """Emits a row; False where training has no sense any more."""
+    def row(self, step: int) -> Row:
+        """Since the row before; "failed" where training makes no sense any more."""
         run, final = self.run, step == self.run.steps
         loss = float(torch.stack(self.losses).mean())  # waits for the device
         self.losses = []
@@ -201,8 +219,7 @@ class RunLog:
         tokens_per_s = tokens / (time.perf_counter() - self._since)
         common = {"contender": run.contender, "seed": run.seed, "learning_rate": run.learning_rate, "step": step}
         if not math.isfinite(loss):
-            self.emit({**common, "failed": f"the training loss is {loss}"})
-            return False
+            return {**common, "failed": f"the training loss is {loss}"}
         validation = self.trainee.validate(self.held_out if final else self.held_out[: run.batch_size])
         row = {
             **common,
@@ -213,9 +230,7 @@ class RunLog:
             "mode": self.mode,
             "elapsed_s": time.perf_counter() - self.started,
         }
-        self.emit(row | self._summary(validation) if final else row)
-        self.restart_clock(step)
-        return True
+        return row | self._summary(validation) if final else row
 
     def _summary(self, validation: list[float]) -> Row:
         size = self.files.sizes["validation"]
@@ -274,38 +289,8 @@ def _order(blocks: int, run: TrainingRun) -> Tensor:
     return torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", type=Path, help="a folder that benchmarks/training_tokens.py wrote")
-    parser.add_argument("contender", choices=CONTENDERS)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("--learning-rate", type=float, default=TrainingRun.learning_rate)
-    parser.add_argument("--train-tokens", type=int, default=TrainingRun.tokens)
-    parser.add_argument("--batch-size", type=int, default=TrainingRun.batch_size)
-    parser.add_argument("--backend", default=TrainingRun.backend)
-    parser.add_argument("--output", type=Path, help="rows are appended; default: standard output")
-    arguments = parser.parse_args()
-    run = TrainingRun(
-        contender=arguments.contender,
-        seed=arguments.seed,
-        learning_rate=arguments.learning_rate,
-        tokens=arguments.train_tokens,
-        batch_size=arguments.batch_size,
-        backend=arguments.backend,
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.ExitStack() as stack:
-        file = None if arguments.output is None else stack.enter_context(arguments.output.open("a"))
-        try:
-            emit = functools.partial(_print_row, file=file)
-            train(run, read_tokens(arguments.tokens), device, torch.bfloat16, emit)
-        except InputError as error:
-            parser.error(str(error))
-
-
-def _print_row(row: Row, file: Any) -> None:
-    print(json.dumps(row), file=file, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def toy_tokens() -> TokenFiles:
+    """A stream that repeats, for a dry run."""
+    stream = torch.arange(4096) % TOY_VOCABULARY
+    sizes = {part: Stream(tokens=len(stream), text_bytes=3 * len(stream)) for part in PARTS}
+    return TokenFiles(vocab_size=TOY_VOCABULARY, sizes=sizes, streams=dict.fromkeys(PARTS, stream))

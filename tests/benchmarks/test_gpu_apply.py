@@ -17,7 +17,7 @@ from flashmhf.ops.triton import tiles as triton_tiles
 from gpu_facts import kernel_hashes
 
 HERE = FACTS | {"kernels": kernel_hashes()}
-SHIPPED = {kernel: tiles.TABLE[kernel][1]._asdict() for kernel in ("forward", "backward")}
+SHIPPED = {kernel: tiles.TABLE[kernel][1]._asdict() for kernel in ("forward", "backward", "backward_tokens")}
 SLOW, FAST = 4.0, 2.0
 
 
@@ -34,8 +34,8 @@ def timed(kernel: str, tile: dict | None, tokens: int, ms: float, backend: str =
 
 
 def passing(ms: float = FAST, tokens: tuple[int, ...] = (1024, 4096), **changes) -> list[dict]:
-    """Both kernels right on both backends, and Hopper's in `ms` where the portable ones take SLOW."""
-    rows = []
+    """All kernels right on both backends, and Hopper's in `ms` where the portable ones take SLOW."""
+    rows = [check("backward_tokens", SHIPPED["backward_tokens"], **changes)]
     for kernel in ("forward", "backward"):
         rows += [check(kernel, SHIPPED[kernel], **changes), check(kernel, None, "triton", **changes)]
         for T in tokens:

@@ -33,7 +33,7 @@ def test_a_plan_fits_its_seconds_and_a_call(plan):
     ("script", "arguments", "message"),
     [
         (gpu, ["--plan", "first", "--steps", "x"], "--steps: expected some of machine, compile, smoke, "),
-        (gpu, ["--plan", "third"], "invalid choice: 'third'"),
+        (gpu, ["--plan", "fourth"], "invalid choice: 'fourth'"),
         (gpu, ["--plan", "first", "--time-limit", "0"], "argument --time-limit: expected seconds above 0, got '0'"),
         (gpu, [], "one of the arguments --plan --merge --apply is required"),
         (tune, ["--dims", "7"], "--dims: expected some of 32, 64, 128, 256, got '7'"),
@@ -112,8 +112,12 @@ def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
         assert set(of_kernel) == set(candidates[128])
     seen = []
     inputs = bench.inputs(4, 2, 2, 2, 8, 128, torch.float32)
-    read = {"forward": hopper_tiles.forward_tile, "backward": hopper_tiles.backward_tile}
-    before = (hopper_tiles.FORWARD, hopper_tiles.BACKWARD)
+    read = {
+        "forward": hopper_tiles.forward_tile,
+        "backward": hopper_tiles.backward_tile,
+        "backward_tokens": hopper_tiles.tokens_tile,
+    }
+    before = (hopper_tiles.FORWARD, hopper_tiles.BACKWARD, hopper_tiles.BACKWARD_TOKENS)
     for variant in variants:
         kernel = variant.kernel
 
@@ -121,10 +125,10 @@ def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
             seen.append(read[kernel](128))
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"flashmhf.ops.blockwise.{kernel}", spy)
+            patch.setattr(f"flashmhf.ops.blockwise.{kernel.removesuffix('_tokens')}", spy)
             prepared(bench, variant, inputs)()
         assert seen.pop() == (read[kernel](128) if variant.tile is None else variant.tile)
-    assert before == (hopper_tiles.FORWARD, hopper_tiles.BACKWARD)
+    assert before == (hopper_tiles.FORWARD, hopper_tiles.BACKWARD, hopper_tiles.BACKWARD_TOKENS)
 
 
 def test_what_failed_is_not_timed():

@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from flashmhf.accounting import count_parameters
 from flashmhf.errors import InputError
-from gpu_training import CONTENDERS, TRUNK, Trainee, TrainingRun, config_of, train
+from gpu_training import CONTENDERS, Trainee, TrainingRun, config_of, train
+from gpu_training import TOY_TRUNK as TOY
 from training_tokens import read_tokens, write_tokens
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TOY = TRUNK | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CPU = torch.device("cpu")
 
 
@@ -41,9 +38,7 @@ def toy(contender: str, **changes) -> TrainingRun:
 
 
 def rows_of(run: TrainingRun, token_folder: Path) -> list:
-    rows: list = []
-    train(run, read_tokens(token_folder), CPU, torch.float32, rows.append, trunk=TOY)
-    return rows
+    return list(train(run, read_tokens(token_folder), CPU, torch.float32, trunk=TOY))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -140,17 +135,3 @@ def test_damaged_tokens_are_named(file, damage, token_folder, tmp_path):
         target.write_bytes(b"no tokens")
     with pytest.raises(InputError, match=rf"{file}: expected what "):
         read_tokens(tmp_path)
-
-
-@pytest.mark.slow
-def test_the_command_appends_rows(token_folder, tmp_path):
-    output = tmp_path / "rows.jsonl"
-    sizes = ["--train-tokens", "8192", "--batch-size", "2"]
-    command = [sys.executable, str(BENCHMARKS / "gpu_training.py"), str(token_folder), "swiglu", "1"]
-    done = subprocess.run([*command, *sizes, "--output", str(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert rows[-1]["final"]
-    done = subprocess.run([*command, "--train-tokens", "1", "--batch-size", "1000"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "tokens: expected at least" in done.stderr.splitlines()[-1]
