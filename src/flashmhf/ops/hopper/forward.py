@@ -57,33 +57,37 @@ def work_item(n, T, BLOCK_T: gl.constexpr):
 
 
 @gluon.jit
+def next_tile(e, f, tiles_f):
+    """The tile after tile f of sub-network e; counted, as a division would stand before every product."""
+    f += 1
+    return gl.where(f < tiles_f, e, e + 1), gl.where(f < tiles_f, f, 0)
+
+
+@gluon.jit
 def produce(
     q_desc, k_desc, u_desc, v_desc, s_qs, s_ku, s_v, q_full, q_empty, ku_full, ku_empty, v_full, v_empty,
-    items, T, E, GROUP, tiles_f,
+    items, T, E, GROUP, tiles_f, tiles,
 ):  # fmt: skip
     """Keeps the rings of K with U and of V full, one work item's behind the other's, and brings each item's Q."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_T: gl.constexpr = q_desc.block_shape[0]
     BLOCK_F: gl.constexpr = k_desc.block_shape[1]
-    i = 0
     for n in range(items):
         head, first_t = work_item(n, T, BLOCK_T)
-        first_e = (head // GROUP) * E
-        for e in range(first_e, first_e + E):
-            for f in range(tiles_f):
-                rows = [e, f * BLOCK_F, 0]
-                wait_empty(ku_empty, i, STAGES)
-                load_pair(k_desc, u_desc, rows, ku_full.index(i % STAGES), s_ku.index(i % STAGES))
-                if (
-                    i == n * E * tiles_f
-                ):  # Q follows its first K and U, which need not wait until the last has been read
-                    for warpgroup in gl.static_range(2):
-                        first = [first_t + warpgroup * BLOCK_T, head, 0]
-                        mbarrier.wait(q_empty.index(warpgroup), (n & 1) ^ 1)
-                        load(q_desc, first, q_full.index(warpgroup), s_qs.index(warpgroup))
-                wait_empty(v_empty, i, STAGES)
-                load(v_desc, rows, v_full.index(i % STAGES), s_v.index(i % STAGES))
-                i += 1
+        e = (head // GROUP) * E
+        f = 0
+        for i in range(n * tiles, (n + 1) * tiles):
+            rows = [e, f * BLOCK_F, 0]
+            wait_empty(ku_empty, i, STAGES)
+            load_pair(k_desc, u_desc, rows, ku_full.index(i % STAGES), s_ku.index(i % STAGES))
+            if i == n * tiles:  # Q follows its first K and U, which need not wait until the last has been read
+                for warpgroup in gl.static_range(2):
+                    first = [first_t + warpgroup * BLOCK_T, head, 0]
+                    mbarrier.wait(q_empty.index(warpgroup), (n & 1) ^ 1)
+                    load(q_desc, first, q_full.index(warpgroup), s_qs.index(warpgroup))
+            wait_empty(v_empty, i, STAGES)
+            load(v_desc, rows, v_full.index(i % STAGES), s_v.index(i % STAGES))
+            e, f = next_tile(e, f, tiles_f)
 
 
 @gluon.jit
@@ -104,13 +108,6 @@ def load_gate(gate_ptr, rows, e, stride_gatel, stride_gatee, T, HAS_GATE: gl.con
     else:
         r = gl.full_like(rows, 1.0, dtype=gl.float32)
     return r
-
-
-@gluon.jit
-def next_tile(e, f, tiles_f):
-    """The tile after tile f of sub-network e; counted, as a division would stand before every S."""
-    f += 1
-    return gl.where(f < tiles_f, e, e + 1), gl.where(f < tiles_f, f, 0)
 
 
 @gluon.jit
@@ -251,7 +248,7 @@ def forward_kernel(
     )  # fmt: skip
     producer_arguments = (
         q_desc, k_desc, u_desc, v_desc, s_qs, s_ku, s_v, q_full, q_empty, ku_full, ku_empty, v_full, v_empty,
-        items, T, E, GROUP, tiles_f,
+        items, T, E, GROUP, tiles_f, E * tiles_f,
     )  # fmt: skip
     gl.warp_specialize(
         [
