@@ -68,7 +68,7 @@ def produce(
     q_desc, k_desc, u_desc, v_desc, s_qs, s_ku, s_v, q_full, q_empty, ku_full, ku_empty, v_full, v_empty,
     items, T, E, GROUP, tiles_f, tiles,
 ):  # fmt: skip
-    """Keeps the rings of K with U and of V full, one work item's behind the other's, and brings each item's Q."""
+    """Keeps the rings of K with U and of V full, from one work item on to the next, and brings each item's Q."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_T: gl.constexpr = q_desc.block_shape[0]
     BLOCK_F: gl.constexpr = k_desc.block_shape[1]
@@ -80,7 +80,7 @@ def produce(
             rows = [e, f * BLOCK_F, 0]
             wait_empty(ku_empty, i, STAGES)
             load_pair(k_desc, u_desc, rows, ku_full.index(i % STAGES), s_ku.index(i % STAGES))
-            if i == n * tiles:  # Q follows its first K and U, which need not wait until the last has been read
+            if i == n * tiles:  # behind K and U, which need not wait until the Q before has been read
                 for warpgroup in gl.static_range(2):
                     first = [first_t + warpgroup * BLOCK_T, head, 0]
                     mbarrier.wait(q_empty.index(warpgroup), (n & 1) ^ 1)
@@ -128,7 +128,7 @@ def sum_rows(
     q, q_high, s_ku, s_v, turns, ku_full, ku_empty, v_full, v_empty,
     gate_ptr, stride_gatel, stride_gatee, rows, T, first, tiles_f, tiles,
 ):  # fmt: skip
-    """The sum over all tiles of one work item, in flight; tiles before `first` were other items'."""
+    """The sum over one work item's tiles, still in flight; `first` is their number among all tiles of the program."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_T: gl.constexpr = rows.shape[0]
     BLOCK_F: gl.constexpr = s_ku.shape[2]
@@ -228,7 +228,7 @@ def forward_kernel(
     s_qs = gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_T, 1, BLOCK_D], q_desc.layout)
     s_ku = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 2, BLOCK_F, BLOCK_D], k_desc.layout)
     s_v = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, BLOCK_F, BLOCK_D], v_desc.layout)
-    # Otherwise Q has been read by then, and none follows.
+    # Without PERSISTENT the output leaves from Q's place: Q has been read by then, and no other follows.
     s_outs = gl.allocate_shared_memory(q_desc.dtype, s_qs.shape, out_desc.layout) if PERSISTENT else s_qs
     q_full = allocate_barriers(2, 1)
     q_empty = allocate_barriers(2, 1)
@@ -239,7 +239,7 @@ def forward_kernel(
     turns = allocate_barriers(2, 1)
     fence_async_shared()
 
-    # Otherwise there is a program for each.
+    # The program's work items; without PERSISTENT the grid has a program for each.
     items = gl.cdiv(gl.cdiv(T, 2 * BLOCK_T) * H - gl.program_id(0), gl.num_programs(0)) if PERSISTENT else 1
     tiles_f = gl.cdiv(F, BLOCK_F)
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
