@@ -128,7 +128,7 @@ def sum_rows(
     q, q_high, s_ku, s_v, turns, ku_full, ku_empty, v_full, v_empty,
     gate_ptr, stride_gatel, stride_gatee, rows, T, first, tiles_f, tiles,
 ):  # fmt: skip
-    """The sum over one work item's tiles, still in flight; `first` is their number among all tiles of the program."""
+    """The sum over one work item's tiles, still in flight; the first of them is the program's tile `first`."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_T: gl.constexpr = rows.shape[0]
     BLOCK_F: gl.constexpr = s_ku.shape[2]
