@@ -113,10 +113,12 @@ if "candidates" in sys.argv:
     candidates += [("forward", 96, tiles.FORWARD_CANDIDATES[128])]
     rows = [("hopper_" + k, (D, row)) for k, D, some in candidates for row in some]
 for kernel, (D, row) in rows:
-    for H_kv, F, E in ((8, 384, 7), (2, 100, 1)):
-        if row is None:
+    for H_kv, F, E, gate in ((8, 384, 7, True), (2, 100, 1, True), (8, 384, 7, False)):
+        if row is None or (kernel == "hopper_backward" and not gate):
             continue
-        compiled = compiled_kernel(plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row), TARGETS["sm_90a"])
+        launch = plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row)
+        launch.arguments["HAS_GATE"] = gate
+        compiled = compiled_kernel(launch, TARGETS["sm_90a"])
         asm = compiled.asm
         with tempfile.TemporaryDirectory() as folder:
             open(folder + "/x.ptx", "w").write(asm["ptx"])

@@ -58,33 +58,37 @@ def work_item(n, T, BLOCK_T: gl.constexpr):
 
 
 @gluon.jit
+def next_tile(e, f, tiles_f):
+    """The tile after tile f of sub-network e; counted, as a division would stand before every product."""
+    f += 1
+    return gl.where(f < tiles_f, e, e + 1), gl.where(f < tiles_f, f, 0)
+
+
+@gluon.jit
 def produce(
     q_desc, k_desc, u_desc, v_desc, s_qs, s_ku, s_v, q_full, q_empty, ku_full, ku_empty, v_full, v_empty,
-    items, T, E, GROUP, tiles_f,
+    items, T, E, GROUP, tiles_f, tiles,
 ):  # fmt: skip
-    """Keeps the rings of K with U and of V full, one work item's behind the other's, and brings each item's Q."""
+    """Keeps the rings of K with U and of V full, from one work item on to the next, and brings each item's Q."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_T: gl.constexpr = q_desc.block_shape[0]
     BLOCK_F: gl.constexpr = k_desc.block_shape[1]
-    i = 0
     for n in range(items):
         head, first_t = work_item(n, T, BLOCK_T)
-        first_e = (head // GROUP) * E
-        for e in range(first_e, first_e + E):
-            for f in range(tiles_f):
-                rows = [e, f * BLOCK_F, 0]
-                wait_empty(ku_empty, i, STAGES)
-                load_pair(k_desc, u_desc, rows, ku_full.index(i % STAGES), s_ku.index(i % STAGES))
-                if (
-                    i == n * E * tiles_f
-                ):  # Q follows its first K and U, which need not wait until the last has been read
-                    for warpgroup in gl.static_range(2):
-                        first = [first_t + warpgroup * BLOCK_T, head, 0]
-                        mbarrier.wait(q_empty.index(warpgroup), (n & 1) ^ 1)
-                        load(q_desc, first, q_full.index(warpgroup), s_qs.index(warpgroup))
-                wait_empty(v_empty, i, STAGES)
-                load(v_desc, rows, v_full.index(i % STAGES), s_v.index(i % STAGES))
-                i += 1
+        e = (head // GROUP) * E
+        f = 0
+        for i in range(n * tiles, (n + 1) * tiles):
+            rows = [e, f * BLOCK_F, 0]
+            wait_empty(ku_empty, i, STAGES)
+            load_pair(k_desc, u_desc, rows, ku_full.index(i % STAGES), s_ku.index(i % STAGES))
+            if i == n * tiles:  # behind K and U, which need not wait until the Q before has been read
+                for warpgroup in gl.static_range(2):
+                    first = [first_t + warpgroup * BLOCK_T, head, 0]
+                    mbarrier.wait(q_empty.index(warpgroup), (n & 1) ^ 1)
+                    load(q_desc, first, q_full.index(warpgroup), s_qs.index(warpgroup))
+            wait_empty(v_empty, i, STAGES)
+            load(v_desc, rows, v_full.index(i % STAGES), s_v.index(i % STAGES))
+            e, f = next_tile(e, f, tiles_f)
 
 
 @gluon.jit
@@ -108,13 +112,6 @@ def load_gate(gate_ptr, rows, e, stride_gatel, stride_gatee, T, HAS_GATE: gl.con
 
 
 @gluon.jit
-def next_tile(e, f, tiles_f):
-    """The tile after tile f of sub-network e; counted, as a division would stand before every S."""
-    f += 1
-    return gl.where(f < tiles_f, e, e + 1), gl.where(f < tiles_f, f, 0)
-
-
-@gluon.jit
 def wait_turn(turns, i, WARPGROUP: gl.constexpr):
     """Until the other warpgroup has issued its products, those before mine; warpgroup 0 begins every tile i."""
     mbarrier.wait(turns.index(WARPGROUP), (i & 1) ^ 1 ^ WARPGROUP)
@@ -132,7 +129,7 @@ def sum_rows(
     q, q_high, s_ku, s_v, turns, ku_full, ku_empty, v_full, v_empty,
     gate_ptr, stride_gatel, stride_gatee, rows, T, first, tiles_f, tiles,
 ):  # fmt: skip
-    """The sum over all tiles of one work item, in flight; tiles before `first` were other items'."""
+    """The sum over one work item's tiles, still in flight; the first of them is the program's tile `first`."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_T: gl.constexpr = rows.shape[0]
     BLOCK_F: gl.constexpr = s_ku.shape[2]
@@ -232,7 +229,7 @@ def forward_kernel(
     s_qs = gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_T, 1, BLOCK_D], q_desc.layout)
     s_ku = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 2, BLOCK_F, BLOCK_D], k_desc.layout)
     s_v = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, BLOCK_F, BLOCK_D], v_desc.layout)
-    # Otherwise Q has been read by then, and none follows.
+    # Without PERSISTENT the output leaves from Q's place: Q has been read by then, and no other follows.
     s_outs = gl.allocate_shared_memory(q_desc.dtype, s_qs.shape, out_desc.layout) if PERSISTENT else s_qs
     q_full = allocate_barriers(2, 1)
     q_empty = allocate_barriers(2, 1)
@@ -243,7 +240,7 @@ def forward_kernel(
     turns = allocate_barriers(2, 1)
     fence_async_shared()
 
-    # Otherwise there is a program for each.
+    # The program's work items; without PERSISTENT the grid has a program for each.
     items = gl.cdiv(gl.cdiv(T, 2 * BLOCK_T) * H - gl.program_id(0), gl.num_programs(0)) if PERSISTENT else 1
     tiles_f = gl.cdiv(F, BLOCK_F)
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
@@ -252,7 +249,7 @@ def forward_kernel(
     )  # fmt: skip
     producer_arguments = (
         q_desc, k_desc, u_desc, v_desc, s_qs, s_ku, s_v, q_full, q_empty, ku_full, ku_empty, v_full, v_empty,
-        items, T, E, GROUP, tiles_f,
+        items, T, E, GROUP, tiles_f, E * tiles_f,
     )  # fmt: skip
     gl.warp_specialize(
         [
