@@ -49,7 +49,8 @@ for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
 """
 KERNELS = {"decode", "forward", "backward_tokens", "backward_weights"}
 ONE_PASS = {"backward_one_pass"}  # 16-bit only, where a tile fits
-HOPPER = {"hopper_forward", "hopper_backward"}
+HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_tokens"}
+HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
 KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of that depth want more registers
 
@@ -67,7 +68,8 @@ def check(target: str, element_bytes: int, block_d: int) -> None:
     rows = dict(run(COMPILE, target, element_bytes, block_d))
     assert set(rows) - ONE_PASS - HOPPER == KERNELS | PROLOGUE_KERNELS
     assert ("hopper_forward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d > 32)
-    assert ("hopper_backward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d in (64, 128))
+    has_backward = target == "sm_90a" and element_bytes == 2 and block_d in (64, 128)
+    assert HOPPER_BACKWARDS & set(rows) == (HOPPER_BACKWARDS if has_backward else set())
     assert "backward_one_pass" in rows or element_bytes == 4 or block_d == 256
     for kernel, compiled in rows.items():
         assert isinstance(compiled, dict), (kernel, compiled)
@@ -97,7 +99,7 @@ def test_fifty_lengths_share_one_compiled_kernel():
 
 HOPPER_CODE = """
 import json, re, sys, torch
-from compile_kernels import HOPPER_KERNELS, TARGETS, compiled_kernel, plan
+from compile_kernels import HOPPER_KERNELS, SHARED_LIMITS, TARGETS, compiled_kernel, plan
 from flashmhf.ops.hopper import tiles
 import os, triton
 import subprocess, tempfile
@@ -108,11 +110,13 @@ rows += [(k, (96, tiles.TABLE[k[7:]][1])) for k in HOPPER_KERNELS]
 if "candidates" in sys.argv:
     candidates = [(k, D, some) for k, by_D in tiles.CANDIDATES.items() for D, some in by_D.items()]
     rows = [("hopper_" + k, (D, row)) for k, D, some in candidates for row in some]
+    rows += [(k, (96, row)) for k, (D, row) in rows if D == 128]
 for kernel, (D, row) in rows:
     for H_kv, F, E in ((8, 384, 7), (2, 100, 1)):
         if row is None:
             continue
-        asm = compiled_kernel(plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row), TARGETS["sm_90a"]).asm
+        compiled = compiled_kernel(plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row), TARGETS["sm_90a"])
+        asm = compiled.asm
         with tempfile.TemporaryDirectory() as folder:
             open(folder + "/x.ptx", "w").write(asm["ptx"])
             ptxas = os.path.dirname(triton.__file__) + "/backends/nvidia/bin/ptxas"
@@ -125,6 +129,7 @@ for kernel, (D, row) in rows:
             "registers": sorted(set(map(int, re.findall(r"setmaxnreg\\S+\\s+(\\d+);", asm["ptx"])))),
             "waits": sorted(set(map(int, re.findall(r"wgmma\\.wait_group\\.sync\\.aligned\\s+(\\d+)", asm["ptx"])))),
             "serialised": "serializ" in said, "spilled": re.findall(r"(\\d+) bytes spill", said),
+            "shared": compiled.metadata.shared, "shared_limit": SHARED_LIMITS["sm_90a"],
         }]))
 """
 
@@ -136,8 +141,9 @@ def test_the_hopper_kernels_are_what_they_say(dtype):
 
 
 @pytest.mark.slow
-def test_the_tiles_that_a_gpu_will_compare():
-    check_hopper(run(HOPPER_CODE, "bfloat16", "candidates"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_tiles_that_a_gpu_will_compare(dtype):
+    check_hopper(run(HOPPER_CODE, dtype, "candidates"))
 
 
 def check_hopper(rows: list) -> None:
@@ -147,10 +153,9 @@ def check_hopper(rows: list) -> None:
         assert {24, 240} <= set(found["registers"]), (kernel, D)
         assert not found["serialised"], (kernel, D)
         assert set(found["spilled"]) == {"0"}, (kernel, D)
-        if kernel == "hopper_forward":
-            assert found["stores"] > 0
-            assert {0, 1} <= set(found["waits"])
-        else:
-            values = (128 if D > 64 else 64) // 2  # of a thread
-            assert found["reductions"] == values // (4 if row[3] else 2)
-            assert {0, 2} <= set(found["waits"])
+        assert found["shared"] <= found["shared_limit"], (kernel, D)
+        assert {0, 1 if kernel == "hopper_forward" else 2} <= set(found["waits"]), (kernel, D)
+        values = (128 if D > 64 else 64) // 2  # of dQ's tile, in a thread
+        reductions = values // (4 if row[3] else 2) if kernel == "hopper_backward" else 0
+        assert found["reductions"] == reductions, (kernel, D)
+        assert (found["stores"] == 0) == (kernel == "hopper_backward"), (kernel, D)
