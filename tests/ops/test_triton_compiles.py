@@ -126,6 +126,7 @@ for kernel, (D, row) in rows:
         print(json.dumps([kernel, D, row, {
             "wgmma": count(r"wgmma\\.mma_async"), "loads": count(r"cp\\.async\\.bulk\\.tensor\\.3d\\.shared"),
             "stores": count(r"cp\\.async\\.bulk\\.tensor\\.3d\\.global"), "reductions": count(r"red\\.relaxed\\.gpu"),
+            "sums": count(r"cp\\.reduce\\.async\\.bulk\\.tensor\\.3d\\.global\\S+\\.add"),
             "registers": sorted(set(map(int, re.findall(r"setmaxnreg\\S+\\s+(\\d+);", asm["ptx"])))),
             "waits": sorted(set(map(int, re.findall(r"wgmma\\.wait_group\\.sync\\.aligned\\s+(\\d+)", asm["ptx"])))),
             "serialised": "serializ" in said, "spilled": re.findall(r"(\\d+) bytes spill", said),
@@ -156,6 +157,7 @@ def check_hopper(rows: list) -> None:
         assert found["shared"] <= found["shared_limit"], (kernel, D)
         assert {0, 1 if kernel == "hopper_forward" else 2} <= set(found["waits"]), (kernel, D)
         values = (128 if D > 64 else 64) // 2  # of dQ's tile, in a thread
-        reductions = values // (4 if row[3] else 2) if kernel == "hopper_backward" else 0
-        assert found["reductions"] == reductions, (kernel, D)
+        at_once = {"fragments": 4, "rows": 2}.get(row[3]) if kernel == "hopper_backward" else None
+        assert found["reductions"] == (values // at_once if at_once else 0), (kernel, D, row)
         assert (found["stores"] == 0) == (kernel == "hopper_backward"), (kernel, D)
+        assert (found["sums"] > 0) == (row[3:4] == ["tma"]), (kernel, D, row)
