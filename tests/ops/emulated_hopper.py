@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 import torch
-from gluon_emulator import EmulationError, emulate
+from gluon_emulator import EmulationError, emulate, tma_reduce_add
 from gluon_mutants import mutated
 from gluon_values import Value
 from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results
@@ -33,7 +33,7 @@ SHAPES = [
     Shape((260,), 2, 2, 1, 65, 24),
 ]
 DTYPES = (torch.bfloat16, torch.float16)
-HOOKS = {"tanh": tanh}
+HOOKS = {"tanh": tanh, "reduce_add": tma_reduce_add}
 REAL_RUN = Launch.run
 
 

@@ -147,21 +147,33 @@ TOKENS_ERRORS = {
 }
 # Where dQ would be added to the wrong place, or something else to it. The emulator cannot know, but the sums are wrong.
 DQ_MUTATIONS = {
-    "fragments, unchanged": None,
-    "columns in their own order": ("columns *= 2", "columns *= 1"),
-    "the next columns eight rows too near": ("(16 if FRAGMENTS else 1)", "(8 if FRAGMENTS else 1)"),
-    "rows twice as near": ("rows % 8 * 16", "rows % 8 * 8"),
-    "the next 16 rows too near": ("rows // 16 * (16 *", "rows // 16 * (8 *"),
-    "half of the head before": ("head *= BLOCK_T", "head *= BLOCK_T // 2"),
-    "a thread's values in another order": ("{$8, $9, $10, $11}", "{$8, $10, $9, $11}"),
-    "the address of the second value": ("[$4], {$8", "[$5], {$8"),
-    "two of four values": ("add.v4.f32 [$4], {$8, $9, $10, $11}", "add.v2.f32 [$4], {$8, $9}"),
-    "packs of two": ("pack=4", "pack=2"),
-}
-DQ_MUTATIONS_BY_ROWS = {
-    "rows, unchanged": None,
-    "a pair the wrong way round": ("{$4, $5}", "{$5, $4}"),
-    "the next columns at the wrong place": ("(16 if FRAGMENTS else 1)", "(16 if FRAGMENTS else 2)"),
+    "fragments": {
+        "unchanged": None,
+        "columns in their own order": ("columns *= 2", "columns *= 1"),
+        "the next columns eight rows too near": ("(16 if FRAGMENTS else 1)", "(8 if FRAGMENTS else 1)"),
+        "rows twice as near": ("rows % 8 * 16", "rows % 8 * 8"),
+        "the next 16 rows too near": ("rows // 16 * (16 *", "rows // 16 * (8 *"),
+        "half of the head before": ("head *= BLOCK_T", "head *= BLOCK_T // 2"),
+        "a thread's values in another order": ("{$8, $9, $10, $11}", "{$8, $10, $9, $11}"),
+        "the address of the second value": ("[$4], {$8", "[$5], {$8"),
+        "two of four values": ("add.v4.f32 [$4], {$8, $9, $10, $11}", "add.v2.f32 [$4], {$8, $9}"),
+        "packs of two": ("pack=4", "pack=2"),
+    },
+    "rows": {
+        "unchanged": None,
+        "a pair the wrong way round": ("{$4, $5}", "{$5, $4}"),
+        "the next columns at the wrong place": ("(16 if FRAGMENTS else 1)", "(16 if FRAGMENTS else 2)"),
+    },
+    "tma": {
+        "unchanged": None,
+        "another head's": ("reduce_add(dq_desc, [t, head, 0]", "reduce_add(dq_desc, [t, 0, 0]"),
+        "a tile leaves without a fence": ("    fence_async_shared()\n    reduce_add", "    reduce_add"),
+        "the tile before may still leave": (
+            "tma.store_wait(pendings=0)  # the tile before has",
+            "tma.store_wait(pendings=1)  # the tile before has",
+        ),
+        "the last tile is not waited for": ("    if ADDS_Q and BY_TMA:\n        tma.store_wait(pendings=0)\n", ""),
+    },
 }
 
 
@@ -210,13 +222,13 @@ def backward_launch(inputs: list, tile: tiles.BackwardTile):
 
 
 @pytest.mark.parametrize(
-    ("fragments", "change"),
-    [*((True, x) for x in DQ_MUTATIONS.values()), *((False, x) for x in DQ_MUTATIONS_BY_ROWS.values())],
-    ids=[*DQ_MUTATIONS, *DQ_MUTATIONS_BY_ROWS],
+    ("dq", "change"),
+    [(dq, change) for dq, changes in DQ_MUTATIONS.items() for change in changes.values()],
+    ids=[f"{dq}, {name}" for dq, changes in DQ_MUTATIONS.items() for name in changes],
 )
-def test_dq_in_memory_has_its_order(fragments, change):
-    inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 96), torch.bfloat16)
-    tile = tiles.backward_tile(96)._replace(dq_fragments=fragments)
+def test_dq_is_added_where_it_belongs(dq, change):
+    inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 56 if dq == "tma" else 96), torch.bfloat16)
+    tile = tiles.backward_tile(inputs[0].shape[-1])._replace(dq=dq)
     launch, added = backward_launch(inputs, tile)
     kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
     try:

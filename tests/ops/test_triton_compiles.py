@@ -51,7 +51,8 @@ for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
 """
 KERNELS = {"decode", "forward", "backward_tokens", "backward_weights"}
 ONE_PASS = {"backward_one_pass"}  # 16-bit only, where a tile fits
-HOPPER = {"hopper_forward", "hopper_backward"}
+HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_tokens"}
+HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
 KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of that depth want more registers
 
@@ -69,7 +70,8 @@ def check(target: str, element_bytes: int, block_d: int) -> None:
     rows = dict(run(COMPILE, target, element_bytes, block_d))
     assert set(rows) - ONE_PASS - HOPPER == KERNELS | PROLOGUE_KERNELS
     assert ("hopper_forward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d > 32)
-    assert ("hopper_backward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d in (64, 128))
+    has_backward = target == "sm_90a" and element_bytes == 2 and block_d in (64, 128)
+    assert HOPPER_BACKWARDS & set(rows) == (HOPPER_BACKWARDS if has_backward else set())
     assert "backward_one_pass" in rows or element_bytes == 4 or block_d == 256
     for kernel, compiled in rows.items():
         assert isinstance(compiled, dict), (kernel, compiled)
@@ -110,8 +112,8 @@ rows = [(k, x) for k in HOPPER_KERNELS for x in zip(tiles.BLOCK_DS, tiles.TABLE[
 rows += [(k, (96, tiles.TABLE[k[7:]][1])) for k in HOPPER_KERNELS]
 if "candidates" in sys.argv:
     candidates = [(k, D, some) for k, by_D in tiles.CANDIDATES.items() for D, some in by_D.items()]
-    candidates += [("forward", 96, tiles.FORWARD_CANDIDATES[128])]
     rows = [("hopper_" + k, (D, row)) for k, D, some in candidates for row in some]
+    rows += [(k, (96, row)) for k, (D, row) in rows if D == 128]
 for kernel, (D, row) in rows:
     for H_kv, F, E, gate in ((8, 384, 7, True), (2, 100, 1, True), (8, 384, 7, False)):
         if row is None or (kernel == "hopper_backward" and not gate):
@@ -132,11 +134,12 @@ for kernel, (D, row) in rows:
         print(json.dumps([kernel, D, row, {
             "wgmma": count(r"wgmma\\.mma_async"), "loads": count(r"cp\\.async\\.bulk\\.tensor\\.3d\\.shared"),
             "stores": count(r"cp\\.async\\.bulk\\.tensor\\.3d\\.global"), "reductions": count(r"red\\.relaxed\\.gpu"),
+            "sums": count(r"cp\\.reduce\\.async\\.bulk\\.tensor\\.3d\\.global\\S+\\.add"),
             "registers": sorted(set(map(int, re.findall(r"setmaxnreg\\S+\\s+(\\d+);", asm["ptx"])))),
             "waits": sorted(set(map(int, re.findall(r"wgmma\\.wait_group\\.sync\\.aligned\\s+(\\d+)", asm["ptx"])))),
             "serialised": "serializ" in said, "spilled": re.findall(r"(\\d+) bytes spill", said),
-            "fits": compiled.metadata.shared <= SHARED_LIMITS["sm_90a"],
             "tanh": [loop.count("MUFU.TANH") for loop in loops], "a_thread": row.block_t * row.block_f // 128,
+            "shared": compiled.metadata.shared, "shared_limit": SHARED_LIMITS["sm_90a"],
         }]))
 """
 
@@ -160,12 +163,12 @@ def check_hopper(rows: list) -> None:
         assert {24, 240} <= set(found["registers"]), (kernel, D)
         assert not found["serialised"], (kernel, D)
         assert set(found["spilled"]) == {"0"}, (kernel, D)
-        assert found["fits"], (kernel, D)
-        if kernel == "hopper_forward":
-            assert found["stores"] > 0
-            assert {0, 1} <= set(found["waits"])
-            assert found["tanh"] == [found["a_thread"]] * 2, D  # the whole activation runs beside the product before
-        else:
-            values = (128 if D > 64 else 64) // 2  # of a thread
-            assert found["reductions"] == values // (4 if row[3] else 2)
-            assert {0, 2} <= set(found["waits"])
+        assert found["shared"] <= found["shared_limit"], (kernel, D)
+        assert {0, 1 if kernel == "hopper_forward" else 2} <= set(found["waits"]), (kernel, D)
+        values = (128 if D > 64 else 64) // 2  # of dQ's tile, in a thread
+        at_once = {"fragments": 4, "rows": 2}.get(row[3]) if kernel == "hopper_backward" else None
+        assert found["reductions"] == (values // at_once if at_once else 0), (kernel, D, row)
+        assert (found["stores"] == 0) == (kernel == "hopper_backward"), (kernel, D)
+        assert (found["sums"] > 0) == (row[3:4] == ["tma"]), (kernel, D, row)
+        if kernel == "hopper_forward":  # the whole activation runs beside the product before
+            assert found["tanh"] == [found["a_thread"]] * 2, D

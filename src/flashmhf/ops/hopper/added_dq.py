@@ -5,15 +5,23 @@ The memory is in one of two orders. By rows it is (tokens, H, BLOCK_D): a thread
 8, 4, 2, 2): 16 tokens x 8 columns lie together as a warp holds them (token, pair of columns; token + 0 or 8,
 neighbour). A thread's four values are then neighbours, too, and a warp's reduction is 512 bytes on end: half as many
 reductions, and no cache line is met twice. What rounds dQ reads it in that order.
+
+Or TMA adds a whole tile, by rows, from shared memory: no thread issues a reduction, but the tile is written to shared
+memory and read again, where it takes 32 KiB at head dim 64. At head dim 128 there is no room for its 64 KiB.
 """
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashmhf.ops.hopper.launch import token_descriptor
 from flashmhf.ops.hopper.tiles import BackwardTile, block_d
-from flashmhf.ops.hopper.vocabulary import halves, zero
+from flashmhf.ops.hopper.vocabulary import halves, matrix, zero
 
 
 @gluon.jit
@@ -79,19 +87,41 @@ def add_tile(dq_ptr, dq, i, t, head, H, FRAGMENTS: gl.constexpr):
     add_columns(dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :]), dq, FRAGMENTS)
 
 
+@builtin
+def reduce_add(desc, coord, source, _semantic=None):
+    """Asks TMA to add a tile of shared memory to global memory: an operation without a name in Gluon 3.6 and 3.7."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, source.handle)
+
+
+@gluon.jit
+def add_tile_by_tma(dq_desc, s_dq, dq, i, t, head):
+    """As `add_tile`, through shared memory (1, BLOCK_T, 1, BLOCK_D)."""
+    tma.store_wait(pendings=0)  # the tile before has left shared memory
+    s_tile = s_dq.index(zero(i))
+    matrix(s_tile).store(dq)
+    fence_async_shared()
+    reduce_add(dq_desc, [t, head, 0], s_tile)
+
+
 def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
     """Zeros in float32 that whole tiles of q (T, H, D) can be added to, in the tile's order."""
     T, H, D = q.shape
     tiles, BLOCK_D = -(-T // tile.block_t), block_d(D)
     by_rows = (tiles * tile.block_t, H, BLOCK_D)
     in_fragments = (tiles, H, tile.block_t // 16, BLOCK_D // 8, 8, 4, 2, 2)
-    return torch.zeros(in_fragments if tile.dq_fragments else by_rows, dtype=torch.float32, device=q.device)
+    return torch.zeros(in_fragments if tile.dq == "fragments" else by_rows, dtype=torch.float32, device=q.device)
+
+
+def dq_argument(added: Tensor, tile: BackwardTile) -> Tensor | TensorDescriptor:
+    """The buffer as the kernel takes it."""
+    return token_descriptor(added, tile.block_t) if tile.dq == "tma" else added
 
 
 def rounded_dq(added: Tensor, q: Tensor, tile: BackwardTile) -> Tensor:
     """(T, H, D) in q's dtype, contiguous, of what has been added to `dq_buffer(q, tile)`."""
     T, H, D = q.shape
-    if not tile.dq_fragments:
+    if tile.dq != "fragments":
         return added[:T, :, :D].to(q.dtype)
     tiles = len(added)
     dq = torch.empty(tiles * tile.block_t, H, D, dtype=q.dtype, device=q.device)

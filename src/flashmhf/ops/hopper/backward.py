@@ -20,11 +20,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
-from flashmhf.ops.hopper.added_dq import add_tile, dq_buffer, rounded_dq
+from flashmhf.ops.hopper.added_dq import add_tile, add_tile_by_tma, dq_argument, dq_buffer, rounded_dq
 from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
 from flashmhf.ops.hopper.splits import row_tiles, splits_for, token_tiles
 from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, low_and_high
@@ -111,7 +112,9 @@ def share(p, dm, dn, s_p, s_dmn, i, pair: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr):
+def add_dq(
+    dm, dn, s_ku, s_dq, added_dq, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
+):  # fmt: skip
     """dQ = dM K + dN U, added to float32 memory."""
     BLOCK_T: gl.constexpr = dm.shape[0]
     BLOCK_F: gl.constexpr = dm.shape[1]
@@ -121,7 +124,11 @@ def add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole: gl.constexpr, FRAGMENTS: 
     s_u = matrix(s_ku.index(zero(i))).slice(BLOCK_F, BLOCK_F)
     dq = multiply(gl.convert_layout(dm, operand), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, whole))
     dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
-    add_tile(dq_ptr, warpgroup_mma_wait(num_outstanding=0, deps=[dq]), i, t, head, H, FRAGMENTS)
+    dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
+    if BY_TMA:
+        add_tile_by_tma(added_dq, s_dq, dq, i, t, head)
+    else:
+        add_tile(added_dq, dq, i, t, head, H, FRAGMENTS)
 
 
 @gluon.jit
@@ -155,8 +162,9 @@ def store_weights(dk_ptr, du_ptr, dv_ptr, dku, dv, F, D, stride_split, whole: gl
 @gluon.jit
 def consume(
     LOW: gl.constexpr, HIGH: gl.constexpr,
-    HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr,
-    s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
+    HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
+    FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr,
+    s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, added_dq, dk_ptr, du_ptr, dv_ptr,
     t, head, first_head, end_head, tiles, e, T, H, E, F, D, stride_split,
 ):  # fmt: skip
     """Two warpgroups: dK, dU and dV of the program's rows, and its share of dQ and dR."""
@@ -173,6 +181,9 @@ def consume(
     dmn_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_T, 2 * BLOCK_F], dtype)
     s_p = gl.allocate_shared_memory(dtype, [1, BLOCK_T, BLOCK_F], p_layout)
     s_dmn = gl.allocate_shared_memory(dtype, [1, BLOCK_T, 2 * BLOCK_F], dmn_layout)
+    s_dq = s_ku
+    if ADDS_Q and BY_TMA:
+        s_dq = gl.allocate_shared_memory(gl.float32, [1, BLOCK_T, 1, BLOCK_D], added_dq.layout)
     nothing = gl.zeros([BLOCK_T, BLOCK_F], dtype, score)
     share(nothing, nothing, nothing, s_p, s_dmn, 0, pair)
     offs_t = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, score))
@@ -198,21 +209,22 @@ def consume(
         release(empty, before, STAGES, i > 0)  # synchronises the warpgroups, so P, dM and dN have been read
         share(p, dm, dn, s_p, s_dmn, i, pair)
         if ADDS_Q:
-            add_dq(dm, dn, s_ku, dq_ptr, i, t, head, H, whole, FRAGMENTS)
+            add_dq(dm, dn, s_ku, s_dq, added_dq, i, t, head, H, whole, FRAGMENTS, BY_TMA)
         t, head = next_tile(t, head, T, first_head, end_head, BLOCK_T)
     dv, dku = issue_weights(s_p, s_dmn, s_q, s_dout, dv, dku, tiles - 1, STAGES)
     dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])
-
+    if ADDS_Q and BY_TMA:
+        tma.store_wait(pendings=0)
     result: gl.constexpr = dk_ptr.dtype.element_ty  # float32 where it is one of several splits
     store_weights(dk_ptr, du_ptr, dv_ptr, dku.to(result), dv.to(result), F, D, stride_split, whole, split)
 
 
 @gluon.jit(do_not_specialize=["T", "tiles_per_split"])
 def backward_kernel(
-    q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
+    q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, added_dq, dk_ptr, du_ptr, dv_ptr,
     T, H, E, F, D, GROUP, tiles_per_split, stride_split, LOW: gl.constexpr, HIGH: gl.constexpr,
     STAGES: gl.constexpr, HAS_GATE: gl.constexpr,
-    ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr,
+    ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr,
 ):  # fmt: skip
     """q, dout (T, H, D), k, u, v (H_kv E, F, D), gate (T, H, E) -> dk, du, dv (splits, H_kv, E, F, D).
 
@@ -244,7 +256,7 @@ def backward_kernel(
     t = (first_tile % tiles_t) * BLOCK_T
     head = first_head + first_tile // tiles_t % GROUP
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
-        s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_ptr, dk_ptr, du_ptr, dv_ptr,
+        s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, added_dq, dk_ptr, du_ptr, dv_ptr,
         t, head, first_head, first_head + GROUP, tiles, sub_network % E, T, H, E, F, D, stride_split,
     )  # fmt: skip
     producer_arguments = (
@@ -253,7 +265,7 @@ def backward_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE, FRAGMENTS) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
+            (consume, (LOW, HIGH, HAS_GATE, ADDS_Q, ADDS_GATE, FRAGMENTS, BY_TMA) + consumer_arguments),  # noqa: RUF005 - Gluon knows no star
             (produce_tokens, producer_arguments),
         ],
         [1],
@@ -279,13 +291,15 @@ def plan_backward(
         "q_desc": token_descriptor(q, tile.block_t), "dout_desc": token_descriptor(dout, tile.block_t),
         **{f"{name}_desc": weight_descriptor(x, tile.block_f) for name, x in (("k", k), ("u", u), ("v", v))},
         "gate_ptr": q if gate is None else gate.contiguous(),
-        "dgate_ptr": q if added_dgate is None else added_dgate, "dq_ptr": q if added_dq is None else added_dq,
+        "dgate_ptr": q if added_dgate is None else added_dgate,
+        "added_dq": q if added_dq is None else dq_argument(added_dq, tile),
         "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
         **dict(zip(("LOW", "HIGH"), low_and_high(D), strict=True)),
         "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv,
         "tiles_per_split": tiles_per_split, "stride_split": k.numel(),
         "STAGES": tile.stages, "HAS_GATE": gate is not None,
-        "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None, "FRAGMENTS": tile.dq_fragments,
+        "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None,
+        "FRAGMENTS": tile.dq == "fragments", "BY_TMA": tile.dq == "tma",
     }  # fmt: skip
     return Launch(backward_kernel, (row_tiles(k, tile), splits), arguments, num_warps=8, num_stages=1)
 

@@ -10,7 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashmhf.ops.hopper.tiles import block_d
 
-GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 PROCESSORS = 132  # of an H100 or H200 with SXM
 TMA_ALIGNMENT = 16  # bytes, of the address and of every stride but the last
 

@@ -32,15 +32,15 @@ class ForwardTile(NamedTuple):
 class BackwardTile(NamedTuple):
     """Tokens and parameter rows of one tile, stages of the rings, and two options.
 
-    dq_fragments: the order of dQ in memory (added_dq.py), in which it takes half as many reductions and a warp's meet
-    four cache lines instead of eight. splits_tokens: over several programs, where more of the device is then busy
-    (splits.py), at the price of float32 partial sums.
+    dq: how it is added up in memory (added_dq.py): in "fragments" it takes half as many reductions as by "rows", and a
+    warp's meet four cache lines instead of eight; by "tma" it needs room in shared memory. splits_tokens: over several
+    programs, where more of the device is then busy (splits.py), at the price of float32 partial sums.
     """
 
     block_t: int
     block_f: int
     stages: int
-    dq_fragments: bool = True
+    dq: str = "fragments"
     splits_tokens: bool = False
 
 
@@ -114,12 +114,14 @@ FORWARD_CANDIDATES: dict[int, tuple[ForwardTile, ...]] = {
     ),
 }
 BACKWARD_CANDIDATES: dict[int, tuple[BackwardTile, ...]] = {
-    D: (
-        BackwardTile(128, 64, 2),
-        BackwardTile(128, 64, 2, dq_fragments=False),
+    64: (
+        *(BackwardTile(128, 64, 2, dq) for dq in ("fragments", "rows", "tma")),
         BackwardTile(128, 64, 2, splits_tokens=True),
-    )
-    for D in (64, 128)
+    ),
+    128: (
+        *(BackwardTile(128, 64, 2, dq) for dq in ("fragments", "rows")),
+        BackwardTile(128, 64, 2, splits_tokens=True),
+    ),
 }
 BACKWARD_TOKENS_CANDIDATES: dict[int, tuple[TokensTile, ...]] = {
     64: tuple(TokensTile(64, 64, stages) for stages in (2, 4, 6)),
