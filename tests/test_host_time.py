@@ -79,8 +79,10 @@ with host_time.imaginary_gpu(few_tokens=True):
         calls.forget()
         assert again[name] == launches(make), name
         assert len(again[name]) >= 4, name
-    direct = [step.start for call in calls._calls.values() for step in call.steps.values() if hasattr(step, "start")]
-    assert any("runner" in str(start) for start in direct)
+    steps = [step for call in calls._calls.values() for step in call.program.steps]
+    launches = [step.__self__ for step in steps if hasattr(step, "__self__")]
+    assert launches
+    assert all("runner" in str(launch.start) for launch in launches)
     assert len({str(found) for found in again.values()}) == len(VARIANTS)
 """
 

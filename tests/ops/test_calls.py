@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from flashmhf.layers import FlashMHF
-from flashmhf.ops import backends, calls
+from flashmhf.ops import backends, calls, recording
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.plans import _Plan
+from flashmhf.ops.triton.plans import _Again
 
 SIZES = (16, 2, 2, 6)  # hidden, heads, sub-networks, rows
 
@@ -53,9 +53,11 @@ def check(layer: FlashMHF, x: torch.Tensor) -> None:
             )
 
 
-def plans() -> list[_Plan]:
+def plans() -> list[_Again]:
     """Every launch that is remembered."""
-    return [step for call in calls._calls.values() for step in call.steps.values() if isinstance(step, _Plan)]
+    programs = [call.program for call in calls._calls.values() if call.program is not None]
+    owners = [getattr(step, "__self__", None) for program in programs for step in program.steps]
+    return [owner for owner in owners if isinstance(owner, _Again)]
 
 
 def with_other_strides(weight: torch.Tensor) -> nn.Parameter:
@@ -160,7 +162,7 @@ def test_one_tensor_given_twice_and_then_two():
     for _ in range(2):
         q, k, _, _, gate = inputs()
         compare(q, k, k, k, gate)
-    assert len(plans()) == 1  # the sum over splits; of the other, which of the three pointers is which
+    assert not plans()  # which of the three pointers is which
     for _ in range(3):
         compare(*inputs())
     assert len(plans()) == 2
@@ -233,11 +235,12 @@ def test_threads_have_a_call_each(monkeypatch):
     assert not failures
 
 
-def test_a_failed_launch_leaves_no_call_running(monkeypatch):
+def test_a_failed_launch_ends_the_recording(monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda launch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         flash_mhf(*inputs())
-    assert calls.running.call is None
+    assert recording.recorder() is None
+    assert not plans()
 
 
 def test_a_bad_call_is_refused_every_time():

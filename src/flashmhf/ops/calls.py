@@ -1,10 +1,10 @@
-"""What an operator finds out once for all calls whose tensors differ in their contents and addresses alone.
+"""Operators that do the same again for tensors that differ in their contents and addresses alone.
 
 Checking a problem, choosing its backend and planning its launches take some hundred microseconds of Python, more than a
-short kernel runs. All of it follows from metadata, which is the key here. No tensor is kept.
+short kernel runs. All of it follows from metadata. So the first call with some metadata is recorded (`recording.py`),
+and what it allocated and launched is done again for the next. No tensor is kept.
 """
 
-import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,45 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmhf.ops.recording import Program, record
+
 ALIGNMENT = 16  # bytes: Triton compiles other code for a pointer that has it, and TMA needs it
 MOST_CALLS = 1024  # then all are forgotten, so that ever new numbers of tokens do not fill the memory
 
+Compute = Callable[[ModuleType, tuple[Any, ...], tuple[Any, ...]], Any]
+
 
 class Call:
-    """The backend of a call that has been checked, and what it has found out since, by its order.
+    """The backend of a call that has been checked, and its program once it has one."""
 
-    `with call:` around what the backend runs lets `once` and the launches (`ops/triton/plans.py`) find it.
-    """
-
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, tensors: tuple[Any, ...]) -> None:
         self.module = module
-        self.steps: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        running.call, running.steps = self, 0
-
-    def __exit__(self, *error: object) -> None:
-        running.call = None
+        self.device_type: str = tensors[0].device.type
+        self.program: Program | None = None
+        self.recordable = getattr(module, "RECORDABLE", False)
 
 
-class _Running(threading.local):
-    call: Call | None = None
-    steps = 0  # of the call so far
-
-
-running = _Running()
 _calls: dict[tuple[Any, ...], Call] = {}
 
 
-def find(select: Callable[..., ModuleType], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Call:
-    """The call of an operator on real tensors.
+def run(
+    select: Callable[[tuple[Any, ...], tuple[Any, ...]], ModuleType],
+    compute: Compute,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+) -> Any:
+    """The result of an operator on real tensors: a tensor or a list of them.
 
     Args:
-        select: called as select(tensors, options) for a call that is new; checks it and returns the backend's module.
+        select: called as select(tensors, options); checks them and returns the backend's module.
+        compute: called as compute(module, tensors, options); launches what follows from metadata and options alone if
+            the module says that it is RECORDABLE.
         tensors: every tensor that the operator is given.
-        options: whatever else the launches depend on; hashable.
+        options: all else that it is given; hashable.
     """
-    key: list[Any] = [select, options, torch.are_deterministic_algorithms_enabled()]
+    key: list[Any] = [compute, options, torch.are_deterministic_algorithms_enabled()]
     if tensors[0] is not None and tensors[0].dtype is torch.float32:
         key.append(torch.get_float32_matmul_precision())
     for x in tensors:
@@ -61,26 +59,26 @@ def find(select: Callable[..., ModuleType], tensors: tuple[Tensor | None, ...], 
     found = tuple(key)
     call = _calls.get(found)
     if call is None:
-        call = Call(select(tensors, options))
+        call = Call(select(tensors, options), tensors)
         if len(_calls) >= MOST_CALLS:
             _calls.clear()
         _calls[found] = call
-    return call
-
-
-def once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, which must follow from the call that this thread is in: found out once for it."""
-    call = running.call
-    if call is None:
-        return function(*arguments)
-    number = running.steps
-    running.steps = number + 1
-    known = call.steps.get(number)
-    if known is None or known[0] is not function:
-        known = call.steps[number] = (function, function(*arguments))
-    return known[1]
+    program = call.program
+    if program is not None:
+        return program.run(tensors, call.device_type)
+    if not call.recordable or _some_are_one(tensors):
+        return compute(call.module, tensors, options)
+    result, call.program = record(lambda: compute(call.module, tensors, options), tensors)
+    call.recordable = call.program is not None
+    return result
 
 
 def forget() -> None:
     """For whoever changes what follows from metadata: the backends, or their tables of tiles."""
     _calls.clear()
+
+
+def _some_are_one(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a recording could not tell two tensors apart."""
+    present = [id(x) for x in tensors if x is not None]
+    return len(set(present)) < len(present)

@@ -29,9 +29,7 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "flash_mhf", "CompositeExplicitAutograd")
 def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
-    call = calls.find(_select, (q, k, u, v, gate), (backend,))
-    with call:
-        return call.module.forward(q, k, u, v, gate).contiguous()
+    return calls.run(_select, _compute_forward, (q, k, u, v, gate), (backend,))
 
 
 @torch.library.impl(_LIBRARY, "flash_mhf_backward", "CompositeExplicitAutograd")
@@ -39,10 +37,17 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: list[bool], backend: str
 ) -> list[Tensor]:
     """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
-    call = calls.find(_select, (q, k, u, v, gate, dout), (backend, *needs))
-    with call:
-        grads = call.module.backward(dout, q, k, u, v, gate, tuple(needs))
-    return [grad.contiguous() for grad in grads if grad is not None]
+    return calls.run(_select, _compute_backward, (q, k, u, v, gate, dout), (backend, *needs))
+
+
+def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    return run.forward(*tensors).contiguous()
+
+
+def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> list[Tensor]:
+    *inputs, dout = tensors
+    _, *needs = options
+    return [grad.contiguous() for grad in run.backward(dout, *inputs, tuple(needs)) if grad is not None]
 
 
 def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:

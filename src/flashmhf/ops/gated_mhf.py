@@ -65,30 +65,37 @@ def gated_mhf(
 
 @torch.library.impl(_LIBRARY, "gated_mhf", "CompositeExplicitAutograd")
 def _forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend) -> Tensor:
-    call = calls.find(_select, (q, k, u, v, gate_weight, norm_weight), (gate, backend, gate_total, norm_eps))
-    run = call.module
-    with call, without_autocast(q.device.type):
-        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, Prologue(gate, gate_total, norm_eps))
-        return run.forward(normed, k, u, v, gates).contiguous()
+    tensors = (q, k, u, v, gate_weight, norm_weight)
+    return calls.run(_select, _compute_forward, tensors, (gate, gate_total, norm_eps, backend))
 
 
 @torch.library.impl(_LIBRARY, "gated_mhf_backward", "CompositeExplicitAutograd")
 def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_total, norm_eps, backend) -> list[Tensor]:
     """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
     tensors = (q, k, u, v, gate_weight, norm_weight, dout)
-    call = calls.find(_select, tensors, (gate, backend, gate_total, norm_eps, *needs))
-    run = call.module
-    options = Prologue(gate, gate_total, norm_eps)
+    return calls.run(_select, _compute_backward, tensors, (gate, gate_total, norm_eps, backend, *needs))
+
+
+def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    q, k, u, v, gate_weight, norm_weight = tensors
+    with without_autocast(q.device.type):
+        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, Prologue(*options[:3]))
+        return run.forward(normed, k, u, v, gates).contiguous()
+
+
+def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> list[Tensor]:
+    q, k, u, v, gate_weight, norm_weight, dout = tensors
+    prologue, needs = Prologue(*options[:3]), options[4:]
     before_op = needs[0] or needs[4] or needs[5]
     op_needs = (before_op, *needs[1:4], before_op and gate_weight is not None)
     dq = dgate_weight = dnorm_weight = None
-    with call, without_autocast(q.device.type):
-        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, options)
+    with without_autocast(q.device.type):
+        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, prologue)
         dnormed, dk, du, dv, dgates = run.backward(dout, normed, k, u, v, gates, op_needs)
         del normed, gates
         if dnormed is not None:
             dq, dgate_weight, dnorm_weight = run.prologue_backward(
-                q, gate_weight, norm_weight, options, dnormed.contiguous(), dgates
+                q, gate_weight, norm_weight, prologue, dnormed.contiguous(), dgates
             )
     grads = (dq, dk, du, dv, dgate_weight, dnorm_weight)
     return [grad.contiguous() for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
@@ -96,7 +103,7 @@ def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_tota
 
 def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
     q, k, u, v, gate_weight, norm_weight, *_ = tensors
-    gate, backend, *_ = options
+    gate, _, _, backend, *_ = options
     return backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate), backend)
 
 

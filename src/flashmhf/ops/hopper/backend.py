@@ -15,6 +15,8 @@ from flashmhf.ops.triton.prologue import prologue_backward, prologue_forward
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
+RECORDABLE = True  # what is launched follows from the metadata of the tensors (`ops/calls.py`)
+
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]

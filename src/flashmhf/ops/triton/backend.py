@@ -5,3 +5,5 @@ from flashmhf.ops.triton.forward import forward
 from flashmhf.ops.triton.prologue import prologue_backward, prologue_forward
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
+
+RECORDABLE = True  # what is launched follows from the metadata of the tensors (`ops/calls.py`)

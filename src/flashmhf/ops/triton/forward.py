@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.calls import once
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, stacked_rows, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, cdiv, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.plans import launch
@@ -135,7 +134,8 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    tile, splits = once(tile_and_splits, q, k)
+    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
+    splits = splits_for(q, k, tile)
     if splits == 1:
         launch(plan_forward, q, k, u, v, gate, out, tile)
         return out
@@ -143,12 +143,6 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     launch(plan_forward, q, k, u, v, gate, partial, tile, splits)
     launch(plan_combine, partial, out)
     return out
-
-
-def tile_and_splits(q: Tensor, k: Tensor) -> tuple[Tile, int]:
-    """What ships for such a q and k."""
-    tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
-    return tile, splits_for(q, k, tile)
 
 
 def stacked_heads(T: int, H: int, H_kv: int) -> int:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.calls import once
 from flashmhf.ops.prologue import MIN_GATE_SUM, Prologue
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, block_d, cdiv, token_arguments
@@ -208,11 +207,6 @@ def plan_prologue_backward(
     )
 
 
-def programs_for(q: Tensor) -> int:
-    """Programs that share one head's tokens of q."""
-    return programs_per_head(q.shape[:-2].numel(), *q.shape[-2:])
-
-
 def programs_per_head(T: int, H: int, D: int) -> int:
     """Programs that share one head's tokens in the backward kernel."""
     return max(1, min(cdiv(T, block_t(D)), cdiv(WEIGHT_PROGRAMS, H)))
@@ -223,11 +217,6 @@ def block_t(D: int) -> int:
     return 32 if D <= 128 else 16
 
 
-def gate_shape(q: Tensor, gate_weight: Tensor) -> tuple[int, ...]:
-    """(..., H, E)."""
-    return (*q.shape[:-1], gate_weight.shape[-1])
-
-
 def prologue_forward(
     q: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None, prologue: Prologue
 ) -> tuple[Tensor, Tensor | None]:
@@ -236,7 +225,7 @@ def prologue_forward(
     if norm_weight is not None:
         normed = torch.empty_like(q, memory_format=torch.contiguous_format)
     if gate_weight is not None:
-        gate = q.new_empty(once(gate_shape, q, gate_weight), dtype=torch.float32)
+        gate = q.new_empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32)
     if q.numel() > 0 and (normed is not None or gate is not None):
         launch(plan_prologue_forward, q, gate_weight, norm_weight, prologue, normed, gate)
     return q if normed is None else normed, gate
@@ -254,7 +243,8 @@ def prologue_backward(
     if gate_weight is None and norm_weight is None:
         return dnormed, None, None
     some = q.numel() > 0
-    programs = once(programs_for, q)
+    H, D = q.shape[-2:]
+    programs = programs_per_head(q.shape[:-2].numel(), H, D)
     make = q.new_empty if some else q.new_zeros
     dgate_weights, dnorm_weights = (
         None if weight is None else make((programs, *weight.shape), dtype=torch.float32)
