@@ -40,6 +40,7 @@ TILE_SIZES: dict[str, tuple[Size, ...]] = {"decode": FEW_TOKENS_SIZES[:2]}
 TOY_SIZE: Size = (20, 4, 2, 2, 40)
 WIDE = (16, 16, 1, 64, 128)  # H, H_kv, E, F, D
 BACKWARD_RESULTS = ("dq", "dk", "du", "dv", "dgate")
+# Kernel -> which of them are asked for when it is to run.
 NEEDS = {"backward": (True,) * 5, "backward_tokens": (True, False, False, False, True)}
 ANY_ORDER = ("dq", "dgate")  # in one pass these are sums of atomic additions
 
@@ -107,7 +108,7 @@ def _check(bench: Bench, variant: Variant, size: Size, dtype: torch.dtype, round
 
 
 def run(bench: Bench, variant: Variant, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """The results of a forward or of a backward alone, in memory full of NaN."""
+    """The results of a forward or of (part of) a backward alone, in memory full of NaN."""
     call = prepared(bench, variant, inputs)
     with poisoned_memory():
         results = call()
