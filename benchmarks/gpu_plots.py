@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flashmhf.benchmarking.drawing import Panels, grid, panels, png
+from flashmhf.reports.benchmark_figures import Panels, grid, panels, png
 
 PANELS: Panels = {
     "op": [("ratio_to_cublas", ("backend", "dtype", "measured_pass"), ("shape",))],

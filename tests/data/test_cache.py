@@ -12,8 +12,8 @@ import pytest
 
 from flashmhf.data import corpus as corpus_module
 from flashmhf.data import load_corpus, tokenize, tokens, workers
+from flashmhf.data.tokenizer import byte_tokenizer, encode_documents, train_bpe
 from flashmhf.data.workers import count_rows, count_workers
-from flashmhf.tokenization import byte_tokenizer, encode_documents, train_bpe
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ from pathlib import Path
 import datasets
 datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
 from flashmhf.data import load_corpus, tokenize, tokens
-from flashmhf.tokenization import byte_tokenizer
+from flashmhf.data.tokenizer import byte_tokenizer
 tokens.rows_at_once = lambda documents: 4
 plain = tokens.encode_documents
 def slow(tokenizer, texts):

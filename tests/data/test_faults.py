@@ -8,8 +8,8 @@ import pytest
 from flashmhf.data import Recipe, files, load_blocks, load_corpus
 from flashmhf.data import corpus as corpus_module
 from flashmhf.data.faults import BadData
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.tokenization import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)

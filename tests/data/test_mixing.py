@@ -5,8 +5,8 @@ import pytest
 
 from flashmhf.data import Recipe, load_blocks
 from flashmhf.data.mixing import parse_sources
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.tokenization import byte_tokenizer
 from flashmhf.training import Run, parse_arguments, train
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from flashmhf.data import Recipe, TokenBlocks, load_blocks, tokenize
 from flashmhf.data.blocks import iterate_blocks
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
-from flashmhf.tokenization import byte_tokenizer
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.training import Run, parse_arguments, train
 from flashmhf.training.trainer import SpeedTrainer
 

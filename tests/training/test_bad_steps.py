@@ -12,9 +12,9 @@ import torch
 
 from flashmhf.data import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
-from flashmhf.tokenization import byte_tokenizer
 from flashmhf.training import Run, parse_arguments, train
 from flashmhf.training.bad_steps import GuardedTrainer, LossWindow, _told, numbered
 

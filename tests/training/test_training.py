@@ -13,9 +13,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flashmhf.data.tokenizer import is_byte_tokenizer, load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.tokenization import is_byte_tokenizer, load_tokenizer
 from flashmhf.training import Run, parse_arguments, train, trainer
 from flashmhf.training.manifest import check
 from flashmhf.training.run_log import read_log
@@ -237,7 +237,7 @@ def test_models_and_tokenizers_that_do_not_fit(run, tmp_path):
 
 
 def test_another_tokenizer_for_a_trained_model_is_refused(run, tmp_path, corpus_folder):
-    from flashmhf.tokenization import train_bpe
+    from flashmhf.data.tokenizer import train_bpe
 
     start(run, tmp_path / "first", "--max-steps", "1", "--eval-strategy", "no")
     train_bpe(["the quick brown fox"] * 9, 262).save_pretrained(tmp_path / "bpe")

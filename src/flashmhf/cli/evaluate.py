@@ -31,8 +31,8 @@ def evaluate(
 ) -> None:
     """Loss in nats a token, perplexity and bits a byte, over windows within each document."""
     with results_only():
+        from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
-        from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
 
         if output is not None:
             check_file(output)

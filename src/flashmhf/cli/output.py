@@ -34,7 +34,7 @@ def results_only() -> Iterator[None]:
 def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
     """Prints a command's result; `output` is a file that gets it as JSON, too."""
     if output is not None:
-        from flashmhf.writing import write_json
+        from flashmhf.files import write_json
 
         write_json(Path(output), result)
     print(json.dumps(result) if as_json else text)

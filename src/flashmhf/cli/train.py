@@ -49,9 +49,9 @@ def train(
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
+        from flashmhf.distributed.trainer import split_heads
         from flashmhf.training import Run, parse_arguments
         from flashmhf.training import train as run_training
-        from flashmhf.training.layouts import split_heads
         from flashmhf.training.resuming import RUN_FILE
 
         resume = (_was_restarted() and (Path(output_dir) / RUN_FILE).exists()) or resume

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from flashmhf.comparison.launcher import RESULT_FILE, Trial, train_command
 from flashmhf.comparison.matching import match
-from flashmhf.comparison.queue import RESULT_FILE, Trial, train_command
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
 from flashmhf.errors import InputError
+from flashmhf.files import read_json
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import read_json
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from flashmhf.accounting import account
-from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage, trained_model
+from flashmhf.comparison.evaluate import differences, evaluate_runs, gate_usage, trained_model
+from flashmhf.comparison.launcher import RESULT_FILE
 from flashmhf.comparison.plan import Entry, Run
-from flashmhf.comparison.queue import RESULT_FILE
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
 from flashmhf.data import load_corpus, tokenize
+from flashmhf.data.tokenizer import load_tokenizer
+from flashmhf.estimates.cost import account
 from flashmhf.evaluation import Evaluation
-from flashmhf.generation import generate
-from flashmhf.models.loading import read_json
-from flashmhf.tokenization import load_tokenizer
+from flashmhf.evaluation.generation import generate
+from flashmhf.files import read_json
 from flashmhf.training.run_log import read_log
 
 PROMPT_TOKENS = 48

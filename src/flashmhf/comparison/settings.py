@@ -6,13 +6,13 @@ from typing import Any
 
 from flashmhf.data import REFUSE
 from flashmhf.data.mixing import parse_sources
+from flashmhf.data.tokenizer import fit_vocabulary, load_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_context_length
 from flashmhf.models import FlashMHFConfig
+from flashmhf.models.checks import check_context_length
 from flashmhf.models.configuration import FFN_TYPES
 from flashmhf.models.loading import load_config
 from flashmhf.ops.prologue import GATES
-from flashmhf.tokenization import fit_vocabulary, load_tokenizer
 
 ABLATED = "flashmhf"  # the variant that ablations change
 WITH_SUBNETWORKS = ("flashmhf", "dense_moe")

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
-from flashmhf.models.loading import read_json
+from flashmhf.files import read_json
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import why_unsafe
 from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover

@@ -21,22 +21,22 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from flashmhf.accounting import account
 from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
+from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_tokenizer
+from flashmhf.distributed.trainer import check_layout, head_processes
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_context_length, check_vocabulary
+from flashmhf.estimates.cost import account
+from flashmhf.files import write_json
+from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
-from flashmhf.tokenization import check_same_tokenizer, fit_vocabulary, load_tokenizer
 from flashmhf.training.bad_steps import MAX_BAD_STEPS, check_limit, numbered
 from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
-from flashmhf.training.layouts import check_layout, head_processes
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.resuming import RUN_FILE, explain_full_disk, finished_state, only_writer, prepare_output_dir
 from flashmhf.training.run_log import LogLines
 from flashmhf.training.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 from flashmhf.training.watchdog import Watchdog
-from flashmhf.writing import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flashmhf.errors import Interrupted
-from flashmhf.writing import write_json
+from flashmhf.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from parallel_cases import build
 from safetensors.torch import load_file
 
+from flashmhf.distributed.trainer import SHARDS, check_layout, split_heads
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
 from flashmhf.training import Run, parse_arguments, train
-from flashmhf.training.layouts import SHARDS, check_layout, split_heads
 from flashmhf.training.manifest import check
-from parallel_cases import build
 from torchrun import torchrun
 
 STEPS = (

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.data import tokenize
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_vocabulary
 from flashmhf.layers import FlashMHF
+from flashmhf.models.checks import check_vocabulary
 from flashmhf.ops import prologue
 from flashmhf.ops.prologue import Prologue
 

@@ -14,10 +14,10 @@ from flashmhf.data import beginnings
 from flashmhf.errors import RunError
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.evaluation.differences import paired_difference
-from flashmhf.inspection import inspect
+from flashmhf.evaluation.inspection import inspect
+from flashmhf.files import read_json, write_json
 from flashmhf.layers import FlashMHF
-from flashmhf.models.loading import load_model, read_json
-from flashmhf.writing import write_json
+from flashmhf.models.loading import load_model
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ import time
 import pytest
 import torch
 
-from flashmhf.accounting import account, count_parameters
 from flashmhf.comparison import Comparison, compare
+from flashmhf.comparison.launcher import _last_object, _share
 from flashmhf.comparison.matching import match
 from flashmhf.comparison.plan import Plan
-from flashmhf.comparison.queue import _last_object, _share
 from flashmhf.comparison.settings import Contender
 from flashmhf.errors import InputError, RunError
+from flashmhf.estimates.cost import account, count_parameters
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.configuration import FFN_TYPES
 
