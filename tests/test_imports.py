@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "files"),
     },
     "cli": {
-        *("ops", "models", "data", "distributed", "estimates", "evaluation", "training", "benchmarking"),
+        *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
         *("reports", "comparison", "errors", "files"),
     },
     "__init__": {"ops", "layers", "models"},

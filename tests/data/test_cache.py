@@ -11,8 +11,10 @@ import datasets
 import pytest
 
 from flashmhf.data import corpus as corpus_module
-from flashmhf.data import load_corpus, tokenize, tokens, workers
+from flashmhf.data import tokens, workers
+from flashmhf.data.corpus import load_corpus
 from flashmhf.data.tokenizer import byte_tokenizer, encode_documents, train_bpe
+from flashmhf.data.tokens import tokenize
 from flashmhf.data.workers import count_rows, count_workers
 
 

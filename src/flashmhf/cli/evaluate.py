@@ -48,7 +48,7 @@ def evaluate(
             )
             result["tasks"], text = measures, _tasks_text(measures)
         else:
-            from flashmhf.data import beginnings, load_documents
+            from flashmhf.data.splits import beginnings, load_documents
 
             documents = load_documents(data, split=split, text_column=text_column, bad_data=bad_data)
             if document_bytes is not None:

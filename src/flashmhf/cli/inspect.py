@@ -23,7 +23,7 @@ def inspect(
         from rich.console import Console
         from rich.progress import Progress
 
-        from flashmhf.data import load_corpus
+        from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.errors import InputError
         from flashmhf.evaluation import inspection

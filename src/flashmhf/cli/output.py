@@ -21,6 +21,8 @@ BadData = Annotated[
 ]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
+ContextLength = Annotated[int, typer.Option(help="Tokens in a training block.")]
+ValidationTokens = Annotated[int, typer.Option(help="At most so many are used for validation.")]
 Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, else the CPU.")]
 
 

@@ -18,7 +18,7 @@ def tokenizer(
 ) -> None:
     """Train a byte-level BPE tokenizer on the training documents of SOURCE."""
     with results_only():
-        from flashmhf.data import load_corpus
+        from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import train_bpe
         from flashmhf.errors import InputError
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
-from flashmhf.data import beginnings
+from flashmhf.data.splits import beginnings
 from flashmhf.errors import RunError
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.evaluation.differences import paired_difference
@@ -45,7 +45,7 @@ def evaluate_runs(
         if not file.exists():
             progress(f"evaluating {run.trial.label}")
             try:
-                result = evaluate(trained_model(run), tokenizer, documents, context_length=settings.context_length)
+                result = evaluate(trained_model(run), tokenizer, documents, context_length=settings.data.context_length)
             except RunError as error:
                 logger.warning("%s: %s", run.trial.label, error)
                 continue

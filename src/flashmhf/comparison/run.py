@@ -10,7 +10,7 @@ from flashmhf.comparison.launcher import run_trials
 from flashmhf.comparison.plan import Plan
 from flashmhf.comparison.results import collect
 from flashmhf.comparison.settings import Comparison
-from flashmhf.data import Recipe, load_blocks
+from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.errors import InputError, RunError
 from flashmhf.files import atomic_write, read_json, write_json
@@ -39,7 +39,7 @@ def compare(
         output_dir: new, empty, or holding this comparison.
         progress: called with one line at the start of each run.
         jobs: runs at a time.
-        environment: variables of the runs' processes, see `comparison.queue`.
+        environment: variables of the runs' processes, see `comparison.launcher`.
 
     Raises:
         InputError: the settings do not fit, or the folder holds something else.
@@ -68,13 +68,7 @@ def compare(
 
 def _check_data(settings: Comparison) -> None:
     """Reads and tokenises all of it, once for all runs, so that what does not fit is said before the first."""
-    recipe = Recipe(
-        settings.context_length,
-        settings.text_column,
-        validation_tokens=settings.validation_tokens,
-        bad_data=settings.bad_data,
-    )
-    load_blocks(settings.data, load_tokenizer(settings.tokenizer), recipe)
+    load_blocks(settings.data, load_tokenizer(settings.data.tokenizer))
 
 
 def _claim(output_dir: Path, settings: Comparison) -> None:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmhf.data import tokenize
+from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
 from flashmhf.layers import FlashMHF
 from flashmhf.models.checks import check_vocabulary

@@ -13,7 +13,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmhf.data import text_hash, tokenize
+from flashmhf.data.corpus import text_hash
+from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation.bootstrap import ratio_interval
 from flashmhf.models.checks import check_context_length, check_vocabulary
