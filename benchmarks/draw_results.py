@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flashmhf.benchmarking import read_result
-from flashmhf.benchmarking.drawing import grid, panels, png
+from flashmhf.reports.benchmark_figures import grid, panels, png
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "benchmarks" / "results" / "cpu_layer_growth.json"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmhf.files import atomic_write
 from flashmhf.ops import measured
 from flashmhf.ops.hopper import tiles as hopper_tiles
-from flashmhf.writing import write_flushed
 from gpu_bench import LAYER_KERNELS
 from gpu_facts import kernel_hashes
 from gpu_rows import Row, failed, read_lines, rows_of
@@ -39,7 +39,7 @@ def apply(merged: Path, target: Path = measured.FILE) -> str:
     entries += triton_entries(_current(rows, "triton", said.append), said.append)
     before = measured.checked(target.read_text())
     said += [f"no longer: {_claim(old)}" for old in before if _claim(old) not in map(_claim, entries)]
-    write_flushed(target, json.dumps(entries, indent=1) + "\n")
+    atomic_write(target, json.dumps(entries, indent=1) + "\n")
     return "\n".join([*said, f"{target.name}: {len(entries)} entries"])
 
 

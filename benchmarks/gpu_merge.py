@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmhf.benchmarking import table
-from flashmhf.writing import write_flushed
+from flashmhf.files import atomic_write
 from gpu_facts import facts
 from gpu_plots import plot
 from gpu_rows import Row, UnusableError, failed, read_lines, rows_of
@@ -41,9 +41,9 @@ def merge(folders: list[Path], merged: Path) -> str:
     if not rows:
         return f"{merged}: nothing to write in {len(files)} files{ignored}; a dry run measures nothing"
     unique = list(dict.fromkeys(json.dumps(row | own.get(row["code"], {})) for row in rows))
-    write_flushed(merged, "".join(f"{line}\n" for line in unique))
+    atomic_write(merged, "".join(f"{line}\n" for line in unique))
     rows = [json.loads(line) for line in unique]
-    write_flushed(merged.with_suffix(".md"), _markdown(rows))
+    atomic_write(merged.with_suffix(".md"), _markdown(rows))
     plot(_shipped(rows), merged.with_suffix(".png"))
     return f"{merged}: {len(rows)} rows of {len(files)} files and of before{ignored}"
 

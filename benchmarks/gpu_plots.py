@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from flashmhf.benchmarking import Row
-from flashmhf.benchmarking.drawing import Panels, grid, panels, png
-from flashmhf.writing import write_flushed
+from flashmhf.files import atomic_write
+from flashmhf.reports.benchmark_figures import Panels, grid, panels, png
 
 PANELS: Panels = {
     "op": [("ratio_to_cublas", ("variant", "measured_pass"), ("device", "shape"))],
@@ -30,4 +30,4 @@ def plot(steps: dict[str, list[Row]], file: Path) -> None:
         rows = sorted(steps.get(name, []), key=lambda row: row.get("tokens", 0))
         drawn += panels(name, rows, PANELS)
     if drawn:
-        write_flushed(file, png(grid(drawn, columns=3)))
+        atomic_write(file, png(grid(drawn, columns=3)))

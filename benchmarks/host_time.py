@@ -30,12 +30,12 @@ from triton.runtime import driver
 from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.measuring import PASSES
 from flashmhf.benchmarking.provenance import provenance, table
+from flashmhf.files import write_json
 from flashmhf.layers import FlashMHF
 from flashmhf.layers.baselines import SwiGLU
 from flashmhf.ops import backends, calls
 from flashmhf.ops.triton import forward as triton_forward
 from flashmhf.ops.triton import tiles
-from flashmhf.writing import write_json
 
 WIDTH = 64
 DTYPE = torch.bfloat16

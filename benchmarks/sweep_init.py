@@ -80,9 +80,11 @@ TRIALS = [
 
 def run_trial(trial: Trial, data: str) -> dict:
     """Trains one model and returns its row."""
+    from flashmhf.data.config import DataConfig
     from flashmhf.layers import initialisation
     from flashmhf.models import FlashMHFConfig
-    from flashmhf.training import Run, parse_arguments, train
+    from flashmhf.training.config import TrainConfig
+    from flashmhf.training.run import parse_arguments, train
 
     torch.set_num_threads(1)
     if trial.score_rms is not None:
@@ -104,8 +106,8 @@ def run_trial(trial: Trial, data: str) -> dict:
         flags = ["--max-steps", str(STEPS), "--per-device-train-batch-size", str(BATCH), "--seed", str(trial.seed)]
         flags += ["--learning-rate", str(trial.learning_rate), "--warmup-steps", "20", "--report-to", "none"]
         flags += ["--eval-strategy", "no", "--save-strategy", "no", "--disable-tqdm", "true"]
-        run = Run(str(file), data, "bytes", CONTEXT, validation_tokens=2**16)
-        result = train(run, parse_arguments(flags, f"{folder}/run"))
+        data_config = DataConfig(source=data, context_length=CONTEXT, validation_tokens=2**16)
+        result = train(TrainConfig(model=str(file), data=data_config), parse_arguments(flags, f"{folder}/run"))
     kept = ("parameters", "validation_loss", "train_loss", "tokens_per_second", "elapsed_s")
     return asdict(trial) | {name: result[name] for name in kept}
 

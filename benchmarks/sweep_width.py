@@ -70,8 +70,10 @@ def configuration(trial: Trial) -> dict[str, Any]:
 
 def run_trial(trial: Trial, data: str) -> dict[str, Any]:
     """Trains one model and returns its row."""
+    from flashmhf.data.config import DataConfig
     from flashmhf.models import FlashMHFConfig
-    from flashmhf.training import Run, parse_arguments, train
+    from flashmhf.training.config import TrainConfig
+    from flashmhf.training.run import parse_arguments, train
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
@@ -80,8 +82,12 @@ def run_trial(trial: Trial, data: str) -> dict[str, Any]:
         flags += ["--learning-rate", str(trial.learning_rate), "--warmup-steps", str(WARMUP), "--report-to", "none"]
         flags += ["--eval-strategy", "no", "--save-strategy", "no", "--disable-tqdm", "true"]
         base_width = BASE_WIDTH if trial.by_fan_in else None
-        run = Run(str(file), data, "bytes", CONTEXT, validation_tokens=2**15, width_scaled_learning_rate=base_width)
-        result = train(run, parse_arguments(flags, f"{folder}/run"))
+        config = TrainConfig(
+            model=str(file),
+            data=DataConfig(source=data, context_length=CONTEXT, validation_tokens=2**15),
+            width_scaled_learning_rate=base_width,
+        )
+        result = train(config, parse_arguments(flags, f"{folder}/run"))
     return asdict(trial) | {name: result[name] for name in ("parameters", "validation_loss", "elapsed_s")}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.errors import InputError
-from flashmhf.writing import write_json
+from flashmhf.files import write_json
 
 PARTS = ("train", "validation")
 MIN_VOCABULARY, MAX_VOCABULARY = 300, 2**16
@@ -46,8 +46,8 @@ def write_tokens(sources: dict[str, str], output: Path, vocab_size: int) -> None
     Raises:
         InputError: a source cannot be read, or the vocabulary does not fit 16 bits.
     """
-    from flashmhf.data import load_documents  # wants `datasets`, which a machine that only reads tokens may lack
-    from flashmhf.tokenization import encode_documents, train_bpe
+    from flashmhf.data.splits import load_documents  # wants `datasets`, which a machine that only reads tokens may lack
+    from flashmhf.data.tokenizer import encode_documents, train_bpe
 
     if not MIN_VOCABULARY <= vocab_size <= MAX_VOCABULARY:
         raise InputError(f"vocab-size: expected {MIN_VOCABULARY} to {MAX_VOCABULARY}, got {vocab_size}")

@@ -4,16 +4,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flashmhf.training import Run
+from flashmhf.training.config import TrainConfig
 
 FLAGS = ["--context-length", "32", "--learning-rate", "1e-2", "--logging-steps", "1", "--eval-strategy", "no", "--json"]
 
 
-def command(run: Run, folder: Path, processes: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
+def command(run: TrainConfig, folder: Path, processes: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
     """Four sequences a step, whatever the number of processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    train = ["-m", "flashmhf", "train", "--model", run.model, "--data", run.data, "--output-dir", str(folder), *FLAGS]
-    batch = ["--per-device-train-batch-size", str(4 // processes), "--validation-tokens", str(run.validation_tokens)]
+    train = [
+        "-m",
+        "flashmhf",
+        "train",
+        "--model",
+        run.model,
+        "--data",
+        run.data.source,
+        "--output-dir",
+        str(folder),
+        *FLAGS,
+    ]
+    batch = [
+        "--per-device-train-batch-size",
+        str(4 // processes),
+        "--validation-tokens",
+        str(run.data.validation_tokens),
+    ]
     return [*torchrun, *launcher, *train, *batch, *flags]
 
 

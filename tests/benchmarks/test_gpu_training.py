@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from flashmhf.accounting import count_parameters
 from flashmhf.errors import InputError
+from flashmhf.estimates.cost import count_parameters
 from gpu_training import CONTENDERS, Trainee, TrainingRun, config_of, train
 from gpu_training import TOY_TRUNK as TOY
 from training_tokens import read_tokens, write_tokens

@@ -45,11 +45,14 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, corpus_folder, model_file) -> Path:
     """A model that was trained for a few steps."""
-    from flashmhf.training import Run, parse_arguments, train
+    from flashmhf.data.config import DataConfig
+    from flashmhf.training.config import TrainConfig
+    from flashmhf.training.run import parse_arguments, train
 
     folder = tmp_path_factory.mktemp("trained") / "model"
     flags = ["--max-steps", "20", "--learning-rate", "1e-2", "--eval-strategy", "no", *FLAGS]
-    train(Run(str(model_file), str(corpus_folder), "bytes", 64), parse_arguments(flags, str(folder)))
+    config = TrainConfig(model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=64))
+    train(config, parse_arguments(flags, str(folder)))
     return folder
 
 

@@ -11,9 +11,11 @@ import datasets
 import pytest
 
 from flashmhf.data import corpus as corpus_module
-from flashmhf.data import load_corpus, tokenize, tokens, workers
+from flashmhf.data import tokens, workers
+from flashmhf.data.corpus import load_corpus
+from flashmhf.data.tokenizer import byte_tokenizer, encode_documents, train_bpe
+from flashmhf.data.tokens import tokenize
 from flashmhf.data.workers import count_rows, count_workers
-from flashmhf.tokenization import byte_tokenizer, encode_documents, train_bpe
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +127,7 @@ from pathlib import Path
 import datasets
 datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
 from flashmhf.data import load_corpus, tokenize, tokens
-from flashmhf.tokenization import byte_tokenizer
+from flashmhf.data.tokenizer import byte_tokenizer
 tokens.rows_at_once = lambda documents: 4
 plain = tokens.encode_documents
 def slow(tokenizer, texts):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from flashmhf.data import TokenBlocks, load_corpus, tokenize
-from flashmhf.data.blocks import SHUFFLED_DOCUMENTS, iterate_blocks
-from flashmhf.data.corpus import is_held_out
+from flashmhf.data.blocks import SHUFFLED_DOCUMENTS, TokenBlocks, iterate_blocks
+from flashmhf.data.corpus import is_held_out, load_corpus
+from flashmhf.data.tokenizer import byte_tokenizer
+from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
-from flashmhf.tokenization import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,14 @@ import json
 import datasets
 import pytest
 
-from flashmhf.data import Recipe, files, load_blocks, load_corpus
 from flashmhf.data import corpus as corpus_module
+from flashmhf.data import files
+from flashmhf.data.config import DataConfig
+from flashmhf.data.corpus import load_corpus
 from flashmhf.data.faults import BadData
+from flashmhf.data.mixing import load_blocks
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.tokenization import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +140,7 @@ def test_the_summary_names_a_few_of_each_kind():
 
 def test_a_run_sums_up(folder):
     binary(folder)
-    data = load_blocks(str(folder), byte_tokenizer(), Recipe(16, bad_data="skip"))
+    data = load_blocks(DataConfig(source=str(folder), context_length=16, bad_data="skip"), byte_tokenizer())
     assert data.bad_summary().startswith("bad data skipped: 1 binary file (data: expected text, got binary in ")
 
 

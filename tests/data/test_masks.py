@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flashmhf.data import TokenBlocks, tokenize
-from flashmhf.data.blocks import SHUFFLED_DOCUMENTS, document_positions, iterate_blocks
+from flashmhf.data.blocks import SHUFFLED_DOCUMENTS, TokenBlocks, document_positions, iterate_blocks
+from flashmhf.data.tokenizer import byte_tokenizer
+from flashmhf.data.tokens import tokenize
 from flashmhf.models.loading import load_config
-from flashmhf.tokenization import byte_tokenizer
 
 SEPARATOR = 256
 

@@ -3,11 +3,12 @@
 import datasets
 import pytest
 
-from flashmhf.data import Recipe, load_blocks
-from flashmhf.data.mixing import parse_sources
+from flashmhf.data.config import DataConfig
+from flashmhf.data.mixing import load_blocks, parse_sources
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.tokenization import byte_tokenizer
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.run import parse_arguments, train
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,10 @@ def test_bad_weights(data, given):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_says_what_it_used(two, tmp_path, model_file, streaming):
     data = f"0.75*{two[0]},0.25*{two[1]}"
-    run = Run(str(model_file), data, "bytes", 16, streaming=streaming, validation_tokens=256)
+    run = TrainConfig(
+        model=str(model_file),
+        data=DataConfig(source=data, context_length=16, streaming=streaming, validation_tokens=256),
+    )
     flags = ["--max-steps", "50", "--per-device-train-batch-size", "4", "--report-to", "none", "--disable-tqdm", "true"]
     result = train(run, parse_arguments([*flags, "--eval-strategy", "no"], str(tmp_path / "run")))
     used = result["tokens_used"]
@@ -77,7 +81,9 @@ def test_a_run_says_what_it_used(two, tmp_path, model_file, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_counts_are_of_the_blocks_that_came(two, streaming):
-    data = load_blocks(f"3*{two[0]},1*{two[1]}", byte_tokenizer(), Recipe(8, streaming=streaming, seed=2))
+    data = load_blocks(
+        DataConfig(source=f"3*{two[0]},1*{two[1]}", context_length=8, streaming=streaming), byte_tokenizer(), seed=2
+    )
     items = iter(data.train) if streaming else map(data.train.__getitem__, range(len(data.train)))
     blocks = [
         bytes(b for b in map(int, item["input_ids"]) if b < 256) for item, _ in zip(items, range(100), strict=False)
@@ -89,7 +95,9 @@ def test_counts_are_of_the_blocks_that_came(two, streaming):
 
 
 def test_validation_is_shared_by_weight(two):
-    data = load_blocks(f"3*{two[0]},1*{two[1]}", byte_tokenizer(), Recipe(4, validation_tokens=32))
+    data = load_blocks(
+        DataConfig(source=f"3*{two[0]},1*{two[1]}", context_length=4, validation_tokens=32), byte_tokenizer()
+    )
     kinds = [97 in block["input_ids"].tolist() for block in data.validation]
     assert (kinds.count(True), kinds.count(False)) == (6, 2)
     assert data.bytes_per_token == pytest.approx(1, abs=0.05)

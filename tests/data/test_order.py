@@ -11,11 +11,14 @@ from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import DataLoaderDispatcher, prepare_data_loader
 from torch.utils.data import DataLoader, SequentialSampler
 
-from flashmhf.data import Recipe, TokenBlocks, load_blocks, tokenize
-from flashmhf.data.blocks import iterate_blocks
+from flashmhf.data.blocks import TokenBlocks, iterate_blocks
+from flashmhf.data.config import DataConfig
+from flashmhf.data.mixing import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
-from flashmhf.tokenization import byte_tokenizer
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.data.tokenizer import byte_tokenizer
+from flashmhf.data.tokens import tokenize
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.run import parse_arguments, train
 from flashmhf.training.trainer import SpeedTrainer
 
 BATCH = 2
@@ -113,7 +116,7 @@ def test_streamed_blocks_resume_at_the_exact_token(rows, world):
     """Rank 0 reads for all and cuts what `world` batches hold; the stream starts again, so it is one epoch."""
 
     def first_of_all(skip: int, steps: int):
-        data = load_blocks(str(rows), byte_tokenizer(), Recipe(16, streaming=True, seed=5))
+        data = load_blocks(DataConfig(source=str(rows), context_length=16, streaming=True), byte_tokenizer(), seed=5)
         loader = DataLoader(data.train.with_format("torch"), batch_size=BATCH * world, drop_last=True)
         prepared = prepare_data_loader(
             loader,
@@ -177,7 +180,12 @@ def test_the_trainer_resumes_in_the_middle_of_a_later_epoch(rows, tmp_path, mode
         return compute_loss(self, model, inputs, *args, **options)
 
     monkeypatch.setattr(SpeedTrainer, "compute_loss", recording)
-    run = Run(str(model_file), str(rows), "bytes", 64, streaming=streaming, validation_tokens=256, document_mask=True)
+    run = TrainConfig(
+        model=str(model_file),
+        data=DataConfig(
+            source=str(rows), context_length=64, streaming=streaming, validation_tokens=256, document_mask=True
+        ),
+    )
 
     def start(resume: bool) -> list:
         seen.clear()

@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from flashmhf.data import beginnings, load_corpus, load_documents
+from flashmhf.data.corpus import load_corpus
+from flashmhf.data.splits import beginnings, load_documents
 from flashmhf.errors import InputError
 
 SIZES = {"train": 30, "validation": 4, "test": 3}

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmhf import cli
+from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 from flashmhf.errors import InputError, RunError
-from flashmhf.evaluation import IGNORED, Evaluation, evaluate, split_windows
-from flashmhf.tokenization import byte_tokenizer, save_tokenizer, train_bpe
+from flashmhf.evaluation import Evaluation, evaluate, split_windows
+from flashmhf.models.fused_loss import IGNORED
 
 DOCUMENTS = datasets.Dataset.from_dict({"text": ["a short one", "x", "a longer one: " + "abc" * 30]})
 

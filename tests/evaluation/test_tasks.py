@@ -8,9 +8,9 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from flashmhf import cli
+from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.evaluation.tasks import ALIASES, evaluate_tasks
-from flashmhf.tokenization import byte_tokenizer, save_tokenizer
 
 DATA = """
 task: {name}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flashmhf.accounting import count_parameters
+from flashmhf.estimates.cost import count_parameters
 from flashmhf.models import FlashMHFConfig, preset_names
 from flashmhf.models.configuration import PRESETS
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -13,10 +14,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import flashmhf.training.run
+from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.fused_loss import choose_linear_loss, fuse_loss, use_fused_loss
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.run import parse_arguments, train
 
 called_in: list[torch.dtype] = []
 
@@ -109,17 +112,19 @@ def test_without_labels_or_training_there_are_logits(installed, model):
     assert not called_in
 
 
-def start(run: Run, folder: Path, *flags: str, **options) -> list[float]:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> list[float]:
     base = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
     base += ["--disable-tqdm", "true", "--per-device-train-batch-size", "2", "--save-steps", "2", "--eval-steps", "2"]
-    train(run, parse_arguments([*base, *flags], str(folder)), **options)
+    train(replace(run, **changes), parse_arguments([*base, *flags], str(folder)), resume=resume)
     rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [row.get("loss", row.get("eval_loss")) for row in rows if "loss" in row or "eval_loss" in row]
 
 
 @pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "3"), ("--bf16", "true")], ids=str)
 def test_training_is_as_with_logits(corpus_folder, model_file, tmp_path, monkeypatch, flags):
-    run = Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=320)
+    run = TrainConfig(
+        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=320)
+    )
     expected = start(run, tmp_path / "plain", *flags)
     assert not called_in
     install(monkeypatch, "liger_kernel")

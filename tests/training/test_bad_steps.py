@@ -10,25 +10,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmhf.data import load_blocks
+from flashmhf.data.config import DataConfig
+from flashmhf.data.mixing import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
-from flashmhf.tokenization import byte_tokenizer
-from flashmhf.training import Run, parse_arguments, train
 from flashmhf.training.bad_steps import GuardedTrainer, LossWindow, _told, numbered
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.run import parse_arguments, train
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--eval-strategy", "no", "--save-strategy", "no", "--logging-nan-inf-filter", "false", "--warmup-steps", "0"]
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder, model_file) -> Run:
-    return Run(str(model_file), str(corpus_folder), "bytes", 16, validation_tokens=64)
+def run(corpus_folder, model_file) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
+    )
 
 
-def start(run: Run, folder: Path, *flags: str, **options) -> dict:
-    return train(run, parse_arguments([*FLAGS, "--max-steps", "6", *flags], str(folder)), **options)
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> dict:
+    return train(
+        replace(run, **changes), parse_arguments([*FLAGS, "--max-steps", "6", *flags], str(folder)), resume=resume
+    )
 
 
 def history(folder: Path, key: str) -> list[dict]:
@@ -108,7 +114,7 @@ def test_documents_are_those_of_the_blocks(run, corpus_folder, tmp_path, spoil, 
     with caplog.at_level(logging.WARNING, "flashmhf"):
         start(run, tmp_path / "run")
     (row,) = history(tmp_path / "run", "skipped")
-    data = load_blocks(run.data, byte_tokenizer(), run.recipe(42)).train
+    data = load_blocks(run.data, byte_tokenizer(), seed=42).train
     by_block = {int(item["block"]): item["input_ids"] for item in map(data.__getitem__, range(len(data)))}
     for block, description in zip(row["blocks"], row["documents"], strict=True):
         files = re.findall(rf"{corpus_folder}/(\d\d)\.txt", description)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.loading import WEIGHTS, tensor_names
-from flashmhf.training import Run, parse_arguments, train
 from flashmhf.training.compilation import compile_layers
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.run import parse_arguments, train
 from torchrun import torchrun
 
 FLAGS = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -69,8 +72,8 @@ def test_few_graphs_without_a_break_for_all_layers_and_batches(without_code, opt
     assert not counters["graph_break"]
 
 
-def start(run: Run, folder: Path, *flags: str, **options) -> dict:
-    return train(run, parse_arguments([*FLAGS, *flags], str(folder)), **options)
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> dict:
+    return train(replace(run, **changes), parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
 def losses(folder: Path) -> list[float]:
@@ -79,11 +82,13 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture
-def run(corpus_folder, model_file) -> Run:
-    return Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=320)
+def run(corpus_folder, model_file) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=320)
+    )
 
 
-def compare_with_eager(run: Run, folder: Path) -> None:
+def compare_with_eager(run: TrainConfig, folder: Path) -> None:
     flags = ("--eval-steps", "2", "--per-device-eval-batch-size", "4")  # ten blocks: a last batch of two
     start(run, folder / "eager", *flags)
     start(run, folder / "compiled", *flags, compile_blocks=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from torch import nn
 import coordinate_check
 import sweep_width
 from coordinate_check import Case, measure
+from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.models.loading import load_model
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
+from flashmhf.training.run import parse_arguments, train
 
 INNER = {"scores", "gate", "ffn"}
 
@@ -105,12 +108,16 @@ FLAGS = ["--per-device-train-batch-size", "4", "--report-to", "none", "--disable
 FLAGS += ["--max-steps", "6", "--eval-strategy", "no", "--learning-rate", "1e-2"]
 
 
-def start(run: Run, folder: Path, *flags: str, resume: bool = False) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> dict:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
 def test_a_run_with_scaled_learning_rates_resumes(corpus_folder, model_file, tmp_path):
-    run = Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=2048, width_scaled_learning_rate=8)
+    run = TrainConfig(
+        model=str(model_file),
+        data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048),
+        width_scaled_learning_rate=8,
+    )
     start(run, tmp_path / "whole")
     start(run, tmp_path / "cut")
     state = torch.load(tmp_path / "cut/checkpoint-3/optimizer.pt", weights_only=True)
@@ -120,13 +127,17 @@ def test_a_run_with_scaled_learning_rates_resumes(corpus_folder, model_file, tmp
     start(run, tmp_path / "cut", resume=True)
     first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = Run(**(vars(run) | {"width_scaled_learning_rate": None}))
+    other = replace(run, width_scaled_learning_rate=None)
     with pytest.raises(InputError, match="width_scaled_learning_rate of the earlier run, 8, got None"):
         start(other, tmp_path / "cut", resume=True)
 
 
 def test_a_base_width_must_be_positive(corpus_folder, model_file, tmp_path):
-    run = Run(str(model_file), str(corpus_folder), "bytes", 32, width_scaled_learning_rate=0)
+    run = TrainConfig(
+        model=str(model_file),
+        data=DataConfig(source=str(corpus_folder), context_length=32),
+        width_scaled_learning_rate=0,
+    )
     with pytest.raises(InputError, match="width-scaled-learning-rate: expected a hidden size of at least 1, got 0"):
         start(run, tmp_path / "run")
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST, check, write_manifest
 from flashmhf.training.pickles import why_unsafe
 from flashmhf.training.resuming import last_good_checkpoint, only_writer, prepare_output_dir
+from flashmhf.training.run import parse_arguments, train
 from flashmhf.training.saving import UNFINISHED, checkpoints, recover, rotate
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
@@ -24,8 +26,10 @@ FLAGS += ["--save-steps", "2", "--eval-strategy", "no", "--save-total-limit", "9
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder, model_file) -> Run:
-    return Run(str(model_file), str(corpus_folder), "bytes", 16, validation_tokens=64)
+def run(corpus_folder, model_file) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def folder(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def resume(run: Run, folder: Path, steps: int = 6) -> dict:
+def resume(run: TrainConfig, folder: Path, steps: int = 6) -> dict:
     return train(run, parse_arguments([*FLAGS, "--max-steps", str(steps)], str(folder)), resume=True)
 
 

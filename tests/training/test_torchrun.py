@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from flashmhf.cli.train import OWN_STORE
+from flashmhf.data.config import DataConfig
 from flashmhf.models.loading import load_model
-from flashmhf.training import Run, parse_arguments, train
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.run import parse_arguments, train
 from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -22,8 +24,10 @@ STEPS = ("--max-steps", "8", "--save-steps", "4")
 
 
 @pytest.fixture
-def run(corpus_folder, model_file) -> Run:
-    return Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=2048)
+def run(corpus_folder, model_file) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
+    )
 
 
 @pytest.fixture

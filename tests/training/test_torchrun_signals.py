@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmhf.training import Run
+from flashmhf.data.config import DataConfig
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from torchrun import command, torchrun
 
@@ -23,7 +24,12 @@ def workers(parent: int) -> list[int]:
 
 
 def test_one_of_two_processes_is_told_to_stop(corpus_folder, model_file, tmp_path):
-    run, folder = Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=2048), tmp_path / "two"
+    run, folder = (
+        TrainConfig(
+            model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
+        ),
+        tmp_path / "two",
+    )
     log = tmp_path / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(

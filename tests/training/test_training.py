@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flashmhf.data.config import DataConfig
+from flashmhf.data.tokenizer import is_byte_tokenizer, load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.tokenization import is_byte_tokenizer, load_tokenizer
-from flashmhf.training import Run, parse_arguments, train, trainer
+from flashmhf.training import trainer
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
+from flashmhf.training.run import parse_arguments, train
 from flashmhf.training.run_log import read_log
 
 FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -25,11 +29,13 @@ FLAGS += ["--disable-tqdm", "true"]
 
 
 @pytest.fixture
-def run(corpus_folder, model_file) -> Run:
-    return Run(str(model_file), str(corpus_folder), "bytes", 32, validation_tokens=2048)
+def run(corpus_folder, model_file) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
+    )
 
 
-def start(run: Run, folder: Path, *flags: str, resume: bool = False) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> dict:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
@@ -146,7 +152,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
 
 def test_going_on_from_a_trained_model(run, tmp_path):
     start(run, tmp_path / "first", "--max-steps", "20", "--eval-strategy", "no")
-    again = Run(str(tmp_path / "first"), run.data, "bytes", 32, validation_tokens=2048)
+    again = TrainConfig(
+        model=str(tmp_path / "first"),
+        data=DataConfig(source=run.data.source, context_length=32, validation_tokens=2048),
+    )
     start(again, tmp_path / "second", "--max-steps", "2", "--eval-strategy", "no")
     assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1] - 1
 
@@ -154,7 +163,10 @@ def test_going_on_from_a_trained_model(run, tmp_path):
 def test_streaming(tmp_path, model_file):
     rows = [json.dumps({"text": f"row {i} " + "again and again " * 10}) for i in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    run = Run(str(model_file), str(tmp_path / "rows.jsonl"), "bytes", 32, streaming=True, validation_tokens=2048)
+    run = TrainConfig(
+        model=str(model_file),
+        data=DataConfig(source=str(tmp_path / "rows.jsonl"), context_length=32, streaming=True, validation_tokens=2048),
+    )
     result = start(run, tmp_path / "run", "--max-steps", "5", "--eval-strategy", "no")
     assert result["steps"] == 5
     assert result["validation_loss"] > 0
@@ -169,7 +181,7 @@ def test_activation_checkpointing_and_compile_flags(run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "flashmhf", "train", "--model", run.model, "--data", run.data]
+    command = [sys.executable, "-m", "flashmhf", "train", "--model", run.model, "--data", run.data.source]
     command += ["--context-length", "32", "--output-dir", str(folder), "--max-steps", "100000", *FLAGS]
     command += ["--disable-tqdm", "false", "--eval-strategy", "no", "--save-steps", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -212,14 +224,17 @@ def test_output_folders_that_hold_something_else(run, tmp_path):
 
 def test_resuming_another_run_is_refused(run, tmp_path):
     start(run, tmp_path / "run", "--max-steps", "1", "--eval-strategy", "no")
-    other = Run(run.model, run.data, "bytes", 64, validation_tokens=2048)
+    other = TrainConfig(
+        model=run.model, data=DataConfig(source=run.data.source, context_length=64, validation_tokens=2048)
+    )
     with pytest.raises(InputError, match="resume: expected the context_length of the earlier run, 32, got 64"):
         start(other, tmp_path / "run", resume=True)
 
 
 def test_models_and_tokenizers_that_do_not_fit(run, tmp_path):
     def refused(message: str, **changes) -> None:
-        changed = Run(**(vars(run) | changes))
+        model = changes.pop("model", run.model)
+        changed = replace(run, model=model, data=replace(run.data, **changes))
         with pytest.raises(InputError, match=message):
             start(changed, tmp_path / "never")
         assert not (tmp_path / "never").exists()
@@ -237,11 +252,14 @@ def test_models_and_tokenizers_that_do_not_fit(run, tmp_path):
 
 
 def test_another_tokenizer_for_a_trained_model_is_refused(run, tmp_path, corpus_folder):
-    from flashmhf.tokenization import train_bpe
+    from flashmhf.data.tokenizer import train_bpe
 
     start(run, tmp_path / "first", "--max-steps", "1", "--eval-strategy", "no")
     train_bpe(["the quick brown fox"] * 9, 262).save_pretrained(tmp_path / "bpe")
-    other = Run(str(tmp_path / "first"), run.data, str(tmp_path / "bpe"), 32)
+    other = TrainConfig(
+        model=str(tmp_path / "first"),
+        data=DataConfig(source=run.data.source, tokenizer=str(tmp_path / "bpe"), context_length=32),
+    )
     with pytest.raises(InputError, match=r"tokenizer: expected the one in .*first \(258 tokens\)"):
         start(other, tmp_path / "second")
 

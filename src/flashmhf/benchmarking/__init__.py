@@ -10,7 +10,7 @@ from flashmhf.benchmarking.decode import bench_decode
 from flashmhf.benchmarking.layer import bench_layer, bench_op
 from flashmhf.benchmarking.measuring import Row, peak_bytes
 from flashmhf.benchmarking.provenance import provenance, table
-from flashmhf.benchmarking.results import check_folder, complete, read_result, write_results
+from flashmhf.benchmarking.results import check_folder, complete, read_result
 from flashmhf.benchmarking.variants import LAYERS, Shape
 
 __all__ = [
@@ -29,5 +29,4 @@ __all__ = [
     "provenance",
     "read_result",
     "table",
-    "write_results",
 ]

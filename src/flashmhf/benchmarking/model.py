@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from flashmhf.accounting import account
 from flashmhf.benchmarking.measuring import Row, interleaved_times, matmul_call, peak_bytes
 from flashmhf.benchmarking.variants import backend_of
 from flashmhf.errors import InputError
+from flashmhf.estimates.cost import account
 from flashmhf.models.loading import load_config
 from flashmhf.ops.roofline import GPUS, Gpu
 

@@ -1,4 +1,4 @@
-"""A result on the disk: four files in a folder, and reading results.json again."""
+"""A result as rows, as CSV, and as it is read again from results.json."""
 
 import csv
 import io
@@ -12,7 +12,6 @@ from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import columns_of
 from flashmhf.benchmarking.variants import Shape
 from flashmhf.errors import InputError
-from flashmhf.writing import write_flushed
 
 # What is said once of a result and repeated in every row, so that a row can be read alone.
 FACTS = (
@@ -38,22 +37,6 @@ def check_folder(folder: Path) -> None:
     """Raises InputError for what cannot be, or is surely not meant as, the folder of `write_results`."""
     if folder.suffix == ".json" or (folder.exists() and not folder.is_dir()):
         raise InputError(f"output: expected a folder, got {str(folder)!r}")
-
-
-def write_results(result: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, .csv and .png and report.html, each beside and renamed, when all of them are made."""
-    from flashmhf.benchmarking.drawing import grid, panels, png  # matplotlib is not for those who only measure
-    from flashmhf.benchmarking.webpage import webpage
-
-    contents: dict[str, str | bytes] = {
-        "results.json": json.dumps(result, indent=2) + "\n",
-        "results.csv": _csv(complete(result)),
-        "results.png": png(grid(panels(result["kind"], result["rows"]))),
-        "report.html": webpage(result),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_flushed(folder / name, content)
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -94,8 +77,8 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
-def _csv(rows: list[Row]) -> str:
-    """One column for every key that occurs."""
+def csv_text(rows: list[Row]) -> str:
+    """Rows as CSV, one column for every key that occurs."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
     writer.writeheader()

@@ -83,7 +83,8 @@ def bench(
     }  # fmt: skip
     _refuse(kind, of_layers if kind == "model" else of_models)
     with results_only():
-        from flashmhf.benchmarking import Shape, check_folder, complete, provenance, read_result, table, write_results
+        from flashmhf.benchmarking import Shape, check_folder, complete, provenance, read_result, table
+        from flashmhf.reports.benchmark_page import write_results
 
         if output is not None:
             check_folder(Path(output))

@@ -6,10 +6,21 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import BadData, Data, Json, TextColumn, Tokenizer, emit, results_only
+from flashmhf.cli.output import (
+    BadData,
+    ContextLength,
+    Data,
+    Json,
+    TextColumn,
+    Tokenizer,
+    ValidationTokens,
+    emit,
+    results_only,
+)
 from flashmhf.cli.train import CONTEXT, train
+from flashmhf.data.config import DataConfig
 
-OWN = ("streaming", "resume")  # options of `flashmhf train` that a comparison decides
+OWN = ("streaming", "resume", "config")  # options of `flashmhf train` that a comparison decides
 
 
 def compare(
@@ -25,10 +36,10 @@ def compare(
         str,
         typer.Option(metavar="PRESET|FILE|DIR,...", help="Gives trunk and size to match; several: of each."),
     ] = "flashmhf-tiny",
-    data: Data = "stdlib",
-    tokenizer: Tokenizer = "bytes",
+    data: Data = DataConfig.source,
+    tokenizer: Tokenizer = DataConfig.tokenizer,
     seeds: Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")] = "0",
-    context_length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
+    context_length: ContextLength = DataConfig.context_length,
     learning_rate: Annotated[
         str, typer.Option(metavar="RATES", help="1e-3,2e-3: each variant its best of these; or VARIANT=RATE/RATE,...")
     ] = "",
@@ -40,9 +51,9 @@ def compare(
     match: Annotated[str, typer.Option(help="parameters or flops: what is equal.")] = "parameters",
     depth: Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")] = "same",
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    text_column: TextColumn = "text",
-    bad_data: BadData = "refuse",
-    validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**17,
+    text_column: TextColumn = DataConfig.text_column,
+    bad_data: BadData = DataConfig.bad_data,
+    validation_tokens: ValidationTokens = DataConfig.validation_tokens // 4,  # for each of many short runs
     document_bytes: Annotated[
         int, typer.Option(help="Of each held-out document at most so many are scored at the end.")
     ] = 2**16,
@@ -67,16 +78,18 @@ def compare(
         settings = Comparison(
             variants=names,
             models=_split(model),
-            data=data,
-            tokenizer=tokenizer,
+            data=DataConfig(
+                source=data,
+                tokenizer=tokenizer,
+                context_length=context_length,
+                text_column=text_column,
+                validation_tokens=validation_tokens,
+                bad_data=bad_data,
+            ),
             seeds=tuple(_number(int, "seeds", seed) for seed in _split(seeds)),
-            context_length=context_length,
             learning_rates=_learning_rates(learning_rate, names),
             training_flags=tuple(flags),
-            text_column=text_column,
-            validation_tokens=validation_tokens,
             document_bytes=document_bytes,
-            bad_data=bad_data,
             ablations={name: _split(values) for name, values in ablations.items() if values},
             match=match,
             depth=depth,
@@ -97,7 +110,7 @@ def compare(
 def _check_flags(flags: list[str], output_dir: str) -> None:
     """Raises InputError for a flag that `flashmhf train` does not know or that a comparison gives itself."""
     from flashmhf.errors import InputError
-    from flashmhf.training import parse_arguments
+    from flashmhf.training.run import parse_arguments
 
     own = typer.main.get_command(_train_alone()).make_context("train", [*flags, "--model", "", "--output-dir", ""])
     with own:

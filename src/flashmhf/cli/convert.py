@@ -16,7 +16,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the reference code (mhffnmoe, mhffn) to this package's format, or back."""
     with results_only():
-        from flashmhf.checkpoints import convert as run_conversion
+        from flashmhf.models.reference.conversion import convert as run_conversion
 
         result = run_conversion(Path(source), Path(destination), to=to)
     emit(

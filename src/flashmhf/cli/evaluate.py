@@ -31,8 +31,8 @@ def evaluate(
 ) -> None:
     """Loss in nats a token, perplexity and bits a byte, over windows within each document."""
     with results_only():
+        from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
-        from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
 
         if output is not None:
             check_file(output)
@@ -48,7 +48,7 @@ def evaluate(
             )
             result["tasks"], text = measures, _tasks_text(measures)
         else:
-            from flashmhf.data import beginnings, load_documents
+            from flashmhf.data.splits import beginnings, load_documents
 
             documents = load_documents(data, split=split, text_column=text_column, bad_data=bad_data)
             if document_bytes is not None:

@@ -25,7 +25,7 @@ def generate(
 ) -> None:
     """Continue prompts. With several prompts or models, --json prints {"samples": [...]}."""
     with results_only():
-        from flashmhf.generation import sample_models
+        from flashmhf.evaluation.generation import sample_models
 
         samples = sample_models(
             models,

@@ -28,14 +28,14 @@ def info(
         if model is None:
             report["presets"] = preset_names()
         else:
-            from flashmhf.accounting import account, operator_work
+            from flashmhf.estimates.cost import account, operator_work
             from flashmhf.models import FlashMHFConfig
             from flashmhf.models.loading import load_config
 
             config = load_config(model)
             report |= account(config, context_length)
             if gpus is not None:
-                from flashmhf.planning import plan
+                from flashmhf.estimates.memory import plan
 
                 report["plan"] = plan(
                     config,

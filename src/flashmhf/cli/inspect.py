@@ -23,11 +23,11 @@ def inspect(
         from rich.console import Console
         from rich.progress import Progress
 
-        from flashmhf import inspection
-        from flashmhf.data import load_corpus
+        from flashmhf.data.corpus import load_corpus
+        from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.errors import InputError
+        from flashmhf.evaluation import inspection
         from flashmhf.models.loading import load_model
-        from flashmhf.tokenization import check_same_tokenizer, load_tokenizer
 
         if output is not None and Path(output).suffix != ".png":
             raise InputError(f"output: expected a file that ends in .png, got {output!r}")
@@ -55,7 +55,7 @@ def inspect(
 
 def _text(reports: list) -> str:
     """A table: a line a head."""
-    from flashmhf.inspection import FIGURES
+    from flashmhf.evaluation.inspection import FIGURES
 
     names = ("layer", "head", *FIGURES)
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + "---:|" * len(names)]

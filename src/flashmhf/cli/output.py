@@ -21,6 +21,8 @@ BadData = Annotated[
 ]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
+ContextLength = Annotated[int, typer.Option(help="Tokens in a training block.")]
+ValidationTokens = Annotated[int, typer.Option(help="At most so many are used for validation.")]
 Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, else the CPU.")]
 
 
@@ -34,7 +36,7 @@ def results_only() -> Iterator[None]:
 def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
     """Prints a command's result; `output` is a file that gets it as JSON, too."""
     if output is not None:
-        from flashmhf.writing import write_json
+        from flashmhf.files import write_json
 
         write_json(Path(output), result)
     print(json.dumps(result) if as_json else text)

@@ -18,9 +18,9 @@ def tokenizer(
 ) -> None:
     """Train a byte-level BPE tokenizer on the training documents of SOURCE."""
     with results_only():
-        from flashmhf.data import load_corpus
+        from flashmhf.data.corpus import load_corpus
+        from flashmhf.data.tokenizer import train_bpe
         from flashmhf.errors import InputError
-        from flashmhf.tokenization import train_bpe
 
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

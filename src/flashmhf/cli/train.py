@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import SOURCE, BadData, Json, TextColumn, Tokenizer, emit, results_only
+from flashmhf.cli.config_file import CONFIG_FLAGS, Config
+from flashmhf.cli.output import (
+    SOURCE,
+    BadData,
+    ContextLength,
+    Json,
+    TextColumn,
+    Tokenizer,
+    ValidationTokens,
+    emit,
+    results_only,
+)
+from flashmhf.data.config import DataConfig
+from flashmhf.training.config import TrainConfig
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a store of addresses for each start of the processes
@@ -17,66 +30,66 @@ def train(
     context: typer.Context,
     model: Annotated[str, typer.Option(metavar="PRESET|FILE|DIR", help="A folder goes on from its weights.")],
     output_dir: Annotated[str, typer.Option(help="New or empty, unless --resume.")],
+    config: Config = None,
     data: Annotated[
         str, typer.Option(metavar="SOURCE", help=f"{SOURCE}; or several by weight: 0.7*SOURCE,0.3*SOURCE.")
-    ] = "stdlib",
-    tokenizer: Tokenizer = "bytes",
-    context_length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
-    text_column: TextColumn = "text",
+    ] = DataConfig.source,
+    tokenizer: Tokenizer = DataConfig.tokenizer,
+    context_length: ContextLength = DataConfig.context_length,
+    text_column: TextColumn = DataConfig.text_column,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read data as needed; wants --max-steps.")] = False,
-    validation_tokens: Annotated[int, typer.Option(help="At most so many are used for validation.")] = 2**19,
+    validation_tokens: ValidationTokens = DataConfig.validation_tokens,
     document_mask: Annotated[
         bool, typer.Option("--document-mask", help="No attention from one document to another in a block.")
     ] = False,
-    bad_data: BadData = "refuse",
+    bad_data: BadData = DataConfig.bad_data,
     width_scaled_learning_rate: Annotated[
         int | None,
         typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given one is for this width."),
-    ] = None,
+    ] = TrainConfig.width_scaled_learning_rate,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    max_bad_steps: Annotated[int, typer.Option(help="So many in a row without a finite loss end the run.")] = 5,
+    max_bad_steps: Annotated[
+        int, typer.Option(help="So many in a row without a finite loss end the run.")
+    ] = TrainConfig.max_bad_steps,
     compile_blocks: Annotated[
         bool, typer.Option("--compile-blocks", help="torch.compile every decoder layer; not with --torch-compile.")
     ] = False,
     fused_loss: Annotated[
         str,
         typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, without whole logits."),
-    ] = "auto",
+    ] = TrainConfig.fused_loss,
     tensor_parallel: Annotated[
         int, typer.Option(help="Split the heads over so many of torchrun's processes; the others have other data.")
-    ] = 1,
+    ] = TrainConfig.tensor_parallel,
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
-        from flashmhf.training import Run, parse_arguments
-        from flashmhf.training import train as run_training
-        from flashmhf.training.layouts import split_heads
-        from flashmhf.training.resuming import RUN_FILE
+        from flashmhf.training.resuming import was_begun
+        from flashmhf.training.run import parse_arguments
+        from flashmhf.training.run import train as run_training
 
-        resume = (_was_restarted() and (Path(output_dir) / RUN_FILE).exists()) or resume
-        arguments = parse_arguments(context.args, output_dir)
-        split_heads(arguments, tensor_parallel)
-        run = Run(
-            model,
-            data,
-            tokenizer,
-            context_length,
-            text_column,
-            streaming,
-            validation_tokens,
-            document_mask,
-            bad_data,
-            width_scaled_learning_rate,
-        )
-        result = run_training(
-            run,
-            arguments,
-            resume=resume,
+        arguments = parse_arguments([*context.meta.get(CONFIG_FLAGS, ()), *context.args], output_dir)
+        train_config = TrainConfig(
+            model=model,
+            data=DataConfig(
+                source=data,
+                tokenizer=tokenizer,
+                context_length=context_length,
+                text_column=text_column,
+                streaming=streaming,
+                validation_tokens=validation_tokens,
+                document_mask=document_mask,
+                bad_data=bad_data,
+            ),
+            width_scaled_learning_rate=width_scaled_learning_rate,
             max_bad_steps=max_bad_steps,
             compile_blocks=compile_blocks,
             fused_loss=fused_loss,
+            tensor_parallel=tensor_parallel,
         )
+        resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
+        result = run_training(train_config, arguments, resume=resume)
     number = result["interrupted_by"]
     if number is not None and arguments.process_index == 0:
         typer.echo(

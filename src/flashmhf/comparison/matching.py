@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from flashmhf.accounting import account, count_parameters
 from flashmhf.comparison.settings import Contender
+from flashmhf.estimates.cost import account, count_parameters
 from flashmhf.models import FlashMHFConfig
 
 WIDTH_MULTIPLE = 8

@@ -4,13 +4,15 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from flashmhf.comparison.launcher import Trial
 from flashmhf.comparison.matching import match
-from flashmhf.comparison.queue import RESULT_FILE, Trial, train_command
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import read_json
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.resuming import read_result
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,8 @@ class Run:
     @property
     def validation_loss(self) -> float | None:
         """None of a run that has not finished."""
-        if not self.trial.finished:
-            return None
-        return float(read_json(self.trial.folder / RESULT_FILE)["validation_loss"])
+        result = read_result(self.trial.folder)
+        return None if result is None else float(result["validation_loss"])
 
 
 class Plan:
@@ -65,7 +66,7 @@ class Plan:
                     contender,
                     by=self.settings.match,
                     depth=self.settings.depth,
-                    context_length=self.settings.context_length,
+                    context_length=self.settings.data.context_length,
                 ),
             )
             for model, base in self._bases.items()
@@ -115,22 +116,14 @@ class Plan:
         swept = len(self._rates(entry)) > 1
         name = f"{entry.name}-lr{rate!r}-seed{seed}" if swept else f"{entry.name}-seed{seed}"
         folder = self.output_dir / "runs" / name
-        options: dict[str, object] = {
-            "model": self.config_file(entry),
-            "data": self.settings.data,
-            "tokenizer": self.settings.tokenizer,
-            "text-column": self.settings.text_column,
-            "context-length": self.settings.context_length,
-            "output-dir": folder,
-            "validation-tokens": self.settings.validation_tokens,
-            "bad-data": self.settings.bad_data,
-            "seed": seed,
-            "logging-steps": 1,
-        }
+        config = TrainConfig(model=str(self.config_file(entry)), data=self.settings.data)
+        flags: dict[str, Any] = {"seed": seed, "logging_steps": 1}
         if rate is not None:
-            options["learning-rate"] = rate
+            flags["learning_rate"] = rate
         label = f"{entry.name}, seed {seed}" + (f", learning rate {rate:g}" if swept else "")
-        return Run(entry, seed, rate, Trial(label, folder, train_command(options, self.settings.training_flags)))
+        return Run(
+            entry, seed, rate, Trial(label, folder, {**config.identity(), **flags}, self.settings.training_flags)
+        )
 
 
 def _name(model: str) -> str:

@@ -9,16 +9,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from flashmhf.accounting import account
-from flashmhf.comparison.judging import differences, evaluate_runs, gate_usage, trained_model
+from flashmhf.comparison.evaluate import differences, evaluate_runs, gate_usage, trained_model
 from flashmhf.comparison.plan import Entry, Run
-from flashmhf.comparison.queue import RESULT_FILE
 from flashmhf.comparison.settings import ABLATED, Comparison, Contender
-from flashmhf.data import load_corpus, tokenize
+from flashmhf.data.corpus import load_corpus
+from flashmhf.data.tokenizer import load_tokenizer
+from flashmhf.data.tokens import tokenize
+from flashmhf.estimates.cost import account
 from flashmhf.evaluation import Evaluation
-from flashmhf.generation import generate
-from flashmhf.models.loading import read_json
-from flashmhf.tokenization import load_tokenizer
+from flashmhf.evaluation.generation import generate
+from flashmhf.training.resuming import read_result
 from flashmhf.training.run_log import read_log
 
 PROMPT_TOKENS = 48
@@ -38,8 +38,9 @@ def collect(
     """
     entries = list({run.entry.name: run.entry for run in runs}.values())
     described = [_describe(run) for run in runs]
-    documents = load_corpus(settings.data, text_column=settings.text_column, bad_data=settings.bad_data).validation
-    tokenizer = load_tokenizer(settings.tokenizer)
+    data = settings.data
+    documents = load_corpus(data.source, text_column=data.text_column, bad_data=data.bad_data).validation
+    tokenizer = load_tokenizer(data.tokenizer)
     evaluations = evaluate_runs(settings, runs, documents, tokenizer, progress)
     evaluated = [run for run in runs if run.seed in evaluations.get(run.entry.name, {})]
     first = {entry.model: entry.name for entry in entries if entry.contender == Contender(settings.variants[0])}
@@ -70,7 +71,7 @@ def collect(
         ],
         "gates": {run.entry.name: gate_usage(run, documents, tokenizer) for run in _first_runs(runs)},
         "runs": described,
-        "samples": _samples(evaluated, documents[0]["text"], tokenizer, settings.context_length),
+        "samples": _samples(evaluated, documents[0]["text"], tokenizer, settings.data.context_length),
     }
 
 
@@ -89,19 +90,20 @@ def _describe(run: Run) -> dict[str, Any]:
     row["validation_curve"] = [
         [line["step"], line["eval_loss"], line["elapsed_s"]] for line in rows if "eval_loss" in line
     ]
-    if not run.trial.finished:
+    result = read_result(run.trial.folder)
+    if result is None:
         return row
     # from the log, since a resumed run's result knows its last process alone
     speeds, memory = ([line[name] for line in rows if name in line] for name in ("tokens_per_second", "memory_mib"))
     row["tokens_per_second"] = statistics.median(speeds) if speeds else None
     row["peak_memory_mib"] = max(memory, default=None)
     row["elapsed_s"] = rows[-1]["elapsed_s"] if rows else None
-    return {**read_json(run.trial.folder / RESULT_FILE), **row}
+    return {**result, **row}
 
 
 def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     finished = [run for run in runs if run["status"] == "finished"]
-    cost = account(entry.config, settings.context_length)
+    cost = account(entry.config, settings.data.context_length)
     summary: dict[str, Any] = {
         "variant": entry.name,
         "ffn_type": entry.contender.ffn_type,

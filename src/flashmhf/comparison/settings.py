@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashmhf.data import REFUSE
+from flashmhf.data.config import DataConfig
 from flashmhf.data.mixing import parse_sources
+from flashmhf.data.tokenizer import fit_vocabulary, load_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_context_length
 from flashmhf.models import FlashMHFConfig
+from flashmhf.models.checks import check_context_length
 from flashmhf.models.configuration import FFN_TYPES
 from flashmhf.models.loading import load_config
 from flashmhf.ops.prologue import GATES
-from flashmhf.tokenization import fit_vocabulary, load_tokenizer
 
 ABLATED = "flashmhf"  # the variant that ablations change
 WITH_SUBNETWORKS = ("flashmhf", "dense_moe")
@@ -49,14 +49,14 @@ class Contender:
         return {"num_ffn_heads": heads, "num_ffn_kv_heads": heads}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared.
 
     Args:
         variants: values of `ffn_type`; differences are taken to the first.
         models: presets, files or folders whose configuration gives the trunk and the size to match.
-        data, tokenizer, context_length, text_column, validation_tokens, bad_data: see `flashmhf.training.Run`.
+        data: what every run is trained and validated on, one SOURCE.
         seeds: each contender is trained once a seed; a seed fixes the initial weights and the order of the data.
         learning_rates: of each variant; of several the one with the lowest validation loss with the first seed goes on
             to the others. Ablations take that of `flashmhf`. Without any, that of training_flags.
@@ -70,16 +70,11 @@ class Comparison:
 
     variants: tuple[str, ...]
     models: tuple[str, ...]
-    data: str
-    tokenizer: str
-    seeds: tuple[int, ...]
-    context_length: int
-    learning_rates: dict[str, tuple[float, ...]]
-    training_flags: tuple[str, ...]
-    text_column: str = "text"
-    validation_tokens: int = 2**17
+    data: DataConfig
+    seeds: tuple[int, ...] = (0,)
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    training_flags: tuple[str, ...] = ()
     document_bytes: int = 2**16
-    bad_data: str = REFUSE
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)
     match: str = "parameters"
     depth: str = "same"
@@ -99,8 +94,8 @@ class Comparison:
                 raise InputError(f"variants: expected some of {', '.join(FFN_TYPES)}, got {name!r}")
         if self.document_bytes < 1:
             raise InputError(f"document-bytes: expected 1 or more, got {self.document_bytes}")
-        if parse_sources(self.data) != [(1.0, self.data)]:
-            raise InputError(f"data: expected one SOURCE without a weight, got {self.data!r}")
+        if parse_sources(self.data.source) != [(1.0, self.data.source)]:
+            raise InputError(f"data: expected one SOURCE without a weight, got {self.data.source!r}")
         for name in self.learning_rates:
             if name not in self.variants:
                 raise InputError(
@@ -126,10 +121,10 @@ class Comparison:
         """The configuration of each model, with the tokenizer's vocabulary.
 
         Raises:
-            InputError: it is of another family, sees less than `context_length`, or does not say how many
+            InputError: it is of another family, sees less than the data's `context_length`, or does not say how many
                 sub-networks a variant has.
         """
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_tokenizer(self.data.tokenizer)
         bases = {}
         for name in self.models:
             base = load_config(name)
@@ -141,7 +136,7 @@ class Comparison:
                         f"model: expected one of {' or '.join(WITH_SUBNETWORKS)}, whose sub-networks and norm "
                         f"{variant} takes over, got {name} of {base.ffn_type}"
                     )
-            check_context_length(base, self.context_length)
+            check_context_length(base, self.data.context_length)
             fit_vocabulary(base, tokenizer)
             bases[name] = base
         return bases

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from flashmhf.data.tokenizer import encode_documents
 from flashmhf.errors import InputError
-from flashmhf.tokenization import encode_documents
 
 SHUFFLED_DOCUMENTS = 256  # of a stream, held in memory
 

@@ -3,11 +3,11 @@
 import logging
 from collections import Counter, defaultdict
 
+from flashmhf.data.config import REFUSE, SKIP
 from flashmhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SKIP, REFUSE = "skip", "refuse"
 EMPTY = "empty document"  # nothing is lost with one, so it is skipped either way
 BINARY = "binary file"
 ENCODING = "file not in UTF-8"

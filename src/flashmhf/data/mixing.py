@@ -13,36 +13,14 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from flashmhf.data.blocks import TokenBlocks, iterate_blocks
+from flashmhf.data.config import DataConfig
 from flashmhf.data.corpus import Corpus, load_corpus
-from flashmhf.data.faults import REFUSE, BadData
+from flashmhf.data.faults import BadData
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
 
 FORM = "SOURCE or WEIGHT*SOURCE,WEIGHT*SOURCE,..."
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How text becomes blocks.
-
-    Args:
-        context_length: tokens in a block.
-        text_column: of .jsonl, .parquet or Hub data.
-        streaming: read the data as it is needed; then it starts again for ever.
-        validation_tokens: at most so many are used for validation, by the weights.
-        document_mask: give blocks positions that keep attention within a document.
-        bad_data: `skip` or `refuse`.
-        seed: of the order.
-    """
-
-    context_length: int
-    text_column: str = "text"
-    streaming: bool = False
-    validation_tokens: int = 2**19
-    document_mask: bool = False
-    bad_data: str = REFUSE
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,49 +73,49 @@ def parse_sources(data: str) -> list[tuple[float, str]]:
     return used
 
 
-def load_blocks(data: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> TrainingData:
-    """Reads every source of `data`, tokenises it and arranges its blocks.
+def load_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> TrainingData:
+    """Reads every source, tokenises it and arranges its blocks in the order that `seed` gives.
 
     Raises:
         InputError: a source, a weight or the amount of text does not fit.
     """
-    weights, sources = zip(*parse_sources(data), strict=True)
+    weights, sources = zip(*parse_sources(config.source), strict=True)
     corpora = [
-        load_corpus(source, text_column=recipe.text_column, streaming=recipe.streaming, bad_data=recipe.bad_data)
+        load_corpus(source, text_column=config.text_column, streaming=config.streaming, bad_data=config.bad_data)
         for source in sources
     ]
-    validation, bytes_per_token = _validation(corpora, weights, tokenizer, recipe)
+    validation, bytes_per_token = _validation(corpora, weights, tokenizer, config)
     train: ShuffledBlocks | IterableDataset
-    if recipe.streaming:
-        streams = [partial(_stream, corpus.train, tokenizer, recipe) for corpus in corpora]
+    if config.streaming:
+        streams = [partial(_stream, corpus.train, tokenizer, config, seed) for corpus in corpora]
         train = IterableDataset.from_generator(partial(_interleave, streams, weights))
     else:
-        blocks = [_blocks(corpus.train, tokenize(corpus.train, tokenizer), tokenizer, recipe) for corpus in corpora]
-        train = ShuffledBlocks(blocks, weights, recipe.seed, names=sources)
+        blocks = [_blocks(corpus.train, tokenize(corpus.train, tokenizer), tokenizer, config) for corpus in corpora]
+        train = ShuffledBlocks(blocks, weights, seed, names=sources)
     bad = tuple(corpus.bad_data for corpus in corpora)
-    return TrainingData(train, validation, bytes_per_token, sources, weights, recipe.context_length, bad)
+    return TrainingData(train, validation, bytes_per_token, sources, weights, config.context_length, bad)
 
 
 def _blocks(
-    documents: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, role: str = "training"
+    documents: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, role: str = "training"
 ) -> TokenBlocks:
-    separator = tokenizer.eos_token_id if recipe.document_mask else None
-    blocks = TokenBlocks(tokens, recipe.context_length, separator, origins=documents["origin"])
+    separator = tokenizer.eos_token_id if config.document_mask else None
+    blocks = TokenBlocks(tokens, config.context_length, separator, origins=documents["origin"])
     if len(blocks) == 0:
-        raise InputError(f"data: expected at least {recipe.context_length} tokens for {role}, got fewer")
+        raise InputError(f"data: expected at least {config.context_length} tokens for {role}, got fewer")
     return blocks
 
 
 def _validation(
-    corpora: Sequence[Corpus], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    corpora: Sequence[Corpus], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[torch.utils.data.Dataset, float]:
     """The first held-out blocks of each source by its weight, and their bytes a token."""
     parts: list[torch.utils.data.Dataset] = []
     num_blocks, num_bytes = 0, 0.0
     for corpus, weight in zip(corpora, weights, strict=True):
         tokens = tokenize(corpus.validation, tokenizer)
-        blocks = _blocks(corpus.validation, tokens, tokenizer, recipe, "validation")
-        most = max(int(recipe.validation_tokens * weight / sum(weights)) // recipe.context_length, 1)
+        blocks = _blocks(corpus.validation, tokens, tokenizer, config, "validation")
+        most = max(int(config.validation_tokens * weight / sum(weights)) // config.context_length, 1)
         taken = min(most, len(blocks))
         parts.append(Subset(blocks, range(taken)))
         num_blocks += taken
@@ -145,10 +123,10 @@ def _validation(
     return (parts[0] if len(parts) == 1 else ConcatDataset(parts)), num_bytes / num_blocks
 
 
-def _stream(documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[dict]:
-    return iterate_blocks(
-        documents, tokenizer, recipe.context_length, document_mask=recipe.document_mask, seed=recipe.seed
-    )
+def _stream(
+    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+) -> Iterator[dict]:
+    return iterate_blocks(documents, tokenizer, config.context_length, document_mask=config.document_mask, seed=seed)
 
 
 def _interleave(streams: list, weights: Sequence[float]) -> Iterator[dict]:

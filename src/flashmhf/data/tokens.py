@@ -7,8 +7,8 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from flashmhf.data.tokenizer import encode_documents, tokenizer_key
 from flashmhf.data.workers import count_workers, rows_at_once
-from flashmhf.tokenization import encode_documents, tokenizer_key
 
 BATCH_CHARACTERS = 2**22  # encoded at once: a tokenizer needs up to a hundred bytes for one
 VERSION = 1  # of what is written; a new one leaves old caches alone

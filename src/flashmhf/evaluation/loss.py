@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as nnf
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmhf.data import text_hash, tokenize
+from flashmhf.data.corpus import text_hash
+from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation.bootstrap import ratio_interval
+from flashmhf.models.checks import check_context_length, check_vocabulary
+from flashmhf.models.fused_loss import IGNORED
 
 LOGIT_ELEMENTS = 2**25  # of one batch
-IGNORED = -100
 LARGEST_EXPONENT = 700.0  # a float holds no larger perplexity
 
 
@@ -168,24 +170,6 @@ def split_windows(ids: list[int], context_length: int, stride: int) -> Iterator[
             labels = [IGNORED] * (scored - start) + sequence[scored + 1 : stop + 1]
             yield sequence[start:stop], labels
             scored = stop
-
-
-def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:
-    """`context_length`, or the model's own for None; raises InputError where the model cannot see so much."""
-    longest = int(config.max_position_embeddings)
-    if context_length is None:
-        return longest
-    if not 2 <= context_length <= longest:
-        raise InputError(f"context-length: expected 2 to the model's {longest}, got {context_length}")
-    return context_length
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError where the tokenizer has tokens that the model does not know."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"tokenizer: expected at most the model's {model.config.vocab_size} tokens, got {len(tokenizer)}"
-        )
 
 
 def _per_document(

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_context_length, check_vocabulary
+from flashmhf.models.checks import check_context_length, check_vocabulary
 
 # The paper's downstream tasks, in its order.
 ALIASES = {"paper": ("hellaswag", "social_iqa", "piqa", "openbookqa", "winogrande", "race")}

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flashmhf.errors import InputError
+from flashmhf.files import read_json
 from flashmhf.models.configuration import FlashMHFConfig, preset_names
 
 INDEX = "model.safetensors.index.json"
@@ -123,14 +124,3 @@ def _length_report(file: Path) -> str | None:
         except (ValueError, KeyError, TypeError):
             return None
     return f"expected {8 + header_size + data} bytes, got {size}"
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object; anything else is an InputError that names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"expected a JSON object in {file}, got {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"expected a JSON object in {file}, got a {type(content).__name__}")
-    return content

@@ -76,12 +76,13 @@ def _sections(results: dict[str, Any]) -> list[str]:
 
 def _introduction(results: dict[str, Any]) -> str:
     settings = results["settings"]
+    data = settings["data"]
     seeds = ", ".join(map(str, settings["seeds"]))
     tokens = next(run["tokens"] for run in results["runs"] if run["status"] == "finished")
     best = _ranked(results)[0]
     return (
-        f"<p>Trained from new weights on <b>{html.escape(settings['data'])}</b> (tokenizer "
-        f"{html.escape(settings['tokenizer'])}), {tokens:,} tokens each in blocks of {settings['context_length']}, "
+        f"<p>Trained from new weights on <b>{html.escape(data['source'])}</b> (tokenizer "
+        f"{html.escape(data['tokenizer'])}), {tokens:,} tokens each in blocks of {data['context_length']}, "
         f"seeds {seeds}; matched {settings['match']} at {DEPTHS[settings['depth']]}, all else alike, and of each seed "
         f"the same order of the data. Lowest validation loss here: <b>{html.escape(best['variant'])}</b>. A model "
         f"without context could reach {results['unigram_entropy_nats']:.3f} nats a token (the unigram entropy).</p>"

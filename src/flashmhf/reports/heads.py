@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from flashmhf.inspection import FIGURES, HeadReport
+from flashmhf.evaluation.inspection import FIGURES, HeadReport
 
 
 def draw_heads(reports: list[HeadReport], file: Path) -> None:

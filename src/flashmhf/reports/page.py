@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flashmhf.writing import write_flushed
+from flashmhf.files import atomic_write
 
 # Okabe and Ito's, told apart with any colour vision.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
@@ -62,7 +62,7 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 def write_page(file: Path, title: str, sections: Iterable[str]) -> None:
     """Writes `page` beside and renames it."""
-    write_flushed(file, page(title, sections))
+    atomic_write(file, page(title, sections))
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flashmhf.errors import InputError
-from flashmhf.models.loading import read_json
+from flashmhf.files import read_json
 from flashmhf.reports.page import BLUE, GREY, VERMILION, figures, html_table, new_axes, write_page
 from flashmhf.training.resuming import RUN_FILE
 from flashmhf.training.run_log import RunLog, read_log

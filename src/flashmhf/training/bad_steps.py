@@ -20,7 +20,6 @@ from flashmhf.training.saving import CheckpointTrainer
 logger = logging.getLogger(__name__)
 
 BLOCK = "block"
-MAX_BAD_STEPS = 5
 WINDOW = 100
 LEAST_LOSSES = 20  # before that many a loss is not judged
 SIGMAS = 6.0
@@ -38,7 +37,7 @@ class GuardedTrainer(CheckpointTrainer):
         max_bad_steps: so many in a row save a checkpoint and end training; `check_finite` then raises.
     """
 
-    def __init__(self, *args: Any, max_bad_steps: int = MAX_BAD_STEPS, **options: Any) -> None:
+    def __init__(self, *args: Any, max_bad_steps: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self.max_bad_steps = max_bad_steps
         self._bad: list[dict[str, Any]] = []  # in a row, up to now

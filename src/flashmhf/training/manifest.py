@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flashmhf.writing import flush, write_json
+from flashmhf.files import flush, write_json
 
 MANIFEST = "manifest.json"
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
-from flashmhf.models.loading import read_json
+from flashmhf.files import read_json
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import why_unsafe
 from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
@@ -22,9 +22,25 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
+RUN_FILE = "run.json"  # what the run is about
+RESULT_FILE = "result.json"  # what it came to; not there before it has ended well
 LOCK_FILE = ".lock"
 DISK_FULL_BYTES = 2**20
+
+
+def was_begun(output_dir: Path) -> bool:
+    """Whether the folder holds a run that can be resumed."""
+    return (output_dir / RUN_FILE).exists()
+
+
+def read_result(output_dir: Path) -> dict[str, Any] | None:
+    """What `train` returned for a run that has ended well, or None.
+
+    Raises:
+        InputError: the file is damaged; names it.
+    """
+    file = output_dir / RESULT_FILE
+    return read_json(file) if file.exists() else None
 
 
 @contextlib.contextmanager

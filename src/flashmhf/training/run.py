@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,22 +20,30 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from flashmhf.accounting import account
-from flashmhf.data import REFUSE, Recipe, TrainingData, load_blocks
+from flashmhf.data.mixing import TrainingData, load_blocks
+from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_tokenizer
+from flashmhf.distributed.trainer import check_layout, split_heads
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_context_length, check_vocabulary
+from flashmhf.estimates.cost import account
+from flashmhf.files import write_json
+from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
-from flashmhf.tokenization import check_same_tokenizer, fit_vocabulary, load_tokenizer
-from flashmhf.training.bad_steps import MAX_BAD_STEPS, check_limit, numbered
+from flashmhf.training.bad_steps import check_limit, numbered
 from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
-from flashmhf.training.layouts import check_layout, head_processes
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import check_base_width
-from flashmhf.training.resuming import RUN_FILE, explain_full_disk, finished_state, only_writer, prepare_output_dir
+from flashmhf.training.resuming import (
+    RESULT_FILE,
+    RUN_FILE,
+    explain_full_disk,
+    finished_state,
+    only_writer,
+    prepare_output_dir,
+)
 from flashmhf.training.run_log import LogLines
 from flashmhf.training.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 from flashmhf.training.watchdog import Watchdog
-from flashmhf.writing import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,47 +67,6 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,  # the numbers of the blocks come along
     "ddp_find_unused_parameters": False,
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a training run is about; a resumed run must be about the same.
-
-    Args:
-        model: a preset, a JSON configuration (both start from new weights) or a model's folder (goes on from its).
-        data: a SOURCE or several by weight, see `flashmhf.data`.
-        tokenizer: `bytes`, a folder or a Hub id.
-        context_length: tokens in a training block.
-        text_column: of .jsonl, .parquet or Hub data.
-        streaming: read the data as it is needed.
-        validation_tokens: at most so many are used for validation.
-        document_mask: no attention from one document to another in a block.
-        bad_data: `skip` or `refuse` what cannot be read.
-        width_scaled_learning_rate: a hidden size for which the learning rate is; see `learning_rates`.
-    """
-
-    model: str
-    data: str
-    tokenizer: str
-    context_length: int
-    text_column: str = "text"
-    streaming: bool = False
-    validation_tokens: int = 2**19
-    document_mask: bool = False
-    bad_data: str = REFUSE
-    width_scaled_learning_rate: int | None = None
-
-    def recipe(self, seed: int) -> Recipe:
-        """What concerns the data alone."""
-        return Recipe(
-            self.context_length,
-            self.text_column,
-            self.streaming,
-            self.validation_tokens,
-            self.document_mask,
-            self.bad_data,
-            seed,
-        )
 
 
 def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
@@ -135,68 +101,52 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     return arguments
 
 
-def train(
-    run: Run,
-    arguments: TrainingArguments,
-    *,
-    resume: bool = False,
-    max_bad_steps: int = MAX_BAD_STEPS,
-    compile_blocks: bool = False,
-    fused_loss: str = "auto",
-) -> dict[str, Any]:
+def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = False) -> dict[str, Any]:
     """Trains, validates and saves model and tokenizer into `arguments.output_dir`.
 
     SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
 
     Args:
-        compile_blocks: every decoder layer goes through torch.compile, see `flashmhf.training.compilation`.
-        fused_loss: "auto", "on" or "off", see `flashmhf.models.fused_loss`.
+        config: what is trained, on what; a resumed run must be about the same.
+        arguments: those of transformers, from `parse_arguments`.
+        resume: go on from the last checkpoint in the folder that is whole.
 
     Returns:
         "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats a token), "bits_per_byte",
         "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "skipped_steps", "interrupted_by" (a
-        signal's number or None), "tokens_used" (of each source), "bad_data" (a line on what was skipped, or empty).
+        signal's number or None), "tokens_used" (of each source), "bad_data" (a line on what was skipped, or empty). The
+        folder of a run that has ended well holds it as result.json.
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
-        RunError: `max_bad_steps` in a row had no finite loss and gradient; a checkpoint is saved.
+        RunError: `config.max_bad_steps` in a row had no finite loss and gradient; a checkpoint is saved.
     """
-    check_limit(max_bad_steps)
-    if compile_blocks:
+    check_limit(config.max_bad_steps)
+    if config.compile_blocks:
         check_not_compiled_whole(arguments)
-    check_base_width(run.width_scaled_learning_rate, arguments)
+    check_base_width(config.width_scaled_learning_rate, arguments)
+    split_heads(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))
     with only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext():
-        return _train(run, arguments, output_dir, resume, max_bad_steps, compile_blocks, fused_loss)
+        return _train(config, arguments, output_dir, resume)
 
 
-def _train(
-    run: Run,
-    arguments: TrainingArguments,
-    output_dir: Path,
-    resume: bool,
-    max_bad_steps: int,
-    compile_blocks: bool,
-    fused_loss: str,
-) -> dict[str, Any]:
+def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, resume: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    checkpoint = prepare_output_dir(output_dir, asdict(run), resume) if arguments.process_index == 0 else None
+    checkpoint = prepare_output_dir(output_dir, config.identity(), resume) if arguments.process_index == 0 else None
     (checkpoint,) = broadcast_object_list([checkpoint])
     set_seed(arguments.seed)
-    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     finished = None if checkpoint is None else finished_state(checkpoint, arguments)
-    model = _new_or_loaded_model(run, tokenizer) if finished is None else load_model(str(checkpoint))
-    check_layout(model, arguments, compiled=compile_blocks, fused_loss=fused_loss == "on")
-    if compile_blocks:
-        compile_layers(model)
-    split = head_processes(arguments) > 1
-    use_fused_loss(model, "off" if split else fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
+    model = _new_or_loaded_model(config, tokenizer) if finished is None else load_model(str(checkpoint))
+    _prepare_model(model, config, arguments)
     with arguments.main_process_first(desc="data"):
-        data = load_blocks(run.data, tokenizer, run.recipe(_data_seed(arguments)))
+        data = load_blocks(config.data, tokenizer, seed=_data_seed(arguments))
     if arguments.process_index == 0:
-        write_json(output_dir / RUN_FILE, asdict(run))
+        write_json(output_dir / RUN_FILE, config.identity())
+        (output_dir / RESULT_FILE).unlink(missing_ok=True)
     stop = StopOnSignal()
-    trainer = _trainer(model, arguments, data, tokenizer, stop, max_bad_steps, run.width_scaled_learning_rate)
+    trainer = _trainer(model, config, arguments, data, tokenizer, stop)
     if finished is None:
         with stop, explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -210,23 +160,34 @@ def _train(
     else:
         validation = {}
     trainer.save_state()
-    return {
+    result = {
         **_summary(trainer, data, validation.get("eval_loss")),
         "parameters": model.num_parameters(),
         "elapsed_s": time.perf_counter() - started,
         "interrupted_by": stop.signal,
         "output_dir": str(output_dir),
     }
+    if stop.signal is None and arguments.process_index == 0:
+        write_json(output_dir / RESULT_FILE, result)
+    return result
+
+
+def _prepare_model(model: PreTrainedModel, config: TrainConfig, arguments: TrainingArguments) -> None:
+    """How the model computes, beside what it is: compiled, with a fused loss."""
+    check_layout(model, arguments, compiled=config.compile_blocks, fused_loss=config.fused_loss == "on")
+    if config.compile_blocks:
+        compile_layers(model)
+    fused_loss = "off" if config.tensor_parallel > 1 else config.fused_loss
+    use_fused_loss(model, fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
 
 
 def _trainer(
     model: PreTrainedModel,
+    config: TrainConfig,
     arguments: TrainingArguments,
     data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
     stop: StopOnSignal,
-    max_bad_steps: int,
-    base_width: int | None,
 ) -> SpeedTrainer:
     trainer = SpeedTrainer(
         model=model,
@@ -235,9 +196,9 @@ def _trainer(
         eval_dataset=data.validation,
         processing_class=tokenizer,
         callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
-        max_bad_steps=max_bad_steps,
+        max_bad_steps=config.max_bad_steps,
         flops_per_token=account(model.config, data.block_length)["training_flops_per_token"],
-        base_width=base_width,
+        base_width=config.width_scaled_learning_rate,
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
@@ -264,16 +225,16 @@ def _data_seed(arguments: TrainingArguments) -> int:
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
-def _new_or_loaded_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    if Path(run.model).is_dir():
-        model = load_model(run.model, dtype=torch.float32)
+def _new_or_loaded_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if Path(config.model).is_dir():
+        model = load_model(config.model, dtype=torch.float32)
         check_vocabulary(model, tokenizer)
-        check_same_tokenizer(run.model, tokenizer)
+        check_same_tokenizer(config.model, tokenizer)
     else:
-        config = load_config(run.model)
-        fit_vocabulary(config, tokenizer)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    check_context_length(model.config, run.context_length)
+        model_config = load_config(config.model)
+        fit_vocabulary(model_config, tokenizer)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    check_context_length(model.config, config.data.context_length)
     return model
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from flashmhf.training.layouts import LayoutTrainer
+from flashmhf.distributed.trainer import LayoutTrainer
+from flashmhf.files import atomic_rename, atomic_write
 from flashmhf.training.manifest import check, write_manifest
-from flashmhf.writing import rename_flushed, write_flushed
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class CheckpointTrainer(LayoutTrainer):
         if self.args.should_save:
             folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
             (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-            write_flushed(folder / ARGUMENTS, self.args.to_json_string() + "\n")
+            atomic_write(folder / ARGUMENTS, self.args.to_json_string() + "\n")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -79,7 +79,7 @@ def give_name(unfinished: Path, named: Path) -> None:
     """Puts a whole checkpoint in its place; while an older one of that name goes, the new one is whole beside it."""
     if named.exists():
         shutil.rmtree(named)
-    rename_flushed(unfinished, named)
+    atomic_rename(unfinished, named)
     unfinished.parent.rmdir()
 
 

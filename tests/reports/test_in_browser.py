@@ -6,10 +6,10 @@ It wants Chromium and its driver (Debian: apt-get install chromium chromium-driv
 import shutil
 
 import pytest
+from test_run_report import log_lines, results
 
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
-from test_report import log_lines, results
 
 selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

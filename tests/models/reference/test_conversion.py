@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashmhf.checkpoints import UNUSED, convert
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.models.loading import load_model
+from flashmhf.models.reference.conversion import UNUSED, convert
 from reference_model import reference_config, reference_model, save_reference
 
 CASES = {

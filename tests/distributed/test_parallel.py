@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, going_on, one_step
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flashmhf import FlashMHF
+from flashmhf.distributed.parallel import tensor_parallel
+from flashmhf.distributed.sharded import load_sharded
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.parallel import tensor_parallel
-from flashmhf.sharded import load_sharded
-from flashmhf.training import parse_arguments
-from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, going_on, one_step
+from flashmhf.training.run import parse_arguments
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]

@@ -14,10 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmhf.data import tokenize
+from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_vocabulary
 from flashmhf.layers import FlashMHF
+from flashmhf.models.checks import check_vocabulary
 from flashmhf.ops import prologue
 from flashmhf.ops.prologue import Prologue
 

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from flashmhf.accounting import account, saved_bytes
 from flashmhf.errors import InputError
+from flashmhf.estimates.cost import account, saved_bytes
 from flashmhf.layers import PKV, FlashMHF
 from flashmhf.ops.roofline import GPUS
 

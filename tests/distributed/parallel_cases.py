@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from flashmhf.benchmarking.measuring import peak_bytes
+from flashmhf.distributed.parallel import shard_parameters, tensor_parallel
+from flashmhf.distributed.sharded import load_sharded, save_sharded
 from flashmhf.layers import PKV, FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from flashmhf.parallel import shard_parameters, tensor_parallel
-from flashmhf.sharded import load_sharded, save_sharded
 
 BATCH, LENGTH = 4, 12
 MODELS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from flashmhf.errors import InputError
-from flashmhf.tokenization import (
+from flashmhf.data.tokenizer import (
     byte_tokenizer,
     encode_documents,
     is_byte_tokenizer,
@@ -15,6 +14,7 @@ from flashmhf.tokenization import (
     tokenizer_key,
     train_bpe,
 )
+from flashmhf.errors import InputError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Grüße aus Köln"] * 20
 

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 
 from flashmhf.cli import app
+from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.inspection import FIGURES, inspect
+from flashmhf.evaluation.inspection import FIGURES, inspect
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from flashmhf.tokenization import load_tokenizer
 
 DOCUMENTS = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog. " * 9, "and again, " * 40]})
 

@@ -1,6 +1,5 @@
 """Training runs as processes of their own, several at a time."""
 
-import json
 import logging
 import queue
 import signal
@@ -17,31 +16,44 @@ from typing import Any
 import torch
 
 from flashmhf.errors import Interrupted
-from flashmhf.writing import write_json
+from flashmhf.files import write_json
+from flashmhf.training.resuming import read_result, was_begun
 
 logger = logging.getLogger(__name__)
 
-RESULT_FILE = "result.json"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run: `command` trains into `folder`."""
+    """One training run: `flashmhf train` of a configuration, with further flags, into `folder`."""
 
     label: str
     folder: Path
-    command: tuple[str, ...]
+    config: dict[str, Any]
+    flags: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
-        return (self.folder / RESULT_FILE).exists()
+        return read_result(self.folder) is not None
 
     @property
     def log(self) -> Path:
         """What it prints where several run at a time."""
         return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def config_file(self) -> Path:
+        """Hands the configuration to the process that trains."""
+        return self.folder.with_name(self.folder.name + ".json")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """In a process of this Python; goes on where there is something to go on from."""
+        resume = ("--resume",) if was_begun(self.folder) else ()
+        files = ("--config", str(self.config_file), "--output-dir", str(self.folder))
+        return (sys.executable, "-m", "flashmhf", "train", *files, *self.flags, *resume)
 
 
 class _Processes:
@@ -52,17 +64,17 @@ class _Processes:
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def run(self, command: Sequence[str], **options: Any) -> tuple[int, str]:
-        """Exit code and standard output."""
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """The exit code."""
         with self._lock:
             if self._stopped:
                 raise KeyboardInterrupt
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **options)
             self._running.add(process)
-        output, _ = process.communicate()
+        code = process.wait()
         with self._lock:
             self._running.discard(process)
-        return process.returncode, output
+        return code
 
     def stop(self) -> None:
         """Each saves a checkpoint after its step."""
@@ -129,27 +141,15 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _run(trial: Trial, environment: Mapping[str, str] | None, alone: bool, processes: _Processes) -> None:
-    trial.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [*trial.command, *(["--resume"] if (trial.folder / "run.json").exists() else [])]
+    write_json(trial.config_file, trial.config)
     with trial.log.open("ab") as log:
-        code, output = processes.run(command, stderr=None if alone else log, env=environment)
+        code = processes.run(trial.command, stderr=None if alone else log, env=environment)
     if code in INTERRUPTED:
         raise KeyboardInterrupt
-    result = _last_object(output) if code == 0 else None
-    if result is None:
+    if code != 0 or not trial.finished:
         logger.warning("%s failed with exit code %d", trial.label, code)
     else:
-        write_json(trial.folder / RESULT_FILE, result)
         trial.log.unlink()
-
-
-def _last_object(output: str) -> dict[str, Any] | None:
-    """The last line as JSON: a library may have printed before it."""
-    try:
-        result = json.loads(output.rstrip().rpartition("\n")[2])
-    except json.JSONDecodeError:
-        return None
-    return result if isinstance(result, dict) else None
 
 
 def _share(environment: Mapping[str, str], slot: int, jobs: int) -> dict[str, str]:
@@ -161,9 +161,3 @@ def _share(environment: Mapping[str, str], slot: int, jobs: int) -> dict[str, st
     if gpus == 0 and jobs > 1 and "OMP_NUM_THREADS" not in environment:
         return {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // jobs, 1))}
     return {}
-
-
-def train_command(options: dict[str, object], flags: Sequence[str]) -> tuple[str, ...]:
-    """`flashmhf train` in a process of this Python; `options` win over `flags`."""
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return (sys.executable, "-m", "flashmhf", "train", "--json", *flags, *words)

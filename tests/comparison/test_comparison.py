@@ -10,13 +10,14 @@ import time
 import pytest
 import torch
 
-from flashmhf.accounting import account, count_parameters
 from flashmhf.comparison import Comparison, compare
+from flashmhf.comparison.launcher import _share
 from flashmhf.comparison.matching import match
 from flashmhf.comparison.plan import Plan
-from flashmhf.comparison.queue import _last_object, _share
 from flashmhf.comparison.settings import Contender
+from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
+from flashmhf.estimates.cost import account, count_parameters
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.configuration import FFN_TYPES
 
@@ -29,15 +30,11 @@ def settings(corpus_folder, model_file):
         values = {
             "variants": ("swiglu", "flashmhf"),
             "models": (str(model_file),),
-            "data": str(corpus_folder),
-            "tokenizer": "bytes",
-            "seeds": (0,),
-            "context_length": 64,
-            "learning_rates": {},
             "training_flags": FLAGS,
-            "validation_tokens": 1024,
         }
-        return Comparison(**(values | changes))
+        data = {"source": str(corpus_folder), "context_length": 64, "validation_tokens": 1024}
+        of_data = {name: changes.pop(name) for name in ("source", "tokenizer", "context_length") if name in changes}
+        return Comparison(data=DataConfig(**(data | of_data)), **(values | changes))
 
     return make
 
@@ -225,7 +222,7 @@ def test_a_folder_that_holds_something_else(settings, tmp_path):
 
 def test_sources_by_weight_are_refused(settings):
     with pytest.raises(InputError, match=r"data: expected one SOURCE without a weight, got '1\*a,2\*b'"):
-        settings(data="1*a,2*b")
+        settings(source="1*a,2*b")
 
 
 def test_a_head_dim_that_does_not_divide(settings, tmp_path):
@@ -256,11 +253,11 @@ def test_models_that_share_a_name_or_lack_subnetworks(settings, model_file, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "nowhere/at all"}, "data: expected stdlib, a file, a folder or a dataset on the Hub"),
+        ({"source": "nowhere/at all"}, "data: expected stdlib, a file, a folder or a dataset on the Hub"),
         ({"tokenizer": "nothing here"}, "tokenizer: "),
         ({"context_length": 4096}, "context-length: expected 2 to the model's 128, got 4096"),
         (
-            {"context_length": 128, "models": ("flashmhf-tiny",), "data": "short.txt"},
+            {"context_length": 128, "models": ("flashmhf-tiny",), "source": "short.txt"},
             "data: expected at least 128 tokens",
         ),
     ],
@@ -286,12 +283,6 @@ def test_a_loss_that_is_not_finite_costs_no_report(settings, tmp_path):
     row = next(row for row in results["variants"] if row["variant"] == "flashmhf")
     assert (row["documents"]["nats_per_token"], row["difference"]) == (None, None)
     assert "Nothing could be compared with swiglu." in (tmp_path / "out/report.html").read_text()
-
-
-def test_the_result_is_the_last_line_that_was_printed():
-    assert _last_object('a library says hello\n{"a": 1}\n') == {"a": 1}
-    assert _last_object("3\n") is None
-    assert _last_object("") is None
 
 
 def test_gpus_that_somebody_chose(monkeypatch):

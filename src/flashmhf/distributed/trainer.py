@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
+from flashmhf.distributed.parallel import check_split, shard_parameters, tensor_parallel
+from flashmhf.distributed.sharded import load_sharded, save_sharded
 from flashmhf.errors import InputError
-from flashmhf.evaluation import IGNORED
+from flashmhf.models.fused_loss import IGNORED
 from flashmhf.models.loading import load_model
-from flashmhf.parallel import check_split, shard_parameters, tensor_parallel
-from flashmhf.sharded import load_sharded, save_sharded
 
 SHARDS = "sharded"  # the folder in a checkpoint to which every process adds its part
 OPTIMIZER = "optimizer.pt"

@@ -7,7 +7,7 @@ from test_triton_compiles import run
 
 from kernel_table import Row, options, summary, tile_name, write_csv
 
-TABLE = Path(__file__).parents[1] / "docs/kernels.csv"
+TABLE = Path(__file__).parents[2] / "docs/kernels.csv"
 SHIPPED = """
 import json
 from compile_kernels import TARGETS, described, shipped

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from flashmhf import cli
+from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.generation import generate, sample_models
+from flashmhf.evaluation.generation import generate, sample_models
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.models.loading import load_model
-from flashmhf.tokenization import byte_tokenizer, save_tokenizer
 
 OPTIONS = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0}
 

@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 
-from flashmhf.benchmarking import check_folder, compare_results, complete, provenance, read_result, write_results
+from flashmhf.benchmarking import check_folder, compare_results, complete, provenance, read_result
 from flashmhf.benchmarking.comparing import comparison_summary, comparison_table
-from flashmhf.benchmarking.drawing import PANELS, _colours, grid, panels
 from flashmhf.benchmarking.measuring import Times
-from flashmhf.benchmarking.webpage import webpage
 from flashmhf.errors import InputError
+from flashmhf.reports.benchmark_figures import PANELS, _colours, grid, panels
+from flashmhf.reports.benchmark_page import webpage, write_results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect", "image", "link"}
@@ -98,7 +98,7 @@ def test_an_interrupt_leaves_the_earlier_files(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashmhf.writing.flush", interrupt)
+    monkeypatch.setattr("flashmhf.files.flush", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_results(result(row(median_ms=2.0)), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

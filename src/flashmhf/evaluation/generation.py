@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.errors import InputError
-from flashmhf.evaluation import check_vocabulary
+from flashmhf.models.checks import check_vocabulary
 from flashmhf.models.loading import check_folder, load_model
-from flashmhf.tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flashmhf.accounting import account, operator_work, saved_bytes_per_token
 from flashmhf.errors import InputError
+from flashmhf.estimates.cost import account, operator_work, saved_bytes_per_token
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig
 

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from parallel_cases import build
 from safetensors.torch import load_file
 
+from flashmhf.data.config import DataConfig
+from flashmhf.distributed.trainer import SHARDS, check_layout, split_heads
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training import Run, parse_arguments, train
-from flashmhf.training.layouts import SHARDS, check_layout, split_heads
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
-from parallel_cases import build
+from flashmhf.training.run import parse_arguments, train
 from torchrun import torchrun
 
 STEPS = (
@@ -34,12 +36,14 @@ LAYOUTS = {"tp": (2, "4"), "tp x fsdp": (4, "2")}  # processes, sequences of eac
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder, tmp_path_factory) -> Run:
+def run(corpus_folder, tmp_path_factory) -> TrainConfig:
     """Two layers with a norm per head and untied embeddings; 63 validation blocks, not a multiple of any batch."""
     file = tmp_path_factory.mktemp("configs") / "heads.json"
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     file.write_text(json.dumps({**sizes, "num_subnetworks": 3, "q_norm": True, "init": "scaled"}))
-    return Run(str(file), str(corpus_folder), "bytes", 32, validation_tokens=63 * 32)
+    return TrainConfig(
+        model=str(file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=63 * 32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def one(run, tmp_path_factory) -> tuple[Path, dict]:
     return folder, train(run, parse_arguments(ONE, str(folder)))
 
 
-def split(run: Run, folder: Path, layout: str, *flags: str):
+def split(run: TrainConfig, folder: Path, layout: str, *flags: str):
     processes, sequences = LAYOUTS[layout]
     batch = ("--per-device-train-batch-size", sequences, "--per-device-eval-batch-size", str(16 // processes))
     return torchrun(run, folder, processes, *STEPS, *batch, "--tensor-parallel", "2", *flags)
@@ -120,7 +124,7 @@ def test_going_on_in_another_layout(run, one, trained, tmp_path, first, second):
     assert validation_loss == pytest.approx(one[1]["validation_loss"], rel=1e-6)
 
 
-def go_on(run: Run, folder: Path, layout: str) -> float:
+def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
     if layout == "one":
         return train(run, parse_arguments(ONE, str(folder)), resume=True)["validation_loss"]
     ended = torchrun(run, folder, 2, *STEPS, "--resume") if layout == "ddp" else split(run, folder, layout, "--resume")

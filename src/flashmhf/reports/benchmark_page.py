@@ -1,15 +1,18 @@
-"""A result as one page: what changed, a figure for each quantity, all rows, and where they come from."""
+"""A benchmark's result on the disk: rows, a picture, and one page on what changed and where it comes from."""
 
 import html
+import json
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from flashmhf.benchmarking.comparing import comparison_summary, comparison_table
-from flashmhf.benchmarking.drawing import WIDTH, Panel, draw, panels
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import cell, telling_columns
-from flashmhf.benchmarking.results import FACTS, measured
+from flashmhf.benchmarking.results import FACTS, complete, csv_text, measured
+from flashmhf.files import atomic_write
+from flashmhf.reports.benchmark_figures import WIDTH, Panel, draw, grid, panels, png
 from flashmhf.reports.page import html_figure, html_table, page
 
 NOTE = (
@@ -17,6 +20,19 @@ NOTE = (
     "the same run. On a GPU they are the device's, and host ms is what Python takes to queue a call. Memory is the "
     "allocator's peak: of activations for op and layer, for model of all it holds."
 )
+
+
+def write_results(result: dict[str, Any], folder: Path) -> None:
+    """Writes results.json, .csv and .png and report.html, each beside and renamed, when all of them are made."""
+    contents: dict[str, str | bytes] = {
+        "results.json": json.dumps(result, indent=2) + "\n",
+        "results.csv": csv_text(complete(result)),
+        "results.png": png(grid(panels(result["kind"], result["rows"]))),
+        "report.html": webpage(result),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        atomic_write(folder / name, content)
 
 
 def webpage(result: dict[str, Any]) -> str:

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flashmhf.errors import InputError
+from flashmhf.files import read_json
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import INDEX, WEIGHTS, check_safetensors, read_json
-from flashmhf.reference_format import (
+from flashmhf.models.loading import INDEX, WEIGHTS, check_safetensors
+from flashmhf.models.reference.format import (
     ROWS,
     from_reference_config,
     our_name,

@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flashmhf.errors import InputError
 
-def write_flushed(file: Path, content: str | bytes) -> None:
+
+def atomic_write(file: Path, content: str | bytes) -> None:
     """Writes beside, flushes and renames: at any moment `file` is what it was or what it becomes, power cut or not."""
     beside = file.with_name(file.name + ".tmp")
     try:
@@ -20,12 +22,12 @@ def write_flushed(file: Path, content: str | bytes) -> None:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Like `write_flushed`, with the folders that are missing."""
+    """Like `atomic_write`, with the folders that are missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_flushed(file, json.dumps(content, indent=2) + "\n")
+    atomic_write(file, json.dumps(content, indent=2) + "\n")
 
 
-def rename_flushed(source: Path, destination: Path) -> None:
+def atomic_rename(source: Path, destination: Path) -> None:
     """Renames, and returns when the disk knows."""
     source.rename(destination)
     flush(source.parent)
@@ -39,3 +41,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; anything else is an InputError that names the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"expected a JSON object in {file}, got {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"expected a JSON object in {file}, got a {type(content).__name__}")
+    return content

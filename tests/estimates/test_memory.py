@@ -3,11 +3,11 @@
 import re
 
 import pytest
+from parallel_cases import training_peak_mib
 
 from flashmhf.errors import InputError
+from flashmhf.estimates.memory import layout_memory, plan
 from flashmhf.models import FlashMHFConfig
-from flashmhf.planning import layout_memory, plan
-from parallel_cases import training_peak_mib
 from ranks import run_ranks
 
 SEQUENCES, LENGTH = 4, 256

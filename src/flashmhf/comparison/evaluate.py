@@ -10,14 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
-from flashmhf.data import beginnings
+from flashmhf.data.splits import beginnings
 from flashmhf.errors import RunError
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.evaluation.differences import paired_difference
-from flashmhf.inspection import inspect
+from flashmhf.evaluation.inspection import inspect
+from flashmhf.files import read_json, write_json
 from flashmhf.layers import FlashMHF
-from flashmhf.models.loading import load_model, read_json
-from flashmhf.writing import write_json
+from flashmhf.models.loading import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def evaluate_runs(
         if not file.exists():
             progress(f"evaluating {run.trial.label}")
             try:
-                result = evaluate(trained_model(run), tokenizer, documents, context_length=settings.context_length)
+                result = evaluate(trained_model(run), tokenizer, documents, context_length=settings.data.context_length)
             except RunError as error:
                 logger.warning("%s: %s", run.trial.label, error)
                 continue

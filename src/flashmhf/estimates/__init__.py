@@ -1,0 +1,1 @@
+"""What a model costs, without running it: parameters, FLOPs, saved bytes, memory and hours on many GPUs."""

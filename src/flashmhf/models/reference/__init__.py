@@ -1,0 +1,1 @@
+"""Checkpoints of the published reference code: their format, and conversion of folders both ways."""

@@ -1,0 +1,77 @@
+"""`flashmhf train --config FILE`: options of the command and of TrainingArguments from a file; what is typed wins."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from flashmhf import cli
+
+SMALL = {
+    "per_device_train_batch_size": 2,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def train(model_file, corpus_folder, tmp_path, monkeypatch, capsys):
+    """Runs the command on a file with these values; the exit code, its result, and the last line of standard error."""
+
+    def run(values, *flags: str, text: str | None = None) -> tuple[int, dict, str]:
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(values) if text is None else text)
+        command = ["flashmhf", "train", "--config", str(file), "--output-dir", str(tmp_path / "run"), "--json", *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        result = json.loads(printed.out) if printed.out else {}
+        return caught.value.code or 0, result, printed.err.rstrip().rpartition("\n")[2]
+
+    run.base = {"model": str(model_file), "data": str(corpus_folder), "context_length": 32, "validation_tokens": 512}
+    return run
+
+
+def test_a_file_says_it_all_and_what_is_typed_wins(train):
+    code, result, _ = train({**train.base, **SMALL, "max_steps": 5}, "--max-steps", "2", "--context-length", "16")
+    assert code == 0
+    assert (result["steps"], result["tokens"]) == (2, 2 * 2 * 16)
+
+
+def test_words_may_have_hyphens_and_lists_and_objects_are_flags(train, tmp_path):
+    values = {**train.base, **SMALL, "max-steps": 1, "learning-rate": 1e-2, "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}
+    code, result, _ = train({**values, "report_to": ["none"]})
+    assert code == 0
+    assert result["steps"] == 1
+    assert json.loads((tmp_path / "run/run.json").read_text())["context_length"] == 32
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "message"),
+    [
+        (
+            {"modell": "x"},
+            None,
+            "flags: expected those of flashmhf train or transformers.TrainingArguments, got '--mod",
+        ),
+        (None, "- a\n- b\n", "config: expected options and their values in "),
+        (None, "a: [1\n", "config: "),
+        (None, "{" * 99_999, "config: "),
+        ({"context_length": "many"}, None, "Invalid value for '--context-length'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(train, values, text, message):
+    code, result, line = train(None if values is None else {**train.base, **SMALL, **values}, text=text)
+    assert (code, result) == (2, {})
+    assert message in line
+
+
+def test_a_file_that_is_not_there(train, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["flashmhf", "train", "--config", str(tmp_path / "no.yaml"), "--output-dir", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "config: " in capsys.readouterr().err
