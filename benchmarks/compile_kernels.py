@@ -52,6 +52,11 @@ DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
 HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_tokens")
 HOPPER_WARPS = 8  # consumers; the producer is one more
+INTRODUCTION = """\
+All rows, in [kernels.csv](kernels.csv), compiled by Triton {}: bfloat16 and float32, E 7, F 384. `issued` is the
+matrix FLOPs that all warps issue for a tile over those that the algorithm has for it: above 1, warps multiply the same.
+
+"""
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
 
@@ -218,7 +223,7 @@ def document() -> tuple[list[Row], str]:
         for case, compiled in zip(cases, pool.map(compile_row, cases), strict=True):
             assert isinstance(compiled, Compiled), (case, compiled)
             rows.append(Row(*described(case), *vars(compiled).values()))
-    return rows, f"Triton {triton.__version__}, bfloat16 and float32, E 7, F 384.\n\n" + summary(rows, SHARED_LIMITS)
+    return rows, INTRODUCTION.format(triton.__version__) + summary(rows, SHARED_LIMITS)
 
 
 def described(case: tuple[str, str, int, torch.dtype, Any]) -> tuple[str, str, str, int, int, int, int, int, str]:

@@ -49,8 +49,11 @@ class MatrixWork:
 def issued_ratio(work: MatrixWork, kernel: str, tile: Any, block_d: int) -> float | None:
     """Matrix FLOPs issued for one tile, over the algorithm's own; None without matrix instructions (exact float32)."""
     tile_flops = algorithm_flops(kernel, tile, block_d)
-    if work.loop == 0:  # no loop at all: a prologue whose program owns one tile
-        return work.outside / tile_flops if work.outside else None
+    if work.loop == work.outside == 0:
+        return None
+    if kernel == "prologue_forward":  # a program owns one tile: there is no loop
+        return work.outside / tile_flops
+    assert work.loop > 0, f"{kernel}: products, but no loop around any of them"
     return work.loop / work.iterations(tile_flops) / tile_flops
 
 

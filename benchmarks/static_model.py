@@ -98,17 +98,16 @@ def predict(loop: Loop, name: str, T: int) -> Prediction:
     shape, processor = MODELS[name], PROCESSORS[target]
     H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
     block_t = tile.block_t * WARPGROUPS.get(kernel, 1)
+    tiles = H * math.ceil(T / block_t) * E * math.ceil(F / tile.block_f)
     programs = math.prod(plan(kernel, T, H, H, E, F, D, dtype, _one_tile_a_program(tile), target).grid)
-    iterations = -(-H * -(-T // block_t) * E * -(-F // tile.block_f) // programs)
-    rounds = -(
-        -programs // processor.count
-    )  # programs that share a processor share its rates: more of them gain nothing
+    # Programs that share a processor share its rates, so a round is one program on each.
+    rounds, iterations = math.ceil(programs / processor.count), math.ceil(tiles / programs)
     flops = PRODUCTS[kernel] * 2 * T * H * D * E * F
     least_clocks = flops / (processor.count * processor.matrix_flops)
     overlapped, exposed = (
         least_clocks / (rounds * iterations * clocks) for clocks in (loop.clocks.overlapped, loop.clocks.exposed)
     )
-    waves = -(-programs // (processor.count * loop.programs_per_processor))
+    waves = math.ceil(programs / (processor.count * loop.programs_per_processor))
     return Prediction(
         target, kernel, D, tile_name(tile._asdict()), loop.shipped, loop.clocks, loop.programs_per_processor,
         name, T, programs, waves, overlapped, exposed,

@@ -149,6 +149,12 @@ def test_no_ratio_without_matrix_instructions():
     assert issued_ratio(MatrixWork(0, 0), "forward", Tile(64, 32, 4, 2), 128) is None
 
 
+def test_a_lost_loop_is_noticed():
+    with pytest.raises(AssertionError, match="forward: products, but no loop"):
+        issued_ratio(MatrixWork(0, 100), "forward", Tile(64, 32, 4, 2), 128)
+    assert issued_ratio(MatrixWork(0, 2 * 2 * 32 * 16 * 128), "prologue_forward", Tile(32, 0, 8, 1), 128) == 2
+
+
 RATIOS = """
 import json, sys
 from compile_kernels import compile_row, shipped
