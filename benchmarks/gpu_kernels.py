@@ -97,7 +97,7 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     weights = dk, du, dv = [results[name] for name in ("dk", "du", "dv")]
-    splits = splits_to_show(q, k, tile)
+    splits = hopper_splits.splits_for(q, k, tile)
     if splits > 1:
         dk, du, dv = (poisoned(x.new_empty(splits, *x.shape, dtype=torch.float32)) for x in weights)
     added_dq, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
@@ -108,12 +108,6 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
         return rounded_dq(total, q, tile) if name == "dq" else total
 
     return Prepared([launch, *combine], results, {"dq": added_dq, "dgate": added_dgate}, rounded)
-
-
-def splits_to_show(q: Tensor, k: Tensor, tile: BackwardTile) -> int:
-    """As many as the backward takes, but two where a tile splits tokens, has several and would not at this size."""
-    splits = hopper_splits.splits_for(q, k, tile)
-    return 2 if tile.splits_tokens and splits == 1 and hopper_splits.token_tiles(q, k, tile) > 1 else splits
 
 
 def _hopper_backward_tokens(inputs: list[Tensor], tile: TokensTile) -> Prepared:
