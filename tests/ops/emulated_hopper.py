@@ -77,7 +77,8 @@ def within_budget(inputs: list) -> None:
         assert_within_budget(name, mine, eager, exact, precision=inputs[0].dtype)
 
 
-def caught(kernel, launch, change: tuple[str, str]) -> bool:
+def caught(kernel, launch: Launch, change: tuple[str, str]) -> bool:
+    """Whether the emulator notices, in one of a few interleavings, that a line of the kernel is changed."""
     broken = mutated(kernel, *change)
     for seed in range(8):
         try:

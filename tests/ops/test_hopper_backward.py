@@ -83,7 +83,7 @@ def test_tokens_split_over_programs(shape, splits, monkeypatch):
     emulate_hopper(monkeypatch)
     tile = tiles.backward_tile(shape.D)._replace(splits_tokens=True)
     monkeypatch.setattr(tiles, "BACKWARD", (tile, tile, None))
-    monkeypatch.setattr(splits_module, "token_splits", lambda programs, tiles, size: splits)
+    monkeypatch.setattr(splits_module, "token_splits", lambda programs, tiles, size, width: splits)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     combined = []
     plan = backward_module.plan_combine

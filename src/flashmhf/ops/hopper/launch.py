@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashmhf.ops.hopper.tiles import block_d
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+PROCESSORS = 132  # of an H100 or H200 with SXM
 TMA_ALIGNMENT = 16  # bytes, of the address and of every stride but the last
 
 
@@ -40,6 +41,11 @@ def gate_arguments(gate: Tensor | None, stand_in: Tensor) -> dict[str, Any]:
     strides = (0, 0, 0) if gate is None else gate.stride()
     names = ("stride_gatel", "stride_gateh", "stride_gatee")
     return {"gate_ptr": stand_in if gate is None else gate, **dict(zip(names, strides, strict=True))}
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; for a launch that is planned elsewhere those of the largest Hopper."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:

@@ -9,16 +9,21 @@ HEAD_DIM_MULTIPLE = 8  # TMA wants strides of 16 bytes
 
 
 class ForwardTile(NamedTuple):
-    """Tokens and parameter rows of one tile, stages of the rings, and where products read Q from.
+    """Tokens of a warpgroup and parameter rows of one tile, stages of the rings, and how the warpgroups work.
 
-    From registers Q costs a thread BLOCK_D / 4 of them and spares shared memory, which at head dim 128 is asked for 96
-    of its 128 bytes a clock by the product with Q otherwise, and 32 more by the tiles that arrive.
+    q_in_registers: products read Q from registers. It costs a thread BLOCK_D / 4 of them and spares shared memory, of
+    whose 128 bytes a clock the product with Q wants 96 otherwise (at head dim 128), and the tiles that arrive 32 more.
+    turns: the two warpgroups issue their products in turn, lest both activate at once and the tensor cores idle.
+    persistent: a program for every processor works through many pairs of token tiles, and the producer runs ahead into
+    the next pair. The output then has shared memory of its own, and the rings have less.
     """
 
     block_t: int
     block_f: int
     stages: int
     q_in_registers: bool = False
+    turns: bool = False
+    persistent: bool = False
 
 
 class BackwardTile(NamedTuple):
@@ -56,18 +61,44 @@ TABLE: dict[str, tuple[HopperTile | None, ...]] = {
     "backward_tokens": BACKWARD_TOKENS,
 }
 
-# Kernel -> one of BLOCK_DS -> the configurations among which a GPU is to choose; each compiles without a spill
-# (tests/ops/test_triton_compiles.py). The shipped ones are among them.
+# One of BLOCK_DS -> the configurations among which a GPU is to choose, the most promising first; each compiles without
+# a spill (tests/ops/test_triton_compiles.py). The shipped ones are among them.
 FORWARD_CANDIDATES: dict[int, tuple[ForwardTile, ...]] = {
     64: (
-        *(ForwardTile(64, 64, stages, q) for stages in (2, 4, 6) for q in (True, False)),
+        ForwardTile(64, 64, 4, True),
+        ForwardTile(64, 64, 4, True, turns=True),
+        ForwardTile(64, 64, 6, True, turns=True, persistent=True),
+        ForwardTile(64, 64, 6, True, persistent=True),
+        ForwardTile(128, 32, 6, True, turns=True),  # half the bytes from the L2 cache
+        ForwardTile(128, 32, 6, True, turns=True, persistent=True),
+        ForwardTile(64, 128, 3, True, turns=True),
+        ForwardTile(64, 128, 3, True, turns=True, persistent=True),
+        ForwardTile(64, 64, 6, True, turns=True),
+        ForwardTile(64, 64, 4, turns=True, persistent=True),
+        ForwardTile(64, 64, 4),
         ForwardTile(64, 128, 3, True),
     ),
     128: (
-        *(ForwardTile(64, 64, stages, q) for stages in (2, 3, 4) for q in (True, False)),
-        ForwardTile(64, 32, 6, True),
+        ForwardTile(64, 64, 4, True),
+        ForwardTile(64, 64, 4, True, turns=True),
+        ForwardTile(64, 64, 3, True, turns=True, persistent=True),
+        ForwardTile(64, 64, 3, True, persistent=True),
+        ForwardTile(64, 64, 3, True, turns=True),
+        ForwardTile(64, 64, 4, turns=True),
+        ForwardTile(64, 64, 3, turns=True, persistent=True),
+        ForwardTile(64, 32, 6, True, turns=True, persistent=True),
+        ForwardTile(64, 64, 2, True, turns=True, persistent=True),
+        ForwardTile(64, 64, 3, True),
+        ForwardTile(64, 64, 4),
     ),
-    256: (ForwardTile(64, 32, 2), ForwardTile(64, 32, 3)),
+    256: (
+        ForwardTile(64, 32, 3),
+        ForwardTile(64, 32, 3, turns=True),
+        ForwardTile(64, 32, 2, turns=True, persistent=True),
+        ForwardTile(64, 32, 2, persistent=True),
+        ForwardTile(64, 32, 2, turns=True),
+        ForwardTile(64, 32, 2),
+    ),
 }
 BACKWARD_CANDIDATES: dict[int, tuple[BackwardTile, ...]] = {
     64: (
