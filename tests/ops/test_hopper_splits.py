@@ -1,6 +1,9 @@
 """Over how many programs the Hopper backward splits the tokens: the fractions of the device that this gives."""
 
 import pytest
+
+pytest.importorskip("triton")
+
 import torch
 
 from flashmhf.ops.hopper.splits import MAX_PARTIAL_BYTES, MAX_SPLITS, fraction_busy, splits_for, token_splits

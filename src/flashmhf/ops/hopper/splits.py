@@ -17,17 +17,17 @@ START_TILES = 1  # K, U and V arrive, and then the first Q and dO
 PARTIAL_TILES = 2  # 96 KiB of partial sums are written and read
 
 
-def fraction_busy(programs: int, tiles: int, splits: int, processors: int = PROCESSORS) -> float:
-    """The share of the processors' time that goes into tiles, if each of `programs` has `tiles` to split."""
-    waves = -(-programs * splits // processors)
-    return programs * tiles / (processors * waves * -(-tiles // splits))
+def fraction_busy(programs: int, tiles: int, splits: int, width: int = PROCESSORS) -> float:
+    """The share of `width` processors' time that goes into tiles, if each of `programs` has `tiles` to split."""
+    waves = -(-programs * splits // width)
+    return programs * tiles / (width * waves * -(-tiles // splits))
 
 
-def token_splits(programs: int, tiles: int, bytes_of_a_split: int, processors: int = PROCESSORS) -> int:
-    """How many programs are to share the `tiles` of each of `programs`; none is left without a tile."""
+def token_splits(programs: int, tiles: int, bytes_of_a_split: int, width: int = PROCESSORS) -> int:
+    """How many programs share the `tiles` of each of `programs`, on `width` processors; none is left without a tile."""
 
     def clocks(splits: int) -> int:
-        waves = -(-programs * splits // processors)
+        waves = -(-programs * splits // width)
         return waves * (-(-tiles // splits) + START_TILES + (PARTIAL_TILES if splits > 1 else 0))
 
     most = min(tiles, MAX_SPLITS, MAX_PARTIAL_BYTES // max(bytes_of_a_split, 1))
@@ -39,7 +39,8 @@ def splits_for(q: Tensor, k: Tensor, tile: BackwardTile) -> int:
     """Over how many programs the tokens of q (T, H, D) are split."""
     if not tile.splits_tokens:
         return 1
-    return token_splits(row_tiles(k, tile), token_tiles(q, k, tile), 3 * 4 * k.numel(), processors(q.device))
+    bytes_of_a_split = 3 * 4 * k.numel()
+    return token_splits(row_tiles(k, tile), token_tiles(q, k, tile), bytes_of_a_split, processors(q.device))
 
 
 def row_tiles(k: Tensor, tile: BackwardTile) -> int:
