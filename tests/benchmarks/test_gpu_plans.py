@@ -14,7 +14,7 @@ import tune
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from gpu_bench import Bench, Variant
-from gpu_checks import poisoned_memory, prepared
+from gpu_checks import poisoned_memory, prepared, rounds, smoke
 from gpu_facts import check_device
 from gpu_plan import LOOK_S, PLANS, Plan, Step
 from gpu_rows import failed, read_lines, rows_of
@@ -27,6 +27,12 @@ CALL_LIMIT_S = 600  # of the machines that are lent
 def test_a_plan_fits_its_seconds_and_a_call(plan):
     assert LOOK_S + sum(step.limit_s for step in plan.steps) <= plan.seconds < CALL_LIMIT_S
     assert len({step.name for step in plan.steps}) == len(plan.steps)
+
+
+def test_the_recipe_names_the_steps():
+    recipe = (BENCHMARKS / "README.md").read_text()
+    for name, plan in PLANS.items():
+        assert f"| `{name}` | {plan.seconds} | {', '.join(step.name for step in plan.steps)} |" in recipe
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,38 @@ def test_rows_go_to_out_where_there_is_one(tmp_path):
     assert done.stdout.splitlines()[-1].startswith("compile ")
 
 
+def test_the_table_quotes_the_best_of_each():
+    step = Step("op", 10, "", "", shows="ratio_to_cublas")
+    found = [
+        {"variant": "hopper", "kernel": "forward", "ratio_to_cublas": 0.7},
+        {"variant": "hopper", "kernel": "forward", "ratio_to_cublas": 0.8123},
+        {"variant": "triton", "kernel": "forward", "ratio_to_cublas": 0.5},
+        {"variant": "triton", "kernel": "backward", "ratio_to_cublas": "nan"},
+        {"variant": "hopper", "kernel": "backward", "failed": "killed by SIGABRT"},
+    ]
+    assert gpu._best(step, found) == "ratio_to_cublas; hopper forward 0.812; triton forward 0.5"
+    step = Step("layer", 10, "", "", shows="ratio")
+    found = [{"variant": "a", "measured_pass": "forward", "ratio": ratio} for ratio in (1.5, 0.9)]
+    assert gpu._best(step, found) == "ratio; a forward 0.9"
+    step = Step("training", 10, "", "", shows="mfu_of_matmul")
+    found = [{"model": "flashmhf-370m", "backend": "hopper", "mfu_of_matmul": 0.5}]
+    assert gpu._best(step, found) == "mfu_of_matmul; flashmhf-370m hopper 0.5"
+    assert gpu._best(step, []) == ""
+
+
+def test_merge_is_a_command(tmp_path, monkeypatch, capsys, rows):
+    rows.append("machine", "yardsticks", {"variant": "cublas", "tflops": 700.0})
+    monkeypatch.setattr(gpu, "MERGED", tmp_path / "gpu.jsonl")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--merge", str(rows.path)])
+    gpu.main()
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'gpu.jsonl'}: 1 rows of 1 files")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--merge", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: merge: expected folders with rows (*.jsonl), got ")
+
+
 def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
     bench = Bench(dry_run=True, until=0)
     variants = [*bench.variants(128, torch.bfloat16)]
@@ -154,9 +192,21 @@ def test_what_failed_is_not_timed():
     assert not passed(row, broken)
     assert not passed(row | {"dtype": "float16"})
     assert passed(row, broken | {"tile": {"block_t": 1}})
+    assert not Bench(True, 0, [row | {"passed": False}]).broke(variant, torch.bfloat16)
+    assert Bench(True, 0, [row, broken]).broke(variant, torch.bfloat16)
     backward = row | Variant("hopper", "hopper", "backward", 128, hopper_tiles.backward_tile(128)).row()
     assert Bench(True, 0, [row]).passed_backends(128, torch.bfloat16) == []
     assert Bench(True, 0, [row, backward]).passed_backends(128, torch.bfloat16) == ["hopper"]
+
+
+@pytest.mark.parametrize("step", [smoke, rounds])
+def test_what_broke_is_not_tried_again(step):
+    names = [case.name for case in step(Bench(True, 0))]
+    variant = next(variant for variant in Bench(True, 0).variants(128, torch.float32) if not variant.shipped)
+    broken = {"step": "smoke", "case": "x", "dtype": "float32", "failed": "no row for 12 s", **variant.row()}
+    left = [case.name for case in step(Bench(True, 0, [broken]))]
+    (gone,) = set(names) - set(left)
+    assert gone.startswith(f"{variant.name} {variant.kernel} float32 D=128")
 
 
 def test_memory_is_poisoned_for_kernels_alone():
