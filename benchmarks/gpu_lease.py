@@ -1,0 +1,182 @@
+"""Runs the steps of a plan one after another, each in a process of its own, within a limit of seconds.
+
+A step that hangs, crashes or fills the memory costs itself alone, and of itself the case at fault: its process starts
+again behind that case. While one step measures, the process of the next has begun to import torch. This process
+imports no torch, holds no rows, and leaves no child behind.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_plan import Step
+from gpu_rows import Row, RowFile, Unusable
+
+SCRIPT = Path(__file__).with_name("gpu_step.py")
+COMPLETE, OUT_OF_TIME, DEVICE_BROKEN, UNUSABLE = 0, 10, 11, 12  # how gpu_step.py exits
+LEAST_S = 5  # a step that gets less is skipped
+GRACE_S = 3  # before the limit no case begins any more
+POLL_S = 0.05
+ENVIRONMENT = {
+    "KINETO_LOG_LEVEL": "6",  # torch's profiler would print its every start and stop
+    "PYTHONFAULTHANDLER": "1",  # the log says where a process crashed
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass
+class Outcome:
+    """What became of a step; `state` is "complete", "skipped: ..." or "incomplete: ..."."""
+
+    step: Step
+    seconds: float
+    state: str
+
+
+class Lease:
+    """A limit of seconds, and the processes in it."""
+
+    def __init__(self, rows: RowFile, seconds: float, dry_run: bool) -> None:
+        self.rows = rows
+        self.dry_run = dry_run
+        self._deadline = time.monotonic() + seconds
+        self._processes: list[subprocess.Popen[str]] = []
+
+    @property
+    def log(self) -> Path:
+        """What the steps print."""
+        return self.rows.path.with_suffix(".log")
+
+    def run(self, steps: tuple[Step, ...], report: Callable[[Outcome], None]) -> list[Outcome]:
+        """Runs the steps, and calls `report` after each.
+
+        Raises:
+            Unusable: rows can no longer be written.
+        """
+        outcomes = []
+        try:
+            waiting = self._start(steps[0])
+            for number, step in enumerate(steps):
+                process, later = waiting, steps[number + 1 :]
+                if later:
+                    waiting = self._start(later[0])
+                outcomes.append(self._step(step, process, sum(other.limit_s for other in later)))
+                report(outcomes[-1])
+        finally:
+            for process in self._processes:
+                _end(process)
+        return outcomes
+
+    def _step(self, step: Step, process: subprocess.Popen[str], later_s: float) -> Outcome:
+        left = self._deadline - time.monotonic()
+        if left < LEAST_S:
+            return Outcome(step, 0, "skipped: no time left")
+        began = time.monotonic()
+        deadline = began + min(left, max(step.limit_s, left - later_s))  # what earlier steps saved is this one's
+        state = self._attempt(step, process, deadline)
+        while state is None:
+            state = self._attempt(step, self._start(step), deadline)
+        return Outcome(step, time.monotonic() - began, state)
+
+    def _attempt(self, step: Step, process: subprocess.Popen[str], deadline: float) -> str | None:
+        """What became of the step, or None where a new process is to go on behind the case that ended this one."""
+        before = len(self._lines(step))
+        self._go(step, process, deadline)
+        reason = self._watch(step, process, deadline, before)
+        _end(process)
+        if process.returncode == UNUSABLE:
+            raise Unusable(_last_line(self.log))
+        if process.returncode == COMPLETE:
+            return "complete"
+        case = self._in_flight(step, before)
+        if process.returncode == OUT_OF_TIME or time.monotonic() >= deadline:
+            return "incomplete: out of time" + ("" if case is None else f" in {case}")
+        reason = reason or _how(process.returncode, self.log)
+        if case is not None:
+            self.rows.append(step.name, case, {"failed": reason})
+            self.rows.append(step.name, case, {"state": "done"})
+        elif process.returncode != DEVICE_BROKEN:
+            return f"incomplete: {reason}"  # before any case: another process would do the same
+        return None if deadline - time.monotonic() > LEAST_S else f"incomplete: {reason}"
+
+    def _start(self, step: Step) -> subprocess.Popen[str]:
+        """A process that imports what the step needs and waits."""
+        with self.log.open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), step.cases],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,  # so that it ends with all that it started
+            )
+        self._processes.append(process)
+        return process
+
+    def _go(self, step: Step, process: subprocess.Popen[str], deadline: float) -> None:
+        message = {
+            "step": step.name, "options": step.options, "file": str(self.rows.path), "facts": self.rows.facts,
+            "dry_run": self.dry_run, "until": deadline - GRACE_S,
+        }  # fmt: skip
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; _watch sees how
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+
+    def _watch(self, step: Step, process: subprocess.Popen[str], deadline: float, before: int) -> str | None:
+        """Waits until the process ends, or is to be ended, and says why in that case."""
+        size, since = self._size(), time.monotonic()
+        while process.poll() is None:
+            now = time.monotonic()
+            if now >= deadline:
+                return "out of time"
+            if self._size() != size:
+                size, since = self._size(), now
+            elif step.case_limit_s is not None and now - since > step.case_limit_s and self._in_flight(step, before):
+                process.send_signal(signal.SIGUSR1)
+                time.sleep(POLL_S)  # for the log
+                return f"no row for {step.case_limit_s} s"
+            time.sleep(POLL_S)
+        return None
+
+    def _in_flight(self, step: Step, before: int) -> str | None:
+        """The case that the present process of a step began and did not end; `before`: lines before that process."""
+        lines = self._lines(step)[before:]
+        return lines[-1]["case"] if lines and lines[-1].get("state") != "done" else None
+
+    def _lines(self, step: Step) -> list[Row]:
+        return [line for line in self.rows.read() if line["step"] == step.name]
+
+    def _size(self) -> int:
+        return self.rows.path.stat().st_size if self.rows.path.exists() else 0
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: what it holds is out of reach
+        process.wait(10)
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+def _how(code: int | None, log: Path) -> str:
+    """How a process ended, and the last that it said."""
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}: {_last_line(log)}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:200] if lines else "nothing printed"

@@ -1,0 +1,79 @@
+"""The plans of benchmarks/gpu.py as data: which steps, in which order, for how long.
+
+The order is that of worth: should the machine go away, what was measured by then is what mattered most. A step that takes
+longer than the others' (a training run, say) is one more line with a larger limit.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process measures, and for how long at most.
+
+    Attributes:
+        limit_s: from when the process is told to go; what earlier steps saved is added.
+        cases: "module:function", called with a `Bench` and the options; yields cases.
+        case_limit_s: a case that writes no row for so long hangs: it is given up, and the step goes on behind it.
+        shows: the quantity whose best row the last table quotes.
+    """
+
+    name: str
+    limit_s: int
+    what: str
+    cases: str
+    options: dict[str, Any] = field(default_factory=dict)
+    case_limit_s: int | None = None
+    shows: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps that fit `seconds` together, the look at the device before them included."""
+
+    seconds: int
+    steps: tuple[Step, ...]
+
+
+LOOK_S = 20  # at the device: starting Python, torch and the driver
+
+FIRST = (
+    Step("machine", 15, "versions, nvidia-smi, cuBLAS at 8192^3, copy", "gpu_machine:machine", shows="tflops"),
+    Step("compile", 25, "what this plan launches, over all cores", "gpu_machine:compile_first"),
+    Step(
+        "smoke", 45, "every kernel at D=128, bfloat16, against float64; five repeats", "gpu_checks:smoke",
+        case_limit_s=15,
+    ),
+    Step(
+        "op", 75, "operator at 370M and 1.3B, 1k to 64k tokens, every Hopper tile", "gpu_speed:op",
+        case_limit_s=30, shows="ratio_to_cublas",
+    ),
+    Step("layer", 55, "layer against SwiGLU eager, compiled, liger at 4k, 16k", "gpu_speed:layer", shows="ratio"),
+    Step("decode", 25, "few tokens under CUDA graphs", "gpu_speed:decode", shows="ratio_to_copy"),
+    Step("training", 70, "training step, 370M", "gpu_model:training", {"size": "370m"}, shows="mfu_of_matmul"),
+)  # fmt: skip
+
+SECOND = (
+    Step("machine", 10, "versions, nvidia-smi, cuBLAS at 8192^3, copy", "gpu_machine:machine", shows="tflops"),
+    Step("compile", 25, "what this plan launches, over all cores", "gpu_machine:compile_second"),
+    Step("rounds", 35, "Hopper kernels at all head dims, 20 rounds", "gpu_checks:rounds", case_limit_s=15),
+    Step("tiles", 45, "every portable tile, gate and norm, bfloat16 first", "gpu_checks:tiles", case_limit_s=15),
+    Step(
+        "dims", 25, "operator at other head dims and float16", "gpu_speed:dims", case_limit_s=15,
+        shows="ratio_to_cublas",
+    ),
+    Step("sanitizer", 30, "compute-sanitizer memcheck on small cases", "gpu_sanitizer:sanitizer"),
+    Step("graphs", 25, "CUDA graphs and reduce-overhead against eager", "gpu_checks:graphs"),
+    Step("tune", 35, "portable tiles among a grid", "tune:tune", shows="speedup"),
+    Step("growth", 15, "forward + backward of a layer, 4k to 1M tokens", "gpu_speed:growth"),
+    Step("training-1.3b", 20, "training step, 1.3B", "gpu_model:training", {"size": "1.3b"}, shows="mfu_of_matmul"),
+    Step("generation", 15, "new tokens after a prompt, 370M", "gpu_model:generation", shows="tokens_per_s"),
+)  # fmt: skip
+
+PLANS = {"first": Plan(340, FIRST), "second": Plan(300, SECOND)}
+
+
+def steps_of(plan: str, names: list[str] | None = None) -> tuple[Step, ...]:
+    """All steps of a plan, or the named ones in the plan's order."""
+    return tuple(step for step in PLANS[plan].steps if names is None or step.name in names)

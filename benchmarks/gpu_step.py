@@ -1,0 +1,99 @@
+"""The process of one step: python gpu_step.py MODULE:FUNCTION, started by gpu_lease.py.
+
+It imports what it needs, waits for one line of JSON on its standard input that says go, and runs cases until they or
+its time end. Each row is on the disk before the next is measured. When the standard input closes, the process that
+started it is gone, and this one ends, too.
+"""
+
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmhf.benchmarking.layer import describe
+from gpu_bench import Bench, Case, OutOfTimeError
+from gpu_lease import COMPLETE, DEVICE_BROKEN, OUT_OF_TIME, UNUSABLE
+from gpu_rows import RowFile, Unusable, done, started
+
+
+def main() -> int:
+    module, _, function = sys.argv[1].partition(":")
+    cases: Callable[..., Iterator[Case]] = getattr(importlib.import_module(module), function)
+    go = sys.stdin.readline()
+    if not go:
+        return COMPLETE
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1)  # where does it hang?
+    try:
+        return run(cases, **json.loads(go))
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return UNUSABLE
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
+
+
+def run(
+    cases: Callable[..., Iterator[Case]],
+    step: str,
+    options: dict[str, Any],
+    file: str,
+    facts: dict[str, Any],
+    dry_run: bool,
+    until: float,
+) -> int:
+    """Runs the cases of a step that did not end yet, none after `until` on the monotonic clock; returns an exit code."""
+    torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time
+    rows = RowFile(Path(file), facts)
+    lines = rows.read()
+    bench = Bench(dry_run, until, lines)
+    over, begun = done(lines, step), started(lines, step)
+    left = [case for case in cases(bench, **options) if case[0] not in over]
+    for name, measure in sorted(left, key=lambda case: case[0] in begun):  # what was cut short goes last
+        if bench.remaining_s() <= 0:
+            return OUT_OF_TIME
+        rows.append(step, name, {"state": "started"})
+        try:
+            for row in measure():
+                rows.append(step, name, row)
+        except OutOfTimeError:
+            return OUT_OF_TIME
+        except Unusable:
+            raise
+        except Exception as error:  # whatever the compiler or the driver says, the other cases are worth their time
+            rows.append(step, name, {"failed": describe(error)})
+        if broken := _why_broken():
+            rows.append(step, name, {"failed": broken})
+        rows.append(step, name, {"state": "done"})
+        if broken:
+            return DEVICE_BROKEN
+    return COMPLETE
+
+
+def _why_broken() -> str | None:
+    """What the device says once all of the case has run, and its memory is free; nothing runs after an illegal access."""
+    gc.collect()
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            return describe(error)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
