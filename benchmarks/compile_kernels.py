@@ -5,6 +5,7 @@ python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidat
 """
 
 import argparse
+import importlib
 import itertools
 import os
 import re
@@ -22,21 +23,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from flashmhf.ops.hopper import backward as hopper_backward
-from flashmhf.ops.hopper import forward as hopper_forward
 from flashmhf.ops.hopper import tiles as hopper_tiles
-from flashmhf.ops.prologue import Prologue
-from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
-from flashmhf.ops.triton.forward import plan_forward
+from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.prologue import (
-    NUM_STAGES,
-    NUM_WARPS,
-    block_t,
-    plan_prologue_backward,
-    plan_prologue_forward,
-)
-from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, table_rows
+from flashmhf.ops.triton.prologue import NUM_STAGES, NUM_WARPS, block_t
+from flashmhf.ops.triton.tiles import BLOCK_DS, TABLE, Tile, table_rows
+from gpu_kernels import launches
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -71,63 +63,71 @@ class Compiled:
     matrix_instructions: int
 
 
-def plan(kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Any) -> Any:
-    """The launch of one kernel, with a tile as its backend has it, on tensors without data."""
-    q, out = (torch.empty(T, H, D, dtype=dtype, device="meta") for _ in range(2))
-    k, u, v = (torch.empty(H_kv, E, F, D, dtype=dtype, device="meta") for _ in range(3))
-    gate, dgate = (torch.empty(T, H, E, dtype=torch.float32, device="meta") for _ in range(2))
-    if kernel in ("decode", "forward"):
-        return plan_forward(q, k, u, v, gate, out, tile)
-    if kernel == "backward_tokens":
-        return plan_backward_tokens(out, q, k, u, v, gate, q, dgate, tile)
-    if kernel in PROLOGUE_KERNELS:
-        options = Prologue("sigmoid", 1.0, 1e-6)
-        gate_weight, norm_weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((H, D, E), (H, D)))
-        if kernel == "prologue_forward":
-            return plan_prologue_forward(q, gate_weight, norm_weight, options, out, gate)
-        sums = (torch.empty(64, *weight.shape, device="meta") for weight in (gate_weight, norm_weight))
-        return plan_prologue_backward(q, gate_weight, norm_weight, options, out, dgate, *sums)
-    if kernel == "hopper_forward":
-        return hopper_forward.plan_forward(q, k, u, v, gate, out, tile)
-    if kernel == "hopper_backward":
-        added_dq = hopper_backward.dq_buffer(q, tile)
-        return hopper_backward.plan_backward(out, q, k, u, v, gate, k, u, v, added_dq, dgate, tile)
-    if kernel == "backward_one_pass":
-        added_dq, added_dgate = torch.empty(T, H, D, device="meta"), torch.empty(T, H, E, device="meta")
-        return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile, added_dq, added_dgate)
-    return plan_backward_weights(out, q, k, u, v, gate, k, u, v, tile)
+def plan(
+    kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Any,
+    target: str = "sm_90a",
+) -> Launch:  # fmt: skip
+    """The first launch of one of gpu_kernels.KERNELS on a device class, planned on tensors without data."""
+    return launches(target, (kernel, (T, H, H_kv, E, F), D, dtype, tile))[0]
 
 
-def specialization(launch: Launch, target: GPUTarget) -> dict[str, tuple[str, Any]]:
-    """The type of each argument and what the launcher tells the compiler of its value: "D" is a multiple of 16.
+@dataclass(frozen=True)
+class Source:
+    """All that decides what a launch compiles to and where Triton's cache keeps it. Other processes understand it."""
 
-    Launches with the same result and the same options share one compiled kernel.
-    """
-    kernel = launch.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
-    _, types, _ = bind(**launch.arguments)
-    return dict(zip(kernel.arg_names, types, strict=True))
+    module: str
+    kernel: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    target: GPUTarget
 
+    @classmethod
+    def of(cls, launch: Launch, target: GPUTarget) -> "Source":
+        """Packed by the launcher's own functions: what they say of a constant differs from Triton to Triton."""
+        kernel, backend = launch.kernel, make_backend(target)
+        given = {
+            **launch.arguments,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "debug": kernel.debug or triton.knobs.runtime.debug,
+            "instrumentation_mode": triton.knobs.compilation.instrumentation_mode,
+        }
+        bound = create_function_from_signature(kernel.signature, kernel.params, backend)(**given)
+        options, signature, constants, attributes = kernel._pack_args(backend, given, *bound)
+        name = (kernel.module, kernel.fn.__qualname__)
+        return cls(*name, signature, constants, attributes, options.__dict__, target)
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
-    """What the compiler makes of a launch."""
-    compiled = compiled_kernel(launch, target)
-    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
+    @property
+    def key(self) -> str:
+        """Sources of one key share one compiled kernel."""
+        return f"{self._tree().hash()} {sorted(self.options.items())} {self.target}"
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel, with its assembly in `asm`."""
+        return triton.compile(self._tree(), target=self.target, options=self.options)
+
+    def _tree(self) -> ASTSource:
+        kernel = getattr(importlib.import_module(self.module), self.kernel)
+        kind = GluonASTSource if kernel.is_gluon() else ASTSource
+        return kind(kernel, self.signature, self.constants, self.attributes)
 
 
 def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
     """Triton's compiled kernel, with its assembly in `asm`, compiled as the launcher would."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (name, (kind, value)) in enumerate(specialization(launch, target).items()):
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[name], value = launch.arguments[name], ""  # as the launcher has it, which then finds the result
-        if value is not None:
-            attributes[(index,)] = make_backend(target).parse_attr(value)
-    kind_of_source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = kind_of_source(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return Source.of(launch, target).compile()
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
+    """What the compiler makes of a launch."""
+    return compile_source(Source.of(launch, target))
+
+
+def compile_source(source: Source) -> Compiled:
+    """What the compiler makes of a source."""
+    read = _read_amd if source.target.backend == "hip" else _read_nvidia
+    return read(source.compile())
 
 
 def _read_nvidia(compiled) -> Compiled:
@@ -160,7 +160,8 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
     target, kernel, D, dtype, tile = case
     try:
         T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # the harder of its variants: stacked heads
-        return compile_launch(plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile), TARGETS[target])
+        launch = plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile, target)
+        return compile_launch(launch, TARGETS[target])
     except Exception as error:
         return repr(error)[:80]
 
@@ -227,7 +228,7 @@ def document() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", choices=TARGETS)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", choices=tiles.KERNELS, default=list(tiles.KERNELS))
     parser.add_argument("--dims", type=int, nargs="+", default=list(BLOCK_DS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     arguments = parser.parse_args()

@@ -1,39 +1,118 @@
 """Compiles kernels in many processes before one process launches them in turn, because compiling takes the longest.
 
-What they leave in Triton's cache on disk, the launcher finds there.
+What they leave in Triton's cache on disk, the launcher finds there (tests/ops/test_compile_ahead.py).
 """
 
+import contextlib
 import functools
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
+import queue
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 
-import torch
+import triton
 
-from compile_kernels import TARGETS, Compiled, compile_launch
+from compile_kernels import TARGETS, Compiled, Source, compile_source
 from flashmhf.benchmarking.layer import describe
-from flashmhf.ops.triton.tiles import Tile
-from gpu_kernels import KERNELS
+from gpu_kernels import Case, launches
 
-# Kernel, sizes T, H, H_kv, E, F, head dim, dtype, tile.
-Case = tuple[str, tuple[int, int, int, int, int], int, torch.dtype, Tile]
+TIME_LIMIT_S = 120.0
 
 
-def compile_ahead(target: str, cases: list[Case]) -> list[Compiled | str]:
-    """What each case compiles to on a device class, or the compiler's complaint."""
-    return list(_pool().map(functools.partial(_compile, target), cases))
+def compile_ahead(target: str, cases: Sequence[Case], time_limit_s: float = TIME_LIMIT_S) -> list[Compiled | str]:
+    """What the first launch of each case compiles to on a device class, or the first complaint about any, in one line.
+
+    Args:
+        target: one of TARGETS.
+        time_limit_s: of one kernel; what takes longer is given up, and the others go on.
+    """
+    # torch.compile sets this variable for the whole process, and launches after it would look elsewhere.
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
+    planned = [_sources(target, case) for case in cases]
+    unique = {source.key: source for sources in planned if not isinstance(sources, str) for source in sources}
+    workers = min(len(unique), len(os.sched_getaffinity(0)))
+    if not workers:
+        return [sources if isinstance(sources, str) else "no launch" for sources in planned]
+    with ThreadPoolExecutor(workers) as threads:
+        done = dict(zip(unique, threads.map(functools.partial(_compile, time_limit_s), unique.values()), strict=True))
+    results: list[Compiled | str] = []
+    for sources in planned:
+        of_case = [sources] if isinstance(sources, str) else [done[source.key] for source in sources]
+        results.append(next((result for result in of_case if isinstance(result, str)), of_case[0]))
+    return results
 
 
-@functools.cache
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))  # a fork would share the GPU's context
-
-
-def _compile(target: str, case: Case) -> Compiled | str:
-    kernel, (T, H, H_kv, E, F), D, dtype, tile = case
-    q, dout = (torch.empty(T, H, D, dtype=dtype, device="meta") for _ in range(2))
-    weights = [torch.empty(H_kv, E, F, D, dtype=dtype, device="meta") for _ in range(3)]
-    gate = torch.empty(T, H, E, device="meta")
+def _sources(target: str, case: Case) -> list[Source] | str:
     try:
-        return compile_launch(KERNELS[kernel]([q, *weights, gate, dout], tile).launches[0], TARGETS[target])
+        return [Source.of(launch, TARGETS[target]) for launch in launches(target, case)]
+    except Exception as error:
+        return describe(error)
+
+
+class Compiler:
+    """A process that compiles one source after another."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would share the GPU's context
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def compile(self, source: Source, limit_s: float) -> Compiled | str:
+        """The result, or what the compiler says of it.
+
+        Raises:
+            TimeoutError: not done within the limit.
+            EOFError: the process died.
+        """
+        self._connection.send(source)
+        if not self._connection.poll(limit_s):
+            raise TimeoutError(f"not compiled within {limit_s:g} s")
+        result: Compiled | str = self._connection.recv()
+        return result
+
+    def kill(self) -> int | None:
+        """Ends the process, with the assembler that it may wait for, and returns its exit code."""
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # one that is not yet the head of a group
+        self._process.join()
+        return self._process.exitcode
+
+
+_idle: queue.SimpleQueue[Compiler] = queue.SimpleQueue()  # kept from call to call: each takes seconds to import torch
+
+
+def _compile(limit_s: float, source: Source) -> Compiled | str:
+    try:
+        compiler = _idle.get_nowait()
+    except queue.Empty:
+        compiler = Compiler()
+    try:
+        result = compiler.compile(source, limit_s)
+    except TimeoutError as error:
+        compiler.kill()
+        return describe(error)
+    except (EOFError, OSError):  # LLVM ends the process where it finds its own invariants broken
+        return f"the compiler's process ended with exit code {compiler.kill()}"
+    _idle.put(compiler)
+    return result
+
+
+def _serve(connection: Connection) -> None:
+    os.setpgrp()
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(_compiled(connection.recv()))
+
+
+def _compiled(source: Source) -> Compiled | str:
+    try:
+        return compile_source(source)
     except Exception as error:
         return describe(error)

@@ -1,19 +1,33 @@
 """Every kernel by name, ready to run with a tile of one's choice, and what its results should be."""
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from flashmhf.benchmarking import Row
 from flashmhf.ops import reference
+from flashmhf.ops.hopper import backward as hopper_backward
+from flashmhf.ops.hopper import forward as hopper_forward
+from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile, HopperTile
+from flashmhf.ops.prologue import Prologue
+from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_combine, plan_forward, splits_for
 from flashmhf.ops.triton.launch import Launch
+from flashmhf.ops.triton.prologue import plan_prologue_backward, plan_prologue_forward, programs_per_head
 from flashmhf.ops.triton.tiles import Tile
 from gpu_bench import name_of
+
+BACKENDS = ("triton", "hopper")
+# Kernel, sizes T, H, H_kv, E, F, head dim, dtype, tile. In the place of a kernel one of BACKENDS, without a tile, is
+# everything that a layer of that size launches forward and backward.
+Case = tuple[str, tuple[int, int, int, int, int], int, torch.dtype, Tile | HopperTile | None]
 
 
 @dataclass
@@ -68,14 +82,94 @@ def _backward_one_pass(inputs: list[Tensor], tile: Tile) -> Prepared:
     return Prepared([launch], results, sums)
 
 
-# A kernel of the tile table -> what prepares it for inputs (q, k, u, v, gate, dout) and a tile.
-KERNELS: dict[str, Callable[[list[Tensor], Tile], Prepared]] = {
+def _hopper_forward(inputs: list[Tensor], tile: ForwardTile) -> Prepared:
+    q, k, u, v, gate, _ = inputs
+    out = poisoned(q)
+    return Prepared([hopper_forward.plan_forward(q, k, u, v, gate, out, tile)], {"out": out})
+
+
+def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
+    q, k, u, v, gate, dout = inputs
+    T, _, D = q.shape
+    names = ("dq", "dgate", "dk", "du", "dv")
+    results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
+    dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
+    added_dq, added_dgate = hopper_backward.dq_buffer(q, tile), torch.empty_like(gate)
+    launch = hopper_backward.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile)
+    return Prepared([launch], results, {"dq": added_dq[:T, :, :D], "dgate": added_dgate})
+
+
+def _prologue_forward(inputs: list[Tensor], tile: Any) -> Prepared:
+    q, *_, gate, _ = inputs
+    results = {"normed": poisoned(q), "gate": poisoned(gate)}
+    return Prepared([plan_prologue_forward(q, *_prologue_weights(q, gate), PROLOGUE, *results.values())], results)
+
+
+def _prologue_backward(inputs: list[Tensor], tile: Any) -> Prepared:
+    q, *_, dgate, dq = inputs
+    weights = _prologue_weights(q, dgate)
+    programs = programs_per_head(*q.shape)
+    names = ("dgate_weights", "dnorm_weights")
+    results = {
+        name: poisoned(x.new_empty(programs, *x.shape, dtype=torch.float32))
+        for name, x in zip(names, weights, strict=True)
+    }
+    return Prepared([plan_prologue_backward(q, *weights, PROLOGUE, dq, dgate, *results.values())], results | {"dq": dq})
+
+
+def _prologue_weights(q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Random weights of the gate and of the norm."""
+    (_, H, D), E = q.shape, gate.shape[-1]
+    return torch.randn(H, D, E, dtype=q.dtype, device=q.device), torch.randn(H, D, dtype=q.dtype, device=q.device)
+
+
+PROLOGUE = Prologue("sigmoid", 1.0, 1e-6)
+
+# Kernel -> what prepares it for inputs (q, k, u, v, gate, dout) and a tile. The prologue's kernels choose their tiles
+# themselves; the backward one writes over dout, which stands for dq.
+KERNELS: dict[str, Callable[[list[Tensor], Any], Prepared]] = {
     "decode": _forward,
     "forward": _forward,
     "backward_tokens": _backward_tokens,
     "backward_weights": _backward_weights,
     "backward_one_pass": _backward_one_pass,
+    "hopper_forward": _hopper_forward,
+    "hopper_backward": _hopper_backward,
+    "prologue_forward": _prologue_forward,
+    "prologue_backward": _prologue_backward,
 }
+
+
+def launches(target: str, case: Case, device: str = "meta") -> list[Launch]:
+    """What a case launches on a device class, planned on tensors without data."""
+    kernel, (T, H, H_kv, E, F), D, dtype, tile = case
+    q, dout = (torch.empty(T, H, D, dtype=dtype, device=device) for _ in range(2))
+    weights = [torch.empty(H_kv, E, F, D, dtype=dtype, device=device) for _ in range(3)]
+    inputs = [q, *weights, torch.empty(T, H, E, device=device), dout]
+    with patch.object(tiles, "device_class", lambda device: target):
+        if kernel not in BACKENDS:
+            return KERNELS[kernel](inputs, tile).launches
+        return recorded(functools.partial(_layer, importlib.import_module(f"flashmhf.ops.{kernel}.backend"), *inputs))
+
+
+def recorded(call: Callable[[], Any]) -> list[Launch]:
+    """What a call would launch."""
+    found: list[Launch] = []
+    with patch.object(Launch, "run", lambda launch: found.append(launch)):
+        call()
+    return found
+
+
+def _layer(backend: Any, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor, dout: Tensor) -> None:
+    """A layer with a gate, with and without a norm of Q, forward and backward; and the operator without a gate."""
+    (_, H, D), E = q.shape, gate.shape[-1]
+    gate_weight, norm = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in ((H, D, E), (H, D)))
+    for norm_weight in (None, norm):
+        backend.prologue_forward(q, gate_weight, norm_weight, PROLOGUE)
+        backend.prologue_backward(q, gate_weight, norm_weight, PROLOGUE, dout, gate)
+    for share in (gate, None):
+        backend.forward(q, k, u, v, share)
+        backend.backward(dout, q, k, u, v, share, (True, True, True, True, share is not None))
 
 
 def poisoned(like: Tensor) -> Tensor:
@@ -105,8 +199,8 @@ def checked(case: dict[str, Any], name: str, result: Tensor, eager: Tensor, exac
     return {**case, "result": name, "error": error, "budget": budget, "passed": error <= budget}
 
 
-def check_kernel(kernel: str, inputs: list[Tensor], tile: Tile) -> list[Row]:
-    """Runs a kernel on inputs and compares all its results with the formula in float64."""
+def check_kernel(kernel: str, inputs: list[Tensor], tile: Tile | HopperTile) -> list[Row]:
+    """Runs a kernel of the operator on inputs and compares all its results with the formula in float64."""
     got = KERNELS[kernel](inputs, tile)()
     exact, eager = expected([x.double() for x in inputs]), expected(inputs)
     q, k = inputs[:2]

@@ -1,7 +1,6 @@
 """benchmarks/gpu.py and tune.py as far as they go without a GPU: what is kept, what is run again, every case built."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,47 +133,6 @@ def test_without_a_gpu_the_scripts_say_so(script, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.main()
     assert "expected a CUDA or ROCm GPU, found none" in capsys.readouterr().err
-
-
-LOOK_UP = """
-import glob, os, torch
-from triton.runtime import driver
-from compile_kernels import TARGETS
-from flashmhf.ops.triton.tiles import Tile
-from gpu_compile import _compile
-from gpu_kernels import KERNELS
-
-class Driver:  # what a launch asks before it loads the compiled kernel
-    get_current_target = lambda self: TARGETS["sm_90a"]
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-
-if __name__ == "__main__":
-    driver.set_active(Driver())
-    kept = lambda: len(glob.glob(os.environ["TRITON_CACHE_DIR"] + "/*"))
-    for kernel in KERNELS:
-        tile = Tile(16, 32, 4, 2)
-        ahead = _compile("sm_90a", (kernel, (16, 4, 2, 3, 200), 64, torch.bfloat16, tile))
-        assert not isinstance(ahead, str), ahead
-        before = kept()
-        q, dout = (torch.empty(16, 4, 64, dtype=torch.bfloat16) for _ in range(2))
-        weights = [torch.empty(2, 3, 200, 64, dtype=torch.bfloat16) for _ in range(3)]
-        launch = KERNELS[kernel]([q, *weights, torch.empty(16, 4, 3), dout], tile).launches[0]
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        launch.kernel.warmup(**launch.arguments, grid=launch.grid, **options)
-        assert kept() == before > 0, kernel
-"""
-
-
-@pytest.mark.slow
-def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent / 'src'}",
-    }
-    done = subprocess.run([sys.executable, "-c", LOOK_UP], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ for case in rows:
 COUNT = """
 import json
 import torch
-from compile_kernels import TARGETS, specialization
+from compile_kernels import TARGETS, Source
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 
@@ -43,8 +43,7 @@ for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
     variants = {}
     for L in range(17, 5000, 101):
         for kernel, launch in launches(B, L, H, D):
-            key = repr((specialization(launch, TARGETS["sm_90a"]), launch.num_warps, launch.num_stages))
-            variants.setdefault(kernel, set()).add(key)
+            variants.setdefault(kernel, set()).add(Source.of(launch, TARGETS["sm_90a"]).key)
     print(json.dumps({kernel: len(keys) for kernel, keys in variants.items()}))
 """
 KERNELS = {"decode", "forward", "backward_tokens", "backward_weights"}
