@@ -1,74 +1,185 @@
-"""Everything that only a GPU can show, in one command that begins nothing new after nine minutes.
+"""Everything that only a GPU can show, in two calls of a few minutes each. How to: benchmarks/README.md.
 
-    python benchmarks/gpu.py [--sections correctness,op,layer] [--time-limit 540] [--output benchmarks/results/gpu]
+    python benchmarks/gpu.py --plan first|second [--steps smoke,op] [--time-limit 340] [--output FOLDER] [--dry-run]
+    python benchmarks/gpu.py --merge FOLDER...   rows of several machines become benchmarks/results/gpu.jsonl, .md, .png
+    python benchmarks/gpu.py --apply             the tables of tiles, and `auto` with them, follow those rows
 
-Writes OUTPUT.json, .md and .png. Cases that do not start within the time limit are left for the next run of the same
-command, which goes on where the last one ended, as long as code, machine and versions are the same.
-`--dry-run` builds every case on the CPU at toy sizes; with TRITON_INTERPRET=1 that includes the Triton kernels.
+Rows are appended to FOLDER/DEVICE-COMMIT.jsonl ($OUT or benchmarks/results/gpu if no folder is given) as soon as they
+are known. A second run of the same command goes on where the first one ended. `--dry-run` runs the plan on the CPU at
+toy sizes; with TRITON_INTERPRET=1 that includes the Triton kernels.
 """
 
 import argparse
+import contextlib
+import json
 import os
-import time
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
-import torch
+from gpu_lease import Lease, Outcome
+from gpu_plan import PLANS, Step
+from gpu_rows import Row, RowFile, UnusableError, failed, file_of, read_lines, rows_of
 
-from flashmhf.benchmarking import Row
-from gpu_bench import Bench, Case, check_device
-from gpu_correctness import correctness, graphs
-from gpu_hopper import hopper, hopper_tune
-from gpu_model import model
-from gpu_record import Record
-from gpu_sanitizer import sanitizer
-from gpu_speed import decode, growth, growth_fit, layer, op
-from tune import proposal, tune
+RESULTS = Path(__file__).parent / "results"
+MERGED = RESULTS / "gpu.jsonl"
+LOOK_LIMIT_S = 60
+LESS_IS_BETTER = ("ratio",)
+SHOWN = 4  # variants of a step, and failures
 
-SUMMARIES: dict[str, Callable[[list[Row]], Any]] = {"growth": growth_fit, "tune": proposal}
-SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
-    "correctness": correctness,
-    "hopper": hopper,
-    "graphs": graphs,
-    "op": op,
-    "layer": layer,
-    "decode": decode,
-    "growth": growth,
-    "model": model,
-    "sanitizer": sanitizer,
-    "hopper_tune": hopper_tune,
-    "tune": tune,
-}
+
+class StoppedError(Exception):
+    """SIGINT or SIGTERM arrived."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
-    parser.add_argument("--dry-run", action="store_true")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--plan", choices=PLANS)
+    task.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER")
+    task.add_argument("--apply", action="store_true")
+    parser.add_argument("--steps", help="some of the plan's, with commas between; all of them if not given")
+    add_options(parser)
     arguments = parser.parse_args()
-    names = arguments.sections.split(",")
-    for name in names:
-        if name not in SECTIONS:
-            parser.error(f"--sections: expected some of {', '.join(SECTIONS)}, got {name!r}")
-    check_device(parser, arguments.dry_run)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print its every start and stop
-    torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time
-    bench = Bench(arguments.dry_run, arguments.time_limit)
-    record = Record(arguments.output, bench)
-    for name in names:
-        record.run(name, SECTIONS[name](bench), SUMMARIES.get(name))
-        section = record.sections[name]
-        state = "" if section["complete"] else "; incomplete"
-        print(f"{name}: {len(section['rows'])} rows in {section['elapsed_s']:.0f} s{state}", flush=True)
-    left = [name for name in names if not record.sections[name]["complete"]]
+    if arguments.plan:
+        steps = _chosen(parser, PLANS[arguments.plan].steps, arguments.steps)
+        run_safely(steps, arguments.time_limit or PLANS[arguments.plan].seconds, arguments)
+    from gpu_apply import apply  # these import torch
+    from gpu_merge import merge
+
+    with one_line_errors():
+        print(merge(arguments.merge, MERGED) if arguments.merge else apply(MERGED))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the commands that measure share."""
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="in all; the plan's own if not given")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or RESULTS / "gpu"))
+    parser.add_argument("--dry-run", action="store_true")
+
+
+def run_safely(steps: tuple[Step, ...], seconds: float, arguments: argparse.Namespace) -> NoReturn:
+    """Runs steps and exits."""
+    with one_line_errors():
+        sys.exit(run(steps, seconds, arguments.output, arguments.dry_run))
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the user can mend is one line, and exit code 2."""
+    try:
+        yield
+    except UnusableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _chosen(parser: argparse.ArgumentParser, steps: tuple[Step, ...], names: str | None) -> tuple[Step, ...]:
+    """The named steps in the plan's order."""
+    known = [step.name for step in steps]
+    wanted = known if names is None else names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        parser.error(f"--steps: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    return tuple(step for step in steps if step.name in wanted)
+
+
+def run(steps: tuple[Step, ...], seconds: float, output: Path, dry_run: bool) -> int:
+    """Runs steps within a limit, prints what became of them; 0 if all is complete and right, 1 if not, 130 and 143.
+
+    Raises:
+        UnusableError: the kernels cannot run here, or rows cannot be written.
+    """
+    rows = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        with Lease(steps, seconds, output, dry_run) as lease:
+            print(_announcement(steps, seconds), flush=True)
+            facts = _look(dry_run)
+            rows = RowFile(file_of(output, facts), facts)
+            rows.prepare()
+            if torn := read_lines(rows.path)[1]:
+                print(f"{rows.path}: {torn} torn lines of an earlier run are ignored", flush=True)
+            for outcome in lease.outcomes(rows):
+                print(_line(outcome, rows), flush=True)
+    except StoppedError as stopped:
+        kept = "" if rows is None else f"; {len(rows_of(rows.read()))} rows are kept in {rows.path}"
+        print(f"interrupted{kept}; the same command goes on")
+        return 128 + int(stopped.args[0])
+    return _summarize(lease, rows)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the first is enough; children are being ended
+    raise StoppedError(number)
+
+
+def _look(dry_run: bool) -> Row:
+    """The facts of this machine and this code, or UnusableError with the reason why the kernels cannot run here."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_facts.py")), *(["--dry-run"] if dry_run else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise UnusableError(f"device: expected an answer within {LOOK_LIMIT_S} s, got none") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UnusableError(last if done.returncode == 2 else f"device: cannot look at it: {last}")
+    facts: Row = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def _announcement(steps: tuple[Step, ...], seconds: float) -> str:
+    lines = [f"{seconds:.0f} s at most; what a step saves, later ones may take. To begin with: a look at the device."]
+    return "\n".join([*lines, *(f"  {step.limit_s:3d} s  {step.name:<14} {step.what}" for step in steps)])
+
+
+def _line(outcome: Outcome, rows: RowFile) -> str:
+    """One line of the table: how long, how many rows, how many of them wrong, what became of it, the best of it."""
+    step = outcome.step
+    found = rows_of(rows.read(), step.name)
+    wrong = sum(map(failed, found))
+    best = _best(step, found)
+    return f"{step.name:<14} {outcome.seconds:4.0f} s {len(found):4d} rows {wrong:3d} wrong  {outcome.state}  {best}"
+
+
+def _best(step: Step, found: list[Row]) -> str:
+    """The best of the quantity that a step shows, by variant and pass."""
+    if step.shows is None:
+        return ""
+    sign = -1 if step.shows in LESS_IS_BETTER else 1
+    best: dict[str, float] = {}
+    for row in found:
+        if row.get(step.shows) is not None:
+            names = (row.get(key) for key in ("model", "variant", "backend", "measured_pass"))
+            name = " ".join(dict.fromkeys(name for name in names if name))
+            best[name] = max(best.get(name, float("-inf")), sign * row[step.shows])
+    ranked = sorted(best.items(), key=lambda item: -item[1])[:SHOWN]
+    return "; ".join([step.shows] * bool(ranked) + [f"{name} {sign * value:.3g}" for name, value in ranked])
+
+
+def _summarize(lease: Lease, rows: RowFile) -> int:
+    """Prints the table and the first failures; returns the exit code."""
+    print(f"\n{rows.path.name}: {rows.facts['device']}, torch {rows.facts['torch']}, triton {rows.facts['triton']}")
+    for outcome in lease.done:
+        print(_line(outcome, rows))
+    lines = rows.read()
+    names = {outcome.step.name for outcome in lease.done}
+    wrong = [row for row in rows_of(lines) if row["step"] in names and failed(row)]
+    for row in wrong[:SHOWN]:
+        said = (
+            row.get("failed")
+            or f"{row.get('result', 'result')} off by {row.get('error')}, {row.get('changed')} changed"
+        )
+        print(f"wrong: {row['step']}: {row['case']}: {said}"[:300])
+    left = [outcome.step.name for outcome in lease.done if outcome.state != "complete"]
     if left:
-        print(f"left for the next run: {', '.join(left)}")
-    if failures := record.failures():
-        print(f"{len(failures)} failures, the first: {failures[0]}")
-        raise SystemExit(1)
+        print(f"left for the same command: {', '.join(left)}")
+    return 1 if wrong or left else 0
 
 
 if __name__ == "__main__":

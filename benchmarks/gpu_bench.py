@@ -1,9 +1,10 @@
 """What the cases of a step are given: a device, sizes, inputs, the time left, and what passed its check before."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,22 @@ TOY = Shape(128, 2, 2, 24)
 REPEATS = 20
 FUSED = ("hopper", "triton")
 
-# A name, unique in its step, and what measures it and returns or yields rows.
-Case = tuple[str, Callable[[], Iterable[Row]]]
+Size = tuple[int, int, int, int, int]  # T, H, H_kv, E, F
+
+
+class Case(NamedTuple):
+    """One measurement of a step.
+
+    Attributes:
+        name: unique in its step.
+        measure: returns or yields rows. A row {"state": "trying", ...} says that what follows may break the process; if
+            it does, that row says what broke, and the case runs again, to go on without it.
+        about: what a failure of the case is a failure of.
+    """
+
+    name: str
+    measure: Callable[[], Iterable[Row]]
+    about: Row = {}  # noqa: RUF012 - never written to
 
 
 class OutOfTimeError(Exception):
@@ -34,12 +49,29 @@ class Variant:
     name: str
     backend: str
     kernel: str  # "forward" or "backward"
+    D: int
     tile: hopper_tiles.HopperTile | None = None
+
+    @property
+    def shipped(self) -> bool:
+        return self.name == self.backend
 
     def row(self) -> Row:
         """What identifies it in a row."""
         fields = None if self.tile is None else self.tile._asdict()
-        return {"variant": self.name, "backend": self.backend, "kernel": self.kernel, "tile": fields}
+        return {"variant": self.name, "backend": self.backend, "kernel": self.kernel, "D": self.D, "tile": fields}
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the backend runs this tile in place of the one that ships."""
+        name, column = self.kernel.upper(), hopper_tiles.BLOCK_DS.index(hopper_tiles.block_d(self.D))
+        before = getattr(hopper_tiles, name)
+        if self.tile is not None:
+            setattr(hopper_tiles, name, (*before[:column], self.tile, *before[column + 1 :]))
+        try:
+            yield
+        finally:
+            setattr(hopper_tiles, name, before)
 
 
 class Bench:
@@ -57,6 +89,11 @@ class Bench:
     def remaining_s(self) -> float:
         return self._until - time.monotonic()
 
+    def synchronize(self) -> None:
+        """Waits for the device; raises what it has to say."""
+        if not self.dry_run:
+            torch.cuda.synchronize(self.device)
+
     def backends(self, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype) -> list[str]:
         """The fused backends that run such a problem here, the fastest by design first."""
         if self.dry_run:
@@ -73,30 +110,21 @@ class Bench:
         """Every forward and backward to check and time at a head dim: Hopper's shipped tiles first."""
         names = self.backends(2, 2, 2, 384, D, dtype)
         if "hopper" in names:
-            yield from sorted(_hopper_variants(D), key=lambda variant: variant.name != "hopper")
+            yield from sorted(_hopper_variants(D), key=lambda variant: not variant.shipped)
         if "triton" in names:
-            yield from (Variant("triton", "triton", kernel) for kernel in ("forward", "backward"))
+            yield from (Variant("triton", "triton", kernel, D) for kernel in ("forward", "backward"))
 
-    def passed(self, variant: Variant, D: int, dtype: torch.dtype) -> bool:
-        """Whether a variant was checked at that (padded) head dim, and nothing that was checked of it is wrong."""
+    def passed(self, variant: Variant, dtype: torch.dtype) -> bool:
+        """Whether a variant was checked at its head dim, and nothing that was checked of it is wrong."""
         about = variant.row() | {"dtype": name_of(dtype)}
-        block_d = hopper_tiles.block_d(D)
-        rows = [
-            row
-            for row in self._rows
-            if all(row.get(key) == value for key, value in about.items()) and hopper_tiles.block_d(row["D"]) == block_d
-        ]
+        rows = [row for row in self._rows if all(row.get(key) == value for key, value in about.items())]
         return any("passed" in row for row in rows) and not any(failed(row) for row in rows)
 
     def passed_backends(self, D: int, dtype: torch.dtype) -> list[str]:
         """The fused backends whose forward and backward, as shipped, passed."""
-        variants = [variant for variant in self.variants(D, dtype) if variant.name == variant.backend]
-        return [
-            name
-            for name in FUSED
-            if any(variant.name == name for variant in variants)
-            and all(self.passed(variant, D, dtype) for variant in variants if variant.name == name)
-        ]
+        shipped = [variant for variant in self.variants(D, dtype) if variant.shipped]
+        wrong = {variant.backend for variant in shipped if not self.passed(variant, dtype)}
+        return [name for name in FUSED if name in {variant.backend for variant in shipped} - wrong]
 
     def randn(self, *size: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(*size, device=self.device, dtype=torch.float32).to(dtype)
@@ -111,13 +139,13 @@ class Bench:
 def _hopper_variants(D: int) -> Iterator[Variant]:
     """One for each candidate, named by what differs from the tile that ships."""
     block_d = hopper_tiles.block_d(D)
-    for kernel, of_dims in hopper_tiles.CANDIDATES.items():
+    candidates: dict[str, Any] = {**hopper_tiles.CANDIDATES}
+    for kernel, of_dims in candidates.items():
         shipped = hopper_tiles.TABLE[kernel][hopper_tiles.BLOCK_DS.index(block_d)]
-        candidates: list[Any] = [*of_dims.get(block_d, ())]
         if shipped is None:
-            yield Variant("hopper", "hopper", kernel)  # it runs the portable kernel
-        for tile in candidates:
-            yield Variant(" ".join(["hopper", *_differences(tile, shipped)]), "hopper", kernel, tile)
+            yield Variant("hopper", "hopper", kernel, D)  # it runs the portable kernel
+        for tile in of_dims.get(block_d, ()):
+            yield Variant(" ".join(["hopper", *_differences(tile, shipped)]), "hopper", kernel, D, tile)
 
 
 def _differences(tile: Any, shipped: Any) -> list[str]:

@@ -12,12 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_plan import Step
-from gpu_rows import Row, RowFile, Unusable
+from gpu_rows import Row, RowFile, UnusableError, append_failure
 
 SCRIPT = Path(__file__).with_name("gpu_step.py")
 COMPLETE, OUT_OF_TIME, DEVICE_BROKEN, UNUSABLE = 0, 10, 11, 12  # how gpu_step.py exits
@@ -41,38 +41,42 @@ class Outcome:
 
 
 class Lease:
-    """A limit of seconds, and the processes in it."""
+    """A limit of seconds, and the processes in it; the context ends them all.
 
-    def __init__(self, rows: RowFile, seconds: float, dry_run: bool) -> None:
-        self.rows = rows
-        self.dry_run = dry_run
+    Attributes:
+        done: the outcomes so far.
+        log: what the steps print.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], seconds: float, output: Path, dry_run: bool) -> None:
+        self.done: list[Outcome] = []
+        self.log = output / "steps.log"
+        self._steps = steps
+        self._dry_run = dry_run
         self._deadline = time.monotonic() + seconds
         self._processes: list[subprocess.Popen[str]] = []
 
-    @property
-    def log(self) -> Path:
-        """What the steps print."""
-        return self.rows.path.with_suffix(".log")
+    def __enter__(self) -> "Lease":
+        self._waiting = self._start(self._steps[0])
+        return self
 
-    def run(self, steps: tuple[Step, ...], report: Callable[[Outcome], None]) -> list[Outcome]:
-        """Runs the steps, and calls `report` after each.
+    def __exit__(self, *exception: object) -> None:
+        while self._processes:
+            self._end(self._processes[-1])
+
+    def outcomes(self, rows: RowFile) -> Iterator[Outcome]:
+        """Runs the steps and yields what became of each.
 
         Raises:
-            Unusable: rows can no longer be written.
+            UnusableError: rows can no longer be written.
         """
-        outcomes = []
-        try:
-            waiting = self._start(steps[0])
-            for number, step in enumerate(steps):
-                process, later = waiting, steps[number + 1 :]
-                if later:
-                    waiting = self._start(later[0])
-                outcomes.append(self._step(step, process, sum(other.limit_s for other in later)))
-                report(outcomes[-1])
-        finally:
-            for process in self._processes:
-                _end(process)
-        return outcomes
+        self.rows = rows
+        for number, step in enumerate(self._steps):
+            process, later = self._waiting, self._steps[number + 1 :]
+            if later:
+                self._waiting = self._start(later[0])
+            self.done.append(self._step(step, process, sum(other.limit_s for other in later)))
+            yield self.done[-1]
 
     def _step(self, step: Step, process: subprocess.Popen[str], later_s: float) -> Outcome:
         left = self._deadline - time.monotonic()
@@ -90,25 +94,34 @@ class Lease:
         before = len(self._lines(step))
         self._go(step, process, deadline)
         reason = self._watch(step, process, deadline, before)
-        _end(process)
+        self._end(process)
         if process.returncode == UNUSABLE:
-            raise Unusable(_last_line(self.log))
+            self.rows.append(step.name, "", {"state": "stopped"})  # says why, if it still is so
+            raise UnusableError(f"output: rows could not be written; {self.log} may say why")
         if process.returncode == COMPLETE:
             return "complete"
-        case = self._in_flight(step, before)
+        latest = self._in_flight(step, before)
         if process.returncode == OUT_OF_TIME or time.monotonic() >= deadline:
-            return "incomplete: out of time" + ("" if case is None else f" in {case}")
+            return "incomplete: out of time" + ("" if latest is None else f" in {latest['case']}")
         reason = reason or _how(process.returncode, self.log)
-        if case is not None:
-            self.rows.append(step.name, case, {"failed": reason})
-            self.rows.append(step.name, case, {"state": "done"})
-        elif process.returncode != DEVICE_BROKEN:
-            return f"incomplete: {reason}"  # before any case: another process would do the same
+        if process.returncode != DEVICE_BROKEN:  # that one has said it
+            if latest is None:
+                return f"incomplete: {reason}"  # outside of any case: another process would do the same
+            append_failure(self.rows, step.name, latest["case"], latest, reason)
         return None if deadline - time.monotonic() > LEAST_S else f"incomplete: {reason}"
 
     def _start(self, step: Step) -> subprocess.Popen[str]:
-        """A process that imports what the step needs and waits."""
-        with self.log.open("a") as log:
+        """A process that imports what the step needs and waits.
+
+        Raises:
+            UnusableError: the log cannot be written.
+        """
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            log = self.log.open("a")
+        except OSError as error:
+            raise UnusableError(f"output: cannot write to {str(self.log)!r}: {error.strerror}") from error
+        with log:
             process = subprocess.Popen(
                 [sys.executable, str(SCRIPT), step.cases],
                 stdin=subprocess.PIPE,
@@ -121,10 +134,23 @@ class Lease:
         self._processes.append(process)
         return process
 
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        """Ends a process and all that it started: its session, as compilers have process groups of their own."""
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(entry.name)) == process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: what it holds is out of reach
+            process.wait(10)
+        with contextlib.suppress(BrokenPipeError):
+            assert process.stdin is not None
+            process.stdin.close()
+        self._processes.remove(process)
+
     def _go(self, step: Step, process: subprocess.Popen[str], deadline: float) -> None:
         message = {
             "step": step.name, "options": step.options, "file": str(self.rows.path), "facts": self.rows.facts,
-            "dry_run": self.dry_run, "until": deadline - GRACE_S,
+            "dry_run": self._dry_run, "until": deadline - GRACE_S,
         }  # fmt: skip
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended; _watch sees how
@@ -147,27 +173,19 @@ class Lease:
             time.sleep(POLL_S)
         return None
 
-    def _in_flight(self, step: Step, before: int) -> str | None:
-        """The case that the present process of a step began and did not end; `before`: lines before that process."""
-        lines = self._lines(step)[before:]
-        return lines[-1]["case"] if lines and lines[-1].get("state") != "done" else None
+    def _in_flight(self, step: Step, before: int) -> Row | None:
+        """What the present process of a step is at: its last line with a state, unless that says that a case is done.
+
+        `before`: the number of lines before that process.
+        """
+        states = [line for line in self._lines(step)[before:] if "state" in line]
+        return states[-1] if states and states[-1]["state"] != "done" else None
 
     def _lines(self, step: Step) -> list[Row]:
         return [line for line in self.rows.read() if line["step"] == step.name]
 
     def _size(self) -> int:
         return self.rows.path.stat().st_size if self.rows.path.exists() else 0
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: what it holds is out of reach
-        process.wait(10)
-    if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
 
 
 def _how(code: int | None, log: Path) -> str:

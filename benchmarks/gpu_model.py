@@ -1,27 +1,51 @@
-"""Section `model`: training and generation of whole language models against their SwiGLU presets."""
+"""Steps `training` and `generation`: whole language models against their SwiGLU presets.
+
+One model at a time is on the device, since two of 1.3B with AdamW and their activations may not fit it. They compare by
+`mfu_of_matmul` or tokens a second; the yardstick is measured beside each model.
+"""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.model import bench_generation, bench_training
 from gpu_bench import Bench, Case
+from gpu_checks import SMOKE_DIM
 
-SIZES = ("370m", "1.3b")
 REPEATS = 5
 
 
-def model(bench: Bench) -> Iterator[Case]:
-    """Training step at 2048 tokens a sequence; 128 new tokens after a prompt of 512."""
-    batch_size, context_length, prompt_length, new_tokens = (1, 16, 8, 2) if bench.dry_run else (8, 2048, 512, 128)
-    batch_sizes = (1,) if bench.dry_run else (1, 16)
-    options: dict[str, Any] = {"dtype": bench.dtype, "device": bench.device, "repeats": 1 if bench.dry_run else REPEATS}
-    pairs = {size: (f"swiglu-{size}", f"flashmhf-{size}") for size in (("tiny",) if bench.dry_run else SIZES)}
-    for size, names in pairs.items():
-        training = functools.partial(bench_training, names, batch_size, context_length, **options)
-        yield f"training {size}", training
-    for cache in ("dynamic", "static"):  # the static one is compiled, which takes longest
-        for size, names in pairs.items():
-            for batch in batch_sizes:
-                generation = functools.partial(bench_generation, names, batch, prompt_length, new_tokens, **options)
-                yield f"generation {size} batch {batch} {cache}", functools.partial(generation, cache=cache)
+def training(bench: Bench, size: str) -> Iterator[Case]:
+    """A step of AdamW at 2048 tokens a sequence, on each backend that passed."""
+    batch_size, context_length = (1, 16) if bench.dry_run else (8, 2048)
+    for name, backend in _models(bench, size):
+        measure = functools.partial(bench_training, (name,), batch_size, context_length, **_options(bench, backend))
+        yield Case(f"{name} {backend or ''}".strip(), functools.partial(_alone, measure))
+
+
+def generation(bench: Bench, size: str = "370m") -> Iterator[Case]:
+    """128 new tokens after a prompt of 512, on each backend that passed."""
+    prompt_length, new_tokens = (8, 2) if bench.dry_run else (512, 128)
+    for batch_size in (1,) if bench.dry_run else (1, 16):
+        for name, backend in _models(bench, size):
+            options = _options(bench, backend)
+            measure = functools.partial(bench_generation, (name,), batch_size, prompt_length, new_tokens, **options)
+            yield Case(f"{name} {backend or ''} batch {batch_size}", functools.partial(_alone, measure))
+
+
+def _models(bench: Bench, size: str) -> Iterator[tuple[str, str | None]]:
+    size = "tiny" if bench.dry_run else size
+    yield f"swiglu-{size}", None
+    for backend in bench.passed_backends(SMOKE_DIM, bench.dtype):
+        yield f"flashmhf-{size}", bench.runs_as(backend)
+
+
+def _options(bench: Bench, backend: str | None) -> dict[str, Any]:
+    repeats = 1 if bench.dry_run else REPEATS
+    return {"dtype": bench.dtype, "device": bench.device, "repeats": repeats, "backend": backend}
+
+
+def _alone(measure: Callable[[], list[Row]]) -> list[Row]:
+    """Without the ratio to itself."""
+    return [{key: value for key, value in row.items() if key != "ratio"} for row in measure()]

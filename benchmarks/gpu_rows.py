@@ -1,7 +1,7 @@
 """Rows of measurements on the disk, as JSON lines: appended whole, read with what is torn left out, merged.
 
-Every line is an object with the step and the case that it belongs to and the facts of the run: device, versions, commit.
-A line with a `state` says of a case that it has "started" or is "done"; any other line is a row.
+Every line is an object with its step, its case and the facts of the run: device, versions, commit.
+A line with a `state` says of a case that it has "started", is "trying" something or is "done"; any other is a row.
 Imports the standard library alone: the process that starts the steps never waits for torch.
 """
 
@@ -18,7 +18,7 @@ DIGITS = 6  # of a float; no clock has more to say
 SAME = ("device", "torch", "triton", "code")  # what rows must share to belong to the same run
 
 
-class Unusable(Exception):
+class UnusableError(Exception):
     """A file that cannot be written or read: one line for the user."""
 
 
@@ -33,7 +33,7 @@ class RowFile:
         """Makes the folder and ends a line that an earlier run could not end.
 
         Raises:
-            Unusable: nothing can be written there.
+            UnusableError: nothing can be written there.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +43,13 @@ class RowFile:
                     if file.read(1) != b"\n":
                         file.write(b"\n")
         except OSError as error:
-            raise Unusable(f"output: cannot write to {str(self.path)!r}: {error.strerror}") from error
+            raise UnusableError(f"output: cannot write to {str(self.path)!r}: {error.strerror}") from error
 
     def append(self, step: str, case: str, row: Row) -> None:
         """Writes one line and hands it to the operating system; on a full disk the file stays what it was.
 
         Raises:
-            Unusable: nothing can be written there.
+            UnusableError: nothing can be written there.
         """
         line = json.dumps({"step": step, "case": case, **_rounded(row), **self.facts}).encode() + b"\n"
         try:
@@ -65,7 +65,7 @@ class RowFile:
                     file.truncate(before)
                     raise OSError(None, "the disk is full")
         except OSError as error:
-            raise Unusable(f"output: cannot write to {str(self.path)!r}: {error.strerror}") from error
+            raise UnusableError(f"output: cannot write to {str(self.path)!r}: {error.strerror}") from error
 
     def read(self) -> list[Row]:
         """All lines of this run: those of another device, other versions or other code are left out."""
@@ -73,8 +73,19 @@ class RowFile:
         return [line for line in lines if all(line.get(key) == self.facts.get(key) for key in SAME)]
 
 
+def append_failure(rows: RowFile, step: str, case: str, latest: Row, reason: str) -> None:
+    """Writes that a case broke; `latest` is its line with a state that says what it was at.
+
+    The case is over, unless it was only trying something: without that it can go on.
+    """
+    about = {key: value for key, value in latest.items() if key not in ("state", "step", "case", *rows.facts)}
+    rows.append(step, case, about | {"failed": reason})
+    if latest["state"] != "trying":
+        rows.append(step, case, {"state": "done"})
+
+
 def file_of(output: Path, facts: Row) -> Path:
-    """Where the rows of a device and a commit are; a tree that is changed, or has no commit, is named by its content."""
+    """Where the rows of a device and a commit are. Code that is changed, or has no commit, is named by its content."""
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     return output / f"{device}-{facts['commit'] or facts['code']}.jsonl"
 
@@ -83,12 +94,12 @@ def read_lines(path: Path) -> tuple[list[Row], int]:
     """The lines of a file, and how many were none: a process or a disk may have ended in one.
 
     Raises:
-        Unusable: it cannot be read.
+        UnusableError: it cannot be read.
     """
     try:
         texts = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise Unusable(f"rows: cannot read {str(path)!r}: {error.strerror}") from error
+        raise UnusableError(f"rows: cannot read {str(path)!r}: {error.strerror}") from error
     lines, torn = [], 0
     for text in texts:
         try:

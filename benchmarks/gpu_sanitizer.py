@@ -1,4 +1,4 @@
-"""Section `sanitizer`: compute-sanitizer over forward and backward at small shapes.
+"""Step `sanitizer`: compute-sanitizer over forward and backward at small shapes.
 
 As a script it is what runs under the tool: python gpu_sanitizer.py BACKEND DTYPE DEVICE
 """
@@ -20,7 +20,7 @@ TOOLS = ("memcheck", "racecheck")
 DTYPES = ("bfloat16", "float16", "float32")
 TIME_LIMIT_S = 90
 PLACES = (None, "/usr/local/cuda/bin")  # the PATH, and where the toolkit installs it
-HEAD_DIMS = (64, 48)
+HEAD_DIMS = (128, 48)
 TOKENS = (1, 16, 100, 200)  # few tokens, split rows, a tail
 
 
@@ -29,12 +29,12 @@ def sanitizer(bench: Bench) -> Iterator[Case]:
     for tool in TOOLS:
         for dtype in ("float32",) if bench.dry_run else DTYPES:
             for backend in bench.backends(2, 2, 2, 40, HEAD_DIMS[0], getattr(torch, dtype)):
-                yield f"{tool} {backend} {dtype}", functools.partial(_check, bench, tool, backend, dtype)
+                yield Case(f"{tool} {backend} {dtype}", functools.partial(_check, bench, tool, backend, dtype))
 
 
 def _check(bench: Bench, tool: str, backend: str, dtype: str) -> list[Row]:
     row: Row = {"tool": tool, "backend": backend, "dtype": dtype}
-    script = [sys.executable, __file__, backend, dtype, bench.device.type]
+    script = [sys.executable, __file__, bench.runs_as(backend), dtype, bench.device.type]
     program = next((found for place in PLACES if (found := shutil.which("compute-sanitizer", path=place))), None)
     if program is None and not bench.dry_run:
         return [{**row, "outcome": "tool not found"}]

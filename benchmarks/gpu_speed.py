@@ -1,7 +1,9 @@
-"""Sections `op`, `layer`, `decode` and `growth`: how fast, in how much memory, against what."""
+"""Steps `op`, `dims`, `layer`, `decode` and `growth`: how fast, in how much memory, against what.
+
+Only what passed its check earlier in the lease is timed.
+"""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -9,94 +11,129 @@ from typing import Any
 
 import torch
 
-from flashmhf.benchmarking import LAYERS, Row, Shape, bench_decode, bench_layer
+from flashmhf.benchmarking import Row, Shape, bench_decode, bench_layer
+from flashmhf.benchmarking.layer import describe
 from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
-from flashmhf.ops.flash_mhf import flash_mhf
 from gpu_bench import Bench, Case, name_of
+from gpu_checks import HEAD_DIMS, SMOKE_DIM, prepared
 
-NAIVE_MOST_TOKENS = 16384
+PRODUCTS = {"forward": 3, "backward": 8}  # what the algorithm needs; a kernel may compute some of them again
+OP_TOKENS = (16384, 4096, 65536, 1024)
+DIMS_TOKENS = (4096, 16384)
+DIMS_HIDDEN_SIZE = 2048
+LAYER_TOKENS = (16384, 4096)
+DECODE_TOKENS = (1, 16, 64, 128)
 GROWTH_SHAPE = "370m"
+LAYERS_OF = {"triton": "flashmhf-triton", "hopper": "flashmhf-hopper"}
 
 
 def op(bench: Bench) -> Iterator[Case]:
-    """TFLOP/s of the operator as a ratio to cuBLAS at 8192^3 in the same run; 3 products forward, 8 backward."""
-    for dtype, (name, shape) in itertools.product((torch.bfloat16, torch.float16), bench.shapes.items()):
-        H, E, F = shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
-        for backend in bench.backends(H, H, E, F, shape.hidden_size // H, dtype):
-            for T in (16, 48) if bench.dry_run else (1024, 4096, 16384, 65536):
-                measure = functools.partial(_op, bench, backend, dtype, name, shape, T)
-                yield f"{backend} {name_of(dtype)} {name} T={T}", measure
+    """TFLOP/s of the operator as a ratio to cuBLAS at 8192^3 in the same run, every tile that passed in turn."""
+    for T in (16, 48) if bench.dry_run else OP_TOKENS:
+        for name, shape in reversed(bench.shapes.items()):
+            yield Case(f"{name} T={T}", functools.partial(_op, bench, name, shape, SMOKE_DIM, bench.dtype, T))
 
 
-def _op(bench: Bench, backend: str, dtype: torch.dtype, name: str, shape: Shape, T: int) -> list[Row]:
-    H, E, F = shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
-    *leaves, dout = bench.inputs(T, H, H, E, F, shape.hidden_size // H, dtype)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    run = functools.partial(flash_mhf, backend=backend)
+def dims(bench: Bench) -> Iterator[Case]:
+    """The same where `op` does not look: other head dims in bfloat16, and float16."""
+    D_hidden = 128 if bench.dry_run else DIMS_HIDDEN_SIZE
+    for dtype in (bench.dtype,) if bench.dry_run else (torch.bfloat16, torch.float16):
+        for D in (64,) if bench.dry_run else HEAD_DIMS:
+            if (D, dtype) != (SMOKE_DIM, torch.bfloat16):
+                E, F = (2, 24) if bench.dry_run else (15, 384)
+                shape = Shape(D_hidden // D * D, D_hidden // D, E, F)
+                for T in (16,) if bench.dry_run else DIMS_TOKENS:
+                    measure = functools.partial(_op, bench, f"D={D}", shape, D, dtype, T)
+                    yield Case(f"{name_of(dtype)} D={D} T={T}", measure)
+
+
+def _op(bench: Bench, name: str, shape: Shape, D: int, dtype: torch.dtype, T: int) -> Iterator[Row]:
+    H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
+    inputs = bench.inputs(T, H, H, E, F, D, dtype)
     matmul, matmul_flops = matmul_call(bench.device, dtype)
-    calls: dict[str, Callable[[], Any]] = {
-        "matmul": matmul,
-        "forward": functools.partial(run, *(leaf.detach() for leaf in leaves)),
-        "backward": functools.partial(torch.autograd.grad, run(*leaves), leaves, dout, retain_graph=True),
-    }
-    times = interleaved_times(calls, bench.device, bench.repeats)
-    cublas = matmul_flops / times["matmul"].median_ms / 1e9
-    rows = []
-    for measured_pass, products in (("forward", 3), ("backward", 8)):
-        tflops = products * 2 * T * shape.hidden_size * E * F / times[measured_pass].median_ms / 1e9
-        case = {"backend": backend, "shape": name, "dtype": name_of(dtype), "tokens": T, "measured_pass": measured_pass}
-        speed = {"tflops": tflops, "cublas_tflops": cublas, "ratio_to_cublas": tflops / cublas}
-        rows.append({**case, **vars(times[measured_pass]), **speed})
-    return rows
+    variants = [variant for variant in bench.variants(D, dtype) if bench.passed(variant, dtype)]
+    for kernel, products in PRODUCTS.items():
+        named = {variant.name: variant for variant in variants if variant.kernel == kernel}
+        common = {"dtype": name_of(dtype), "shape": name, "tokens": T, "measured_pass": kernel}
+        calls = {"matmul": matmul}
+        for key, variant in named.items():
+            yield {"state": "trying", **variant.row(), **common}
+            call = prepared(bench, variant, inputs)
+            if reason := _why_not(bench, call):
+                yield {**variant.row(), **common, **reason}
+            else:
+                calls[key] = call
+        yield {"state": "timing"}
+        matmul()
+        times = interleaved_times(calls, bench.device, bench.repeats, warm_up=False)
+        cublas = matmul_flops / times.pop("matmul").median_ms / 1e9
+        for key, measured in times.items():
+            tflops = products * 2 * T * shape.hidden_size * E * F / measured.median_ms / 1e9
+            speed = {"tflops": tflops, "cublas_tflops": cublas, "ratio_to_cublas": tflops / cublas}
+            yield {**named[key].row(), **common, **vars(measured), **speed}
+
+
+def _why_not(bench: Bench, call: Callable[[], Any]) -> Row | None:
+    """Why a call cannot be timed. Raises where nothing can be any more."""
+    try:
+        call()
+        bench.synchronize()
+    except torch.OutOfMemoryError as error:
+        return {"skipped": describe(error)}
+    except Exception as error:  # out of registers, of shared memory; an illegal access
+        bench.synchronize()
+        return {"failed": describe(error)}
+    return None
 
 
 def layer(bench: Bench) -> Iterator[Case]:
-    """Whole layers at matched parameters: time and peak memory, forward and forward + backward."""
-    for name in bench.shapes:
-        for T in (1, 16) if bench.dry_run else (1, 16, 128, 1024, 4096, 16384, 65536):
-            yield f"{name} T={T}", functools.partial(_layer, bench, name, T)
+    """Whole layers at matched parameters, against SwiGLU as it is and by liger; then compiled, which takes longest."""
+    eager = ["swiglu", *(["swiglu-liger"] if find_spec("liger_kernel") else []), "swiglu-checkpointed"]
+    for names in (eager, ["swiglu", "swiglu-compiled"]):
+        if bench.dry_run and "swiglu-compiled" in names:
+            continue
+        for T in (16,) if bench.dry_run else LAYER_TOKENS:
+            for name in reversed(bench.shapes):
+                yield Case(f"{name} T={T} {names[-1]}", functools.partial(_layer, bench, name, T, names))
 
 
-def _layer(bench: Bench, name: str, T: int) -> list[Row]:
-    left_out = {"naive"} if T > NAIVE_MOST_TOKENS else set()
-    if find_spec("liger_kernel") is None:
-        left_out.add("swiglu-liger")
-    shape = bench.shapes[name]
-    H, E, F = shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
-    if "hopper" not in bench.backends(H, H, E, F, shape.hidden_size // H, bench.dtype):
-        left_out.add("flashmhf-hopper")
+def _layer(bench: Bench, name: str, T: int, names: list[str]) -> list[Row]:
+    variants = (*names, *_layers(bench))
+    rows = bench_layer(bench.shapes[name], T, bench.dtype, bench.device, bench.repeats, variants, tolerate=(Exception,))
+    return [{"shape": name, "against": names[-1], **row} for row in rows]
+
+
+def _layers(bench: Bench) -> tuple[str, ...]:
+    """FlashMHF on each backend that passed."""
     if bench.dry_run:
-        left_out |= {"swiglu-compiled", "flashmhf-compiled"}
-    variants = tuple(variant for variant in LAYERS if variant not in left_out)
-    rows = bench_layer(shape, T, bench.dtype, bench.device, bench.repeats, variants, tolerate=(Exception,))
-    return [{"shape": name, **row} for row in rows]
+        return ("flashmhf",)
+    return tuple(LAYERS_OF[backend] for backend in bench.passed_backends(SMOKE_DIM, bench.dtype))
 
 
 def decode(bench: Bench) -> Iterator[Case]:
     """A few tokens through whole layers under CUDA graphs: time, and the rate of reading the weights once."""
-    for name, shape in bench.shapes.items():
-        for T in (1, 3) if bench.dry_run else (1, 2, 4, 8, 16, 32, 64, 128):
-            yield f"{name} T={T}", functools.partial(_decode, bench, name, shape, T)
+    for T in (1, 3) if bench.dry_run else DECODE_TOKENS:
+        for name in reversed(bench.shapes):
+            yield Case(f"{name} T={T}", functools.partial(_decode, bench, name, T))
 
 
-def _decode(bench: Bench, name: str, shape: Shape, T: int) -> list[Row]:
-    rows = bench_decode(shape, T, bench.dtype, bench.device, bench.repeats, ("swiglu", "flashmhf"))
+def _decode(bench: Bench, name: str, T: int) -> list[Row]:
+    variants = ("swiglu", *_layers(bench))
+    rows = bench_decode(bench.shapes[name], T, bench.dtype, bench.device, bench.repeats, variants)
     return [{"shape": name, **row} for row in rows]
 
 
 def growth(bench: Bench) -> Iterator[Case]:
     """Forward + backward of one layer from 4k to 1M tokens: does time grow as T does, and memory no faster?"""
     name = "toy" if bench.dry_run else GROWTH_SHAPE
-    tokens = [16, 32, 64] if bench.dry_run else [2**power for power in range(12, 21)]
-    for T in tokens:
-        yield f"{name} T={T}", functools.partial(_grow, bench, name, T)
+    for T in [16, 32, 64] if bench.dry_run else [2**power for power in range(12, 21)]:
+        yield Case(f"{name} T={T}", functools.partial(_grow, bench, name, T))
 
 
 def _grow(bench: Bench, name: str, T: int) -> list[Row]:
     repeats = 1 if bench.dry_run else 5
     options: dict[str, Any] = {"passes": ("forward+backward",), "tolerate": (Exception,)}
-    rows = bench_layer(bench.shapes[name], T, bench.dtype, bench.device, repeats, ("flashmhf",), **options)
+    rows = bench_layer(bench.shapes[name], T, bench.dtype, bench.device, repeats, _layers(bench), **options)
     return [{"shape": name, **row} for row in rows]
 
 

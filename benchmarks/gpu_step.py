@@ -23,7 +23,7 @@ import torch
 from flashmhf.benchmarking.layer import describe
 from gpu_bench import Bench, Case, OutOfTimeError
 from gpu_lease import COMPLETE, DEVICE_BROKEN, OUT_OF_TIME, UNUSABLE
-from gpu_rows import RowFile, Unusable, done, started
+from gpu_rows import RowFile, UnusableError, append_failure, done, started
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1)  # where does it hang?
     try:
         return run(cases, **json.loads(go))
-    except Unusable as error:
+    except UnusableError as error:
         print(error, file=sys.stderr)
         return UNUSABLE
 
@@ -55,36 +55,37 @@ def run(
     dry_run: bool,
     until: float,
 ) -> int:
-    """Runs the cases of a step that did not end yet, none after `until` on the monotonic clock; returns an exit code."""
+    """Runs the cases that did not end yet, none after `until` on the monotonic clock; returns an exit code."""
     torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time
     rows = RowFile(Path(file), facts)
     lines = rows.read()
     bench = Bench(dry_run, until, lines)
     over, begun = done(lines, step), started(lines, step)
-    left = [case for case in cases(bench, **options) if case[0] not in over]
-    for name, measure in sorted(left, key=lambda case: case[0] in begun):  # what was cut short goes last
+    left = [case for case in cases(bench, **options) if case.name not in over]
+    for case in sorted(left, key=lambda case: case.name in begun):  # what was cut short goes last
         if bench.remaining_s() <= 0:
             return OUT_OF_TIME
-        rows.append(step, name, {"state": "started"})
+        latest = case.about | {"state": "started"}
+        rows.append(step, case.name, latest)
         try:
-            for row in measure():
-                rows.append(step, name, row)
+            for row in case.measure():
+                rows.append(step, case.name, row)
+                latest = row if "state" in row else latest
         except OutOfTimeError:
             return OUT_OF_TIME
-        except Unusable:
+        except UnusableError:
             raise
         except Exception as error:  # whatever the compiler or the driver says, the other cases are worth their time
-            rows.append(step, name, {"failed": describe(error)})
+            append_failure(rows, step, case.name, latest, describe(error))
         if broken := _why_broken():
-            rows.append(step, name, {"failed": broken})
-        rows.append(step, name, {"state": "done"})
-        if broken:
+            append_failure(rows, step, case.name, latest, broken)
             return DEVICE_BROKEN
+        rows.append(step, case.name, {"state": "done"})
     return COMPLETE
 
 
 def _why_broken() -> str | None:
-    """What the device says once all of the case has run, and its memory is free; nothing runs after an illegal access."""
+    """What the device says when all has run and memory is freed: after an illegal access nothing runs any more."""
     gc.collect()
     if torch.cuda.is_available():
         try:

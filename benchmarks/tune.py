@@ -3,17 +3,16 @@
     python benchmarks/tune.py [--kernels forward,decode] [--dims 64,128] [--dtypes bfloat16] [--time-limit 540]
 
 Of a grid of tiles those stay that compile without a spill and fit the device. Each is checked against the formula in
-float64 on data of its own, then timed in turn with the shipped row. Prints the rows for the table; everything measured
-goes to benchmarks/results/tune-DEVICE.json, which a later run of the same command completes.
-`TRITON_INTERPRET=1 python benchmarks/tune.py --dry-run` does the same at toy sizes on the CPU.
+float64 on data of its own, then timed in turn with the shipped row. This is the step `tune` of benchmarks/gpu.py with
+options: rows are kept as there, a later run of the same command completes them, and `gpu.py --apply` puts what is worth
+it into the table. `TRITON_INTERPRET=1 python benchmarks/tune.py --dry-run` does the same at toy sizes on the CPU.
 """
 
 import argparse
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,54 +22,76 @@ from compile_kernels import GRID, SHARED_LIMITS, Compiled
 from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.layer import describe
 from flashmhf.benchmarking.measuring import copy_call, interleaved_times
-from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, TABLE, Tile, device_class, table_rows
-from gpu_bench import Bench, Case, OutOfTimeError, check_device, name_of
+from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, Tile, device_class, table_rows
+from gpu import add_options, run_safely
+from gpu_bench import Bench, Case, OutOfTimeError, name_of
 from gpu_compile import compile_ahead
-from gpu_record import Record
+from gpu_plan import Step
 
 TOY_GRID = [Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)]
 HIDDEN_SIZE, E, F = 1024, 7, 384  # the 370M model's
 TOKENS = {"decode": (1, 4, 16)}
 MANY_TOKENS = (1024, 16384)
+TIME_LIMIT_S = 540
 FINALISTS = 3
-WORTH_IT = 1.03  # a smaller gain may be noise, and the shipped row stays
 
 
 def tune(
     bench: Bench,
-    kernels: tuple[str, ...] = KERNELS,
-    dims: tuple[int, ...] = (128, 64),
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+    kernels: Sequence[str] = KERNELS,
+    dims: Sequence[int] = (128, 64),
+    dtypes: Sequence[str] = ("bfloat16",),
 ) -> Iterator[Case]:
     """One case for each row of the table that is asked for."""
     if bench.dry_run:
-        dims, dtypes = (32,), (torch.float16,)
-    for dtype, D, kernel in itertools.product(dtypes, dims, kernels):
+        dims, dtypes = (32,), ("float16",)
+    for dtype, D, kernel in itertools.product((getattr(torch, name) for name in dtypes), dims, kernels):
         shipped = {(kernel, D): tile for kernel, D, tile in table_rows(device_class(bench.device), dtype.itemsize)}
         if (kernel, D) in shipped:
-            yield f"{kernel} {name_of(dtype)} D={D}", functools.partial(_tune, bench, kernel, dtype, D, shipped)
+            yield Case(f"{kernel} {name_of(dtype)} D={D}", functools.partial(_tune, bench, kernel, dtype, D, shipped))
 
 
 def _tune(bench: Bench, kernel: str, dtype: torch.dtype, D: int, shipped: dict[tuple[str, int], Tile]) -> list[Row]:
-    row: Row = {"kernel": kernel, "dtype": name_of(dtype), "D": D, "shipped": list(shipped[kernel, D])}
     fitting = _fitting(bench, kernel, dtype, D)
-    tiles, wrong = [shipped[kernel, D]], []
-    for tile in fitting:
-        if bench.remaining_s() <= 0:
-            raise OutOfTimeError
-        if reason := _why_wrong(bench, kernel, dtype, D, tile):
-            wrong.append(f"{tuple(tile)}: {reason}")
-        elif tile not in tiles:
-            tiles.append(tile)
-    first = _times(bench, kernel, dtype, D, tiles, min(bench.repeats, 3))
-    finalists = sorted(tiles[1:], key=lambda tile: _slowdown(first, tile, tiles[0]))[:FINALISTS]
-    times = _times(bench, kernel, dtype, D, [tiles[0], *finalists], bench.repeats)
-    best = min(times, key=lambda tile: _slowdown(times, tile, tiles[0]))
-    speedup = 1 / _slowdown(times, best, tiles[0])
-    row |= {"best": list(best), "speedup": speedup, "shipped_ms": times[tiles[0]], "best_ms": times[best]}
+    own = shipped[kernel, D]
+    checks, wrong = _checks(bench, kernel, dtype, D, [own, *(tile for tile in fitting if tile != own)])
+    if own not in checks:
+        raise RuntimeError(f"the shipped tile is wrong: {wrong[0]}")
+    first = _times(bench, kernel, dtype, D, list(checks), min(bench.repeats, 3))
+    finalists = sorted(set(checks) - {own}, key=lambda tile: _slowdown(first, tile, own))[:FINALISTS]
+    times = _times(bench, kernel, dtype, D, [own, *finalists], bench.repeats)
+    best = min(times, key=lambda tile: _slowdown(times, tile, own))
+    row: Row = {
+        "kernel": kernel, "dtype": name_of(dtype), "D": D, "shipped": list(own), "best": list(best),
+        "speedup": 1 / _slowdown(times, best, own), "shipped_ms": times[own], "best_ms": times[best],
+        **{key: checks[best][key] for key in ("error", "budget", "passed")},
+        "fitting": len(fitting), "wrong": wrong,
+    }  # fmt: skip
     if kernel == "backward_one_pass":
         row["two_kernels_ms"] = _two_kernels_ms(bench, dtype, D, shipped)
-    return [{**row, "fitting": len(fitting), "wrong": wrong}]
+    return [row]
+
+
+def _checks(
+    bench: Bench, kernel: str, dtype: torch.dtype, D: int, tiles: list[Tile]
+) -> tuple[dict[Tile, Row], list[str]]:
+    """Of the tiles that are right on fresh data the worst result, and what the others get wrong or cannot do."""
+    checks: dict[Tile, Row] = {}
+    wrong = []
+    for tile in tiles:
+        if bench.remaining_s() <= 0:
+            raise OutOfTimeError
+        try:
+            rows = gpu_kernels.check_kernel(kernel, bench.inputs(*_checked_sizes(bench, kernel), D, dtype), tile)
+        except Exception as error:  # what the compiler let pass, the driver may refuse
+            wrong.append(f"{tuple(tile)}: {describe(error)}")
+            continue
+        worst = max(rows, key=lambda row: row["error"] / row["budget"])
+        if all(row["passed"] for row in rows):
+            checks[tile] = worst
+        else:
+            wrong.append(f"{tuple(tile)}: {worst['result']} off by {worst['error']:.2g}")
+    return checks, wrong
 
 
 def _fitting(bench: Bench, kernel: str, dtype: torch.dtype, D: int) -> list[Tile]:
@@ -84,16 +105,6 @@ def _fitting(bench: Bench, kernel: str, dtype: torch.dtype, D: int) -> list[Tile
         raise RuntimeError(f"no tile of the grid compiles; the first: {results[0]}")
     limit = SHARED_LIMITS[target]
     return [tile for tile, result in compiled if not result.spilled and result.shared_bytes <= limit]
-
-
-def _why_wrong(bench: Bench, kernel: str, dtype: torch.dtype, D: int, tile: Tile) -> str | None:
-    """What a tile gets wrong, or cannot do, on fresh data."""
-    try:
-        rows = gpu_kernels.check_kernel(kernel, bench.inputs(*_checked_sizes(bench, kernel), D, dtype), tile)
-    except Exception as error:  # what the compiler let pass, the driver may refuse
-        return describe(error)
-    errors = [f"{row['result']} off by {row['error']:.2g}" for row in rows if not row["passed"]]
-    return ", ".join(errors) or None
 
 
 def _checked_sizes(bench: Bench, kernel: str) -> tuple[int, int, int, int, int]:
@@ -144,44 +155,12 @@ def _two_kernels_ms(bench: Bench, dtype: torch.dtype, D: int, shipped: dict[tupl
     return total
 
 
-def proposal(rows: list[Row]) -> str:
-    """The table's lines for what was tuned, with a better tile where it is worth it."""
-    device = device_class(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    lines = []
-    for element_bytes in TABLE[device]:
-        tiles: dict[str, dict[int, Tile]] = {}
-        for kernel, D, tile in table_rows(device, element_bytes):
-            tiles.setdefault(kernel, {})[D] = tile
-        for kernel, shipped in tiles.items():
-            of_kernel = [row for row in rows if row.get("kernel") == kernel and _bytes(row) == element_bytes]
-            better = {row["D"]: Tile(*row["best"]) for row in of_kernel if row["speedup"] >= WORTH_IT}
-            if better:
-                text = ", ".join(_text((shipped | better).get(D)) for D in BLOCK_DS)
-                lines.append(f'"{kernel}": ({text}),  # {device}, {element_bytes} bytes')
-            for row in of_kernel:
-                if "two_kernels_ms" in row and all(
-                    row["best_ms"][T] < row["two_kernels_ms"][T] for T in row["best_ms"]
-                ):
-                    lines.append(f'("{device}", {row["D"]}),  # one pass is faster than two kernels')
-    return "\n".join(lines) or "# the shipped rows are the best of the grid"
-
-
-def _bytes(row: Row) -> int:
-    return getattr(torch, row["dtype"]).itemsize
-
-
-def _text(tile: Tile | None) -> str:
-    return "None" if tile is None else f"Tile{tuple(tile)}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--dims", default="128,64")
     parser.add_argument("--dtypes", default="bfloat16", help="float16 shares the rows of bfloat16")
-    parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS")
-    parser.add_argument("--output", type=Path, help="Default: benchmarks/results/tune-DEVICE")
-    parser.add_argument("--dry-run", action="store_true")
+    add_options(parser)
     arguments = parser.parse_args()
     kernels, dims, dtypes = (getattr(arguments, name).split(",") for name in ("kernels", "dims", "dtypes"))
     for option, given, known in (
@@ -191,15 +170,10 @@ def main() -> None:
     ):
         if unknown := set(given) - set(known):
             parser.error(f"--{option}: expected some of {', '.join(known)}, got {min(unknown)!r}")
-    check_device(parser, arguments.dry_run)
-    bench = Bench(arguments.dry_run, arguments.time_limit)
-    device = "cpu" if arguments.dry_run else torch.cuda.get_device_name().lower().replace(" ", "-")
-    record = Record(arguments.output or Path(f"benchmarks/results/tune-{device}"), bench)
-    cases = tune(bench, tuple(kernels), tuple(map(int, dims)), tuple(getattr(torch, name) for name in dtypes))
-    record.run("tune", cases, proposal)
-    print(record.sections["tune"]["summary"])
-    if not record.sections["tune"]["complete"]:
-        print("# incomplete: run the command again")
+    seconds = arguments.time_limit or TIME_LIMIT_S
+    options = {"kernels": kernels, "dims": list(map(int, dims)), "dtypes": dtypes}
+    step = Step("tune", int(seconds), "portable tiles among a grid", "tune:tune", options, shows="speedup")
+    run_safely((step,), seconds, arguments)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def bench_training(
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
+    *,
+    backend: str | None = None,
 ) -> list[Row]:
     """Forward, loss, backward and AdamW: tokens a second, utilisation of the measured and the maker's peak, memory.
 
@@ -34,8 +36,9 @@ def bench_training(
     Args:
         names: presets, JSON files or folders; the first is what ratios refer to.
         batch_size, context_length: sequences of a step, tokens of each.
+        backend: of the operator, in place of what the configurations say.
     """
-    steps = {name: TrainingStep(load_config(name), batch_size, context_length, dtype, device) for name in names}
+    steps = {name: TrainingStep(_config(name, backend), batch_size, context_length, dtype, device) for name in names}
     matmul, matmul_flops = matmul_call(device, dtype)
     times = interleaved_times({"matmul": matmul, **steps}, device, repeats)
     matmul_tflops = matmul_flops / times["matmul"].median_ms / 1e9
@@ -71,15 +74,17 @@ def bench_generation(
     repeats: int,
     *,
     cache: str = "dynamic",
+    backend: str | None = None,
 ) -> list[Row]:
     """The likeliest continuation of random prompts: new tokens a second, the prompt's pass included, and peak memory.
 
     Args:
         names: presets, JSON files or folders; the first is what ratios refer to.
         cache: transformers' `cache_implementation`; with "static" it compiles the model on a GPU.
+        backend: of the operator, in place of what the configurations say.
     """
     runs = {
-        name: Generation(load_config(name), batch_size, prompt_length, new_tokens, dtype, device, cache)
+        name: Generation(_config(name, backend), batch_size, prompt_length, new_tokens, dtype, device, cache)
         for name in names
     }
     times = interleaved_times({**runs}, device, repeats)
@@ -165,6 +170,13 @@ def data_sheet(device: torch.device) -> Gpu | None:
 
 def _promised_tflops(gpu: Gpu, dtype: torch.dtype) -> float:
     return gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
+
+
+def _config(name: str, backend: str | None) -> PreTrainedConfig:
+    config = load_config(name)
+    if backend is not None:
+        config.backend = backend
+    return config
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:

@@ -115,6 +115,7 @@ LAYERS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
     "chunked": lambda *arguments: Chunked(_flash(*arguments), mib=8),
     "chunked-large": lambda *arguments: Chunked(_flash(*arguments), mib=128),
     "flashmhf": _flash,
+    "flashmhf-triton": lambda shape, options: _flash(shape, options, "triton"),
     "flashmhf-hopper": lambda shape, options: _flash(shape, options, "hopper"),
     "flashmhf-compiled": lambda *arguments: _compiled(_flash(*arguments)),
 }

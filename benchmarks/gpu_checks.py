@@ -1,0 +1,220 @@
+"""Steps `smoke`, `rounds` and `tiles`: is what the kernels compute right, on fresh random data, on this very GPU?
+
+Results are compared with the formula in float64 within the error budget; memory that a kernel leaves unwritten is NaN;
+and a call that is repeated must give the same bits again, since a result that changes is a race.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from flashmhf.benchmarking import Row
+from flashmhf.ops import reference
+from flashmhf.ops.backends import select
+from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.gated_mhf import gated_mhf
+from flashmhf.ops.problem import Problem
+from flashmhf.ops.triton.tiles import Tile, device_class, one_pass_tile, table_rows
+from gpu_bench import Bench, Case, Size, Variant, name_of
+from gpu_kernels import Case as Compilation
+from gpu_kernels import check_kernel, checked, expected, relative_error
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMOKE_DIM = 128
+# Tails everywhere and grouped heads: the order inside packed registers, masks and rings show here. Then whole tiles.
+SMOKE_SIZES: tuple[Size, ...] = ((1000, 4, 2, 3, 200), (1024, 2, 2, 2, 384))
+FEW_TOKENS_SIZES: tuple[Size, ...] = ((3, 4, 2, 3, 200), (16, 2, 2, 2, 384), (100, 4, 2, 3, 200))
+SMOKE_REPEATS = 5
+HEAD_DIMS = (128, 64, 256, 96)
+# One token, and many tiles of many heads, beside those of the smoke.
+ROUND_SIZES: tuple[Size, ...] = (*SMOKE_SIZES, (1, 2, 1, 1, 1), (8192, 8, 8, 7, 384))
+CANDIDATE_SIZE = SMOKE_SIZES[0]
+ROUNDS = 20
+TILE_SIZES: dict[str, tuple[Size, ...]] = {"decode": FEW_TOKENS_SIZES[:2]}
+TOY_SIZE: Size = (20, 4, 2, 2, 40)
+WIDE = (16, 16, 1, 64, 128)  # H, H_kv, E, F, D
+BACKWARD_RESULTS = ("dq", "dk", "du", "dv", "dgate")
+ANY_ORDER = ("dq", "dgate")  # in one pass these are sums of atomic additions
+
+
+def smoke(bench: Bench) -> Iterator[Case]:
+    """Everything that `auto` or `hopper` would run at head dim 128 in bfloat16, and every tile that is to be timed."""
+    check = functools.partial(_check, bench, rounds=1, repeats=SMOKE_REPEATS)
+    for size in (TOY_SIZE,) if bench.dry_run else SMOKE_SIZES:
+        for variant in bench.variants(SMOKE_DIM, bench.dtype):
+            yield _case(functools.partial(check, variant, size, bench.dtype), variant, bench.dtype, size)
+    few_tokens = Variant("triton", "triton", "forward", SMOKE_DIM)
+    for size in ((3, *TOY_SIZE[1:]),) if bench.dry_run else FEW_TOKENS_SIZES:
+        yield _case(functools.partial(check, few_tokens, size, bench.dtype), few_tokens, bench.dtype, size)
+    yield from _gated_cases(bench, (bench.dtype,), (SMOKE_DIM,))
+
+
+def rounds(bench: Bench) -> Iterator[Case]:
+    """Hopper's kernels twenty times over, as races are rare, at all head dims; once, what else is to be timed there."""
+    dims, dtypes = ((64, SMOKE_DIM), (bench.dtype,)) if bench.dry_run else (HEAD_DIMS, DTYPES[:2])
+    for dtype, D in itertools.product(dtypes, dims):
+        for variant in bench.variants(D, dtype):
+            thorough = variant.backend == "hopper" and variant.shipped
+            for size in (TOY_SIZE,) if bench.dry_run else ROUND_SIZES if thorough else (CANDIDATE_SIZE,):
+                times = max(2, ROUNDS * 1000 // max(size[0], 1000)) if thorough and not bench.dry_run else 1
+                repeats = ROUNDS if thorough else 2
+                check = functools.partial(_check, bench, variant, size, dtype, rounds=times, repeats=repeats)
+                yield _case(check, variant, dtype, size)
+
+
+def _case(check: Callable[[], Iterator[Row]], variant: Variant, dtype: torch.dtype, size: Size) -> Case:
+    name = f"{variant.name} {variant.kernel} {name_of(dtype)} D={variant.D} {size}"
+    return Case(name, check, variant.row() | {"dtype": name_of(dtype)})
+
+
+def _check(bench: Bench, variant: Variant, size: Size, dtype: torch.dtype, rounds: int, repeats: int) -> Iterator[Row]:
+    """The worst of every result over rounds of fresh data; the last round is repeated."""
+    case = variant.row() | {"dtype": name_of(dtype), "sizes": _sizes(size), "rounds": rounds}
+    worst: dict[str, Row] = {}
+    for _ in range(rounds):
+        inputs = bench.inputs(*size, variant.D, dtype)
+        first = run(bench, variant, inputs)
+        exact, eager = expected([x.double() for x in inputs]), expected(inputs)
+        for name, result in first.items():
+            row = checked(case, name, result, eager[name], exact[name])
+            if name not in worst or row["error"] / row["budget"] > worst[name]["error"] / worst[name]["budget"]:
+                worst[name] = row
+    changed = dict.fromkeys(worst, 0)
+    for _ in range(repeats):
+        for name, result in run(bench, variant, inputs).items():
+            changed[name] += not torch.equal(result, first[name])
+    one_pass = variant.backend == "hopper" or one_pass_tile(bench.device, dtype, variant.D) is not None
+    for name, row in worst.items():
+        repeatable = changed[name] == 0 or (one_pass and name in ANY_ORDER)
+        yield row | {"repeats": repeats, "changed": changed[name], "passed": row["passed"] and repeatable}
+
+
+def run(bench: Bench, variant: Variant, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The results of a forward or of a backward alone, in memory full of NaN."""
+    call = prepared(bench, variant, inputs)
+    with poisoned_memory():
+        results = call()
+    if variant.kernel == "forward":
+        return {"out": results}
+    return dict(zip(BACKWARD_RESULTS, results, strict=True))
+
+
+def prepared(bench: Bench, variant: Variant, inputs: list[Tensor]) -> Callable[[], Any]:
+    """The call of a backend's forward or backward with a variant's tile, as the operator makes it."""
+    *arguments, dout = inputs
+    q, k, u, v, gate = arguments
+    module: Any = select(Problem.of(q, k, u, v, gate), bench.runs_as(variant.backend))
+
+    def call() -> Any:
+        with variant.in_place():
+            if variant.kernel == "forward":
+                return module.forward(*arguments)
+            return module.backward(dout, *arguments, (True,) * len(arguments))
+
+    return call
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills with NaN what torch.empty returns: what a kernel does not write fails its check."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **options: Any) -> Tensor:
+        x = empty(*args, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    with patch.object(torch, "empty", poisoned):
+        yield
+
+
+def _sizes(size: Size) -> str:
+    T, H, H_kv, E, F = size
+    return f"T {T}, H {H} / {H_kv}, E {E}, F {F}"
+
+
+def tiles(bench: Bench) -> Iterator[Case]:
+    """Every row of the tile table for this device, bfloat16 first; gate and norm; addresses beyond 32 bits."""
+    for kernel, dtype, D, tile in _shipped(bench):
+        about = {"kernel": kernel, "dtype": name_of(dtype), "D": D, "tile": "x".join(map(str, tile))}
+        check = functools.partial(_check_tile, bench, kernel, dtype, D, tile)
+        yield Case(f"{kernel} {name_of(dtype)} D={D}", check, about)
+    yield from _gated_cases(bench, DTYPES, (48,) if bench.dry_run else (48, 64, 128, 256))
+    for backend in bench.backends(*WIDE, bench.dtype):
+        yield Case(f"beyond 32 bits {backend}", functools.partial(_beyond_32_bits, bench, backend))
+
+
+def portable_cases(bench: Bench) -> dict[torch.dtype, list[Compilation]]:
+    """What `tiles` launches, for compiling ahead."""
+    cases: dict[torch.dtype, list[Compilation]] = {}
+    for kernel, dtype, D, tile in _shipped(bench):
+        cases.setdefault(dtype, []).extend((kernel, size, D, dtype, tile) for size in _tile_sizes(bench, kernel))
+    return cases
+
+
+def _shipped(bench: Bench) -> Iterator[tuple[str, torch.dtype, int, Tile]]:
+    """Kernel, dtype, head dim and tile: each row at its own head dim, and at one that is no power of two."""
+    for dtype in DTYPES:
+        if bench.dry_run and dtype == torch.bfloat16:
+            continue  # Triton's interpreter multiplies bfloat16 wrongly
+        for kernel, block_d, tile in table_rows(device_class(bench.device), dtype.itemsize):
+            if not bench.dry_run or block_d == 32:
+                yield kernel, dtype, block_d, tile
+                yield kernel, dtype, block_d * 3 // 4, tile
+
+
+def _tile_sizes(bench: Bench, kernel: str) -> tuple[Size, ...]:
+    return (TOY_SIZE,) if bench.dry_run else TILE_SIZES.get(kernel, SMOKE_SIZES)
+
+
+def _check_tile(bench: Bench, kernel: str, dtype: torch.dtype, D: int, tile: Tile) -> Iterator[Row]:
+    for size in _tile_sizes(bench, kernel):
+        yield from check_kernel(kernel, bench.inputs(*size, D, dtype), tile)
+
+
+def _gated_cases(bench: Bench, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> Iterator[Case]:
+    T, H, E, F = (20, 2, 3, 40) if bench.dry_run else (1000, 4, 5, 200)
+    for dtype, D in itertools.product(dtypes, dims):
+        for backend in bench.backends(H, H, E, F, D, dtype):
+            check = functools.partial(_gated, bench, backend, T, H, E, F, D, dtype)
+            yield Case(f"gated {backend} {name_of(dtype)} D={D}", check)
+
+
+def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, dtype: torch.dtype) -> list[Row]:
+    """Norm and gate kernels and the operator, composed as the layer composes them."""
+    q, k, u, v, _, dout = bench.inputs(T, H, H, E, F, D, dtype)
+    inputs = [q, k, u, v, bench.randn(H, D, E, dtype=dtype) / D**0.5, bench.randn(H, D, dtype=dtype)]
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    def formula(*leaves: Tensor) -> Tensor:
+        return reference.gated_forward(*leaves, "sigmoid", 1.0, 1e-6)  # type: ignore[call-arg, arg-type]
+
+    with poisoned_memory():
+        got = results(functools.partial(gated_mhf, backend=bench.runs_as(backend)), dtype)
+    eager, exact = results(formula, dtype), results(formula, torch.float64)
+    sizes = f"T {T}, H {H} / {H}, E {E}, F {F}"
+    case = {"kernel": "gated_mhf", "backend": backend, "dtype": name_of(dtype), "D": D, "sizes": sizes}
+    names = ("out", "dq", "dk", "du", "dv", "dgate_weight", "dnorm_weight")
+    return [checked(case, *result) for result in zip(names, got, eager, exact, strict=True)]
+
+
+def _beyond_32_bits(bench: Bench, backend: str) -> list[Row]:
+    """More elements of q than a 32-bit offset reaches: the last tokens must be those of a short call."""
+    H, *_, D = WIDE
+    T = 64 if bench.dry_run else 2**31 // (H * D) + 1000
+    q, k, u, v, _, _ = bench.inputs(T, *WIDE, bench.dtype)
+    call = functools.partial(flash_mhf, backend=bench.runs_as(backend))
+    tail = call(q[-150:].clone(), k, u, v)
+    error, budget = relative_error(call(q, k, u, v)[-150:], tail), torch.finfo(q.dtype).eps
+    case = {"kernel": "beyond 32 bits", "backend": backend, "dtype": name_of(q.dtype), "D": D}
+    sizes = f"q of {q.numel():,} elements, its last tokens"
+    return [{**case, "sizes": sizes, "result": "out", "error": error, "budget": budget, "passed": error <= budget}]

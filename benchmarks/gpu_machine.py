@@ -1,0 +1,116 @@
+"""Steps `machine` and `compile`: what this machine is and how fast, and kernels compiled before they are launched."""
+
+import functools
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+
+from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import copy_call, interleaved_times, matmul_call
+from flashmhf.ops.triton.tiles import device_class
+from gpu_bench import Bench, Case, Size, Variant, name_of
+from gpu_checks import CANDIDATE_SIZE, HEAD_DIMS, SMOKE_DIM, SMOKE_SIZES, portable_cases
+from gpu_compile import compile_ahead
+from gpu_kernels import Case as Compilation
+
+QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,pstate"
+OPERATOR_TOKENS = 4096
+
+
+def machine(bench: Bench) -> Iterator[Case]:
+    """Versions and settings; the two yardsticks, twice, so that their spread is known."""
+    yield Case("facts", functools.partial(_facts, bench))
+    for time in ("first", "second"):
+        yield Case(f"yardsticks, {time}", functools.partial(_yardsticks, bench))
+
+
+def _facts(bench: Bench) -> list[Row]:
+    row: Row = {"python": platform.python_version(), "kernel": platform.release()}
+    if tool := shutil.which("nvidia-smi"):
+        done = subprocess.run([tool, f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True)
+        row["nvidia_smi"] = done.stdout.strip() or done.stderr.strip()
+    if not bench.dry_run:
+        properties = torch.cuda.get_device_properties(bench.device)
+        row |= {
+            "cuda": torch.version.cuda,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_mib": properties.L2_cache_size / 2**20,
+            "memory_gib": properties.total_memory / 2**30,
+        }
+    return [row]
+
+
+def _yardsticks(bench: Bench) -> list[Row]:
+    matmul, flops = matmul_call(bench.device, bench.dtype)
+    copy, copied_bytes = copy_call(bench.device)
+    times = interleaved_times({"matmul": matmul, "copy": copy}, bench.device, bench.repeats)
+    common = {"dtype": name_of(bench.dtype)}
+    return [
+        {"variant": "cublas", **common, **vars(times["matmul"]), "tflops": flops / times["matmul"].median_ms / 1e9},
+        {"variant": "copy", **vars(times["copy"]), "gb_s": copied_bytes / times["copy"].median_ms / 1e6},
+    ]
+
+
+def compile_first(bench: Bench) -> Iterator[Case]:
+    """What `smoke` and `op` launch at head dim 128: whole backends as shipped, then the candidate tiles."""
+    operator = [(OPERATOR_TOKENS, *_sizes(bench, name)) for name in bench.shapes]
+    sizes = [*SMOKE_SIZES, *operator]
+    yield from _backends(bench, sizes, (SMOKE_DIM,), (torch.bfloat16,))
+    yield from _candidates(bench, sizes, (SMOKE_DIM,))
+
+
+def compile_second(bench: Bench) -> Iterator[Case]:
+    """What `rounds`, `dims` and `tiles` launch."""
+    yield from _backends(bench, [CANDIDATE_SIZE], HEAD_DIMS, (torch.bfloat16, torch.float16))
+    yield from _candidates(bench, [CANDIDATE_SIZE], (64, 256))
+    for dtype, cases in portable_cases(bench).items():
+        yield Case(f"tiles {name_of(dtype)}", functools.partial(_compile, bench, cases))
+
+
+def _backends(
+    bench: Bench, sizes: list[Size], dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> Iterator[Case]:
+    for dtype in dtypes:
+        cases: list[Compilation] = [
+            (backend, size, D, dtype, None)
+            for size in sizes
+            for D in dims
+            for backend in bench.backends(*size[1:], D, dtype)
+        ]
+        yield Case(f"backends {name_of(dtype)}", functools.partial(_compile, bench, cases))
+
+
+def _candidates(bench: Bench, sizes: list[Size], dims: tuple[int, ...]) -> Iterator[Case]:
+    def compilation(variant: Variant, size: Size) -> Compilation:
+        return f"hopper_{variant.kernel}", size, variant.D, torch.bfloat16, variant.tile
+
+    cases = [
+        compilation(variant, size)
+        for D in dims
+        for variant in bench.variants(D, torch.bfloat16)
+        for size in sizes
+        if variant.tile is not None
+    ]
+    yield Case("candidates", functools.partial(_compile, bench, cases))
+
+
+def _compile(bench: Bench, cases: list[Compilation]) -> list[Row]:
+    """How many compiled; what did not fails again where it is launched."""
+    if bench.dry_run:
+        return [{"cases": len(cases)}]
+    results = compile_ahead(device_class(bench.device), cases)
+    complaints = [
+        f"{case[0]} D={case[2]}: {result}"
+        for case, result in zip(cases, results, strict=True)
+        if isinstance(result, str)
+    ]
+    return [{"cases": len(cases), "complaints": complaints}]
+
+
+def _sizes(bench: Bench, name: str) -> tuple[int, int, int, int]:
+    """H, H_kv, E and F of a shape."""
+    shape = bench.shapes[name]
+    return shape.num_heads, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size
