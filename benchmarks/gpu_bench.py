@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     name: str
     measure: Callable[[], Iterable[Row]]
-    about: Row = {}  # noqa: RUF012 - never written to
+    about: Row = {}
 
 
 class OutOfTimeError(Exception):

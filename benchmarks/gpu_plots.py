@@ -1,23 +1,33 @@
 """Pictures of what benchmarks/gpu.py measured: one panel a quantity, tokens across, one line a variant."""
 
 from pathlib import Path
-from typing import Any
 
+from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.drawing import Panels, grid, panels, png
+from flashmhf.writing import write_flushed
 
 PANELS: Panels = {
-    "op": [("ratio_to_cublas", ("backend", "dtype", "measured_pass"), ("shape",))],
+    "op": [("ratio_to_cublas", ("variant", "measured_pass"), ("device", "shape"))],
     "layer": [
-        ("ratio", ("variant",), ("shape", "measured_pass")),
-        ("peak_mib", ("variant",), ("shape", "measured_pass")),
+        ("ratio", ("variant",), ("device", "shape", "measured_pass")),
+        ("peak_mib", ("variant",), ("device", "shape", "measured_pass")),
     ],
-    "decode": [("ratio", ("variant",), ("shape",)), ("ratio_to_copy", ("variant",), ("shape",))],
-    "growth": [("median_ms", ("variant",), ("shape",)), ("peak_bytes_per_token", ("variant",), ("shape",))],
+    "decode": [
+        ("ratio", ("variant",), ("device", "shape")),
+        ("ratio_to_copy", ("variant",), ("device", "shape")),
+    ],
+    "growth": [
+        ("median_ms", ("variant",), ("device", "shape")),
+        ("peak_bytes_per_token", ("variant",), ("device", "shape")),
+    ],
 }
 
 
-def plot(sections: dict[str, Any], file: Path) -> None:
-    """Writes a PNG of every section that has panels."""
-    drawn = [panel for name in PANELS for panel in panels(name, sections.get(name, {}).get("rows", []), PANELS)]
+def plot(steps: dict[str, list[Row]], file: Path) -> None:
+    """Writes a PNG of every step that has panels, if any has rows."""
+    drawn = []
+    for name in PANELS:
+        rows = sorted(steps.get(name, []), key=lambda row: row.get("tokens", 0))
+        drawn += panels(name, rows, PANELS)
     if drawn:
-        file.write_bytes(png(grid(drawn, columns=3)))
+        write_flushed(file, png(grid(drawn, columns=3)))

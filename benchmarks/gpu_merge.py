@@ -1,0 +1,118 @@
+"""Rows of several machines and days as one file, a short table in Markdown, and a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flashmhf.benchmarking import table
+from flashmhf.writing import write_flushed
+from gpu_facts import facts
+from gpu_plots import plot
+from gpu_rows import Row, UnusableError, failed, read_lines, rows_of
+from gpu_speed import growth_fit
+
+CHECKS = ("smoke", "rounds", "tiles", "graphs", "sanitizer")
+# Step -> what makes a line, what makes a column, and the quantity in it.
+TABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "op": (("shape", "dtype", "measured_pass", "tokens"), "variant", "ratio_to_cublas"),
+    "dims": (("shape", "dtype", "measured_pass", "tokens"), "variant", "ratio_to_cublas"),
+    "layer": (("shape", "against", "measured_pass", "tokens"), "variant", "ratio"),
+    "decode": (("shape", "tokens"), "variant", "ratio"),
+    "growth": (("shape", "tokens"), "variant", "median_ms"),
+}
+FACTS = ("step", "case", "device", "device_class", "torch", "triton", "commit", "code", "kernels", "date")
+OTHER_TILE = "fastest other tile"
+
+
+def merge(folders: list[Path], merged: Path) -> str:
+    """Adds the rows of folders (or files) to those of `merged`, writes table and picture beside it, says what it did.
+
+    Raises:
+        UnusableError: a folder holds no rows, or a file cannot be read.
+    """
+    files = [file for folder in folders for file in _files(folder)]
+    lines, torn = read_lines(merged)
+    for file in files:
+        of_file, torn_of_file = read_lines(file)
+        lines, torn = lines + of_file, torn + torn_of_file
+    own = _own_commit()
+    rows = [row for row in rows_of(lines) if row["device"] != "cpu"]
+    unique = list(dict.fromkeys(json.dumps(row | own.get(row["code"], {})) for row in rows))
+    write_flushed(merged, "".join(f"{line}\n" for line in unique))
+    rows = [json.loads(line) for line in unique]
+    write_flushed(merged.with_suffix(".md"), _markdown(rows))
+    plot(_shipped(rows), merged.with_suffix(".png"))
+    ignored = f", {torn} torn lines ignored" if torn else ""
+    dry = "" if rows or not lines else "; a dry run measures nothing"
+    return f"{merged}: {len(rows)} rows of {len(files)} files and of before{ignored}{dry}"
+
+
+def _files(folder: Path) -> list[Path]:
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise UnusableError(f"merge: expected folders with rows (*.jsonl), got {str(folder)!r}")
+    return files
+
+
+def _own_commit() -> dict[str, Row]:
+    """The commit of this code, if it has one: where rows of it were measured there may have been no repository to ask."""
+    known = facts(dry_run=True)
+    return {} if known["commit"] is None else {known["code"]: {"commit": known["commit"]}}
+
+
+def _shipped(rows: list[Row]) -> dict[str, list[Row]]:
+    """By step, without what other tiles measured."""
+    steps: dict[str, list[Row]] = {}
+    for row in rows:
+        if "=" not in row.get("variant", ""):
+            steps.setdefault(row["step"], []).append(row)
+    return steps
+
+
+def _markdown(rows: list[Row]) -> str:
+    """For each device and state of the code: counts of checks, and one small table a step."""
+    origins: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("device", "torch", "triton", "commit", "code", "date"))
+        origins.setdefault(key, []).append(row)
+    lines = ["# Measured on GPUs", "", "Written by `python benchmarks/gpu.py --merge`; every row is in gpu.jsonl."]
+    for (device, torch, triton, commit, code, date), of_origin in origins.items():
+        lines += [
+            "",
+            f"## {device}, {date}",
+            "",
+            f"torch {torch}, Triton {triton}, commit {commit or f'(code {code})'}",
+        ]
+        for step in dict.fromkeys(row["step"] for row in of_origin):
+            lines += _section(step, [row for row in of_origin if row["step"] == step])
+    return "\n".join(lines) + "\n"
+
+
+def _section(step: str, rows: list[Row]) -> list[str]:
+    wrong = [row for row in rows if failed(row)]
+    lines = ["", f"### {step}", ""]
+    if step in CHECKS:
+        lines.append(f"{len(rows) - len(wrong)} of {len(rows)} results as they should be.")
+    lines += [f"- {row['case']}: {row.get('failed') or row.get('result')}, error {row.get('error')}" for row in wrong]
+    if step in TABLES:
+        index, column, quantity = TABLES[step]
+        lines += [f"{quantity.replace('_', ' ')}:", "", table(_pivot(rows, index, column, quantity))]
+        if step == "growth":
+            lines += ["", table([growth_fit(rows)])]
+    elif step not in CHECKS:
+        lines.append(table([{key: value for key, value in row.items() if key not in FACTS} for row in rows]))
+    return lines
+
+
+def _pivot(rows: list[Row], index: tuple[str, ...], column: str, quantity: str) -> list[Row]:
+    """One line for each value of `index`, one column for each variant; of tiles that do not ship the best alone."""
+    lines: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if quantity not in row:
+            continue
+        line = lines.setdefault(tuple(row.get(key) for key in index), {key: row.get(key) for key in index})
+        if "=" not in row[column]:
+            line[row[column]] = row[quantity]
+        elif row[quantity] > line.get(OTHER_TILE, 0):
+            line |= {OTHER_TILE: row[quantity], "which": row[column]}
+    return list(lines.values())

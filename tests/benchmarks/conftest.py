@@ -1,0 +1,40 @@
+"""A lease without a GPU: its rows, its facts, and how its steps are found."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import gpu
+
+FACTS = {
+    "device": "Toy GPU", "device_class": "sm_90a", "torch": "2", "triton": "3", "commit": None, "code": "abc",
+    "kernels": {"hopper": "h", "triton": "t"}, "date": "2026-01-01",
+}  # fmt: skip
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def lease(tmp_path, monkeypatch, capsys):
+    """Runs steps as gpu.py would, without the look at the device; returns exit code and output."""
+    paths = [str(Path(__file__).parent), str(ROOT / "src"), str(ROOT / "benchmarks")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setattr(gpu, "_look", lambda dry_run: FACTS)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*steps, seconds: float = 120) -> tuple[int, str]:
+        code = gpu.run(steps, seconds, tmp_path, dry_run=True)
+        return code, capsys.readouterr().out
+
+    yield run
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """The file of `lease`'s rows."""
+    from gpu_rows import RowFile, file_of
+
+    return RowFile(file_of(tmp_path, FACTS), FACTS)
