@@ -12,6 +12,7 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import Any
 
 import triton
 
@@ -20,6 +21,7 @@ from flashmhf.benchmarking.layer import describe
 from gpu_kernels import Case, launches
 
 TIME_LIMIT_S = 120.0
+START_LIMIT_S = 120.0  # importing torch in as many processes as there are cores, from a disk that nobody has read yet
 
 
 def compile_ahead(target: str, cases: Sequence[Case], time_limit_s: float = TIME_LIMIT_S) -> list[Compiled | str]:
@@ -53,7 +55,12 @@ def _sources(target: str, case: Case) -> list[Source] | str:
 
 
 class Compiler:
-    """A process that compiles one source after another."""
+    """A process that compiles one source after another.
+
+    Raises:
+        TimeoutError: not done (or not started) within its limit.
+        EOFError: the process died.
+    """
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share the GPU's context
@@ -61,22 +68,25 @@ class Compiler:
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
+        self._answer(START_LIMIT_S)
 
     def compile(self, source: Source, limit_s: float) -> Compiled | str:
-        """The result, or what the compiler says of it.
-
-        Raises:
-            TimeoutError: not done within the limit.
-            EOFError: the process died.
-        """
+        """The result, or what the compiler says of it."""
         self._connection.send(source)
-        if not self._connection.poll(limit_s):
-            raise TimeoutError(f"not compiled within {limit_s:g} s")
-        result: Compiled | str = self._connection.recv()
+        result: Compiled | str = self._answer(limit_s)
         return result
 
-    def kill(self) -> int | None:
+    def _answer(self, limit_s: float) -> Any:
+        if self._connection.poll(limit_s):
+            with contextlib.suppress(EOFError, ConnectionError):
+                return self._connection.recv()
+            raise EOFError(f"the compiler's process ended with exit code {self._kill()}")
+        self._kill()
+        raise TimeoutError(f"no answer within {limit_s:g} s")
+
+    def _kill(self) -> int | None:
         """Ends the process, with the assembler that it may wait for, and returns its exit code."""
+        self._process.join(1)  # one that is dying has an exit code of its own
         assert self._process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -90,22 +100,20 @@ _idle: queue.SimpleQueue[Compiler] = queue.SimpleQueue()  # kept from call to ca
 
 def _compile(limit_s: float, source: Source) -> Compiled | str:
     try:
-        compiler = _idle.get_nowait()
-    except queue.Empty:
-        compiler = Compiler()
-    try:
+        try:
+            compiler = _idle.get_nowait()
+        except queue.Empty:
+            compiler = Compiler()
         result = compiler.compile(source, limit_s)
-    except TimeoutError as error:
-        compiler.kill()
+    except (TimeoutError, EOFError) as error:  # LLVM ends the process where it finds its own invariants broken
         return describe(error)
-    except (EOFError, OSError):  # LLVM ends the process where it finds its own invariants broken
-        return f"the compiler's process ended with exit code {compiler.kill()}"
     _idle.put(compiler)
     return result
 
 
 def _serve(connection: Connection) -> None:
     os.setpgrp()
+    connection.send("ready")
     with contextlib.suppress(EOFError):
         while True:
             connection.send(_compiled(connection.recv()))

@@ -1,6 +1,7 @@
 """What the launcher would look up in Triton's cache, and what compiling ahead leaves there.
 
     compile_ahead_cases.py ahead | launched      one JSON line a launch: [case, key]
+    compile_ahead_cases.py layers                [case, keys of a layer's launches that its backend's case lacks]
     compile_ahead_cases.py compile               compiles ahead, launches, prints what only the launch had compiled
 
 A process of its own, without the interpreter. No GPU: a driver that says "H100" is all that a launch asks before it
@@ -20,7 +21,9 @@ import torch
 from triton.compiler import make_backend
 from triton.runtime import driver
 
-from compile_kernels import TARGETS, compiled_kernel
+from compile_kernels import TARGETS, Source, compiled_kernel
+from flashmhf.layers import FlashMHF
+from flashmhf.ops import backends
 from flashmhf.ops.hopper import backend as hopper
 from flashmhf.ops.hopper.tiles import ForwardTile, backward_tile, forward_tile
 from flashmhf.ops.prologue import Prologue
@@ -141,6 +144,25 @@ def keys(mode: str) -> None:
                 print(json.dumps([f"{name} {i}", key(ahead if mode == "ahead" else launch.run)]))
 
 
+def layers() -> None:
+    """Layers as benchmarks and models run them, with few tokens and many."""
+    modules = {"triton": portable, "hopper": hopper}
+    for (name, module), T, q_norm in itertools.product(modules.items(), (1, 16, 200), (False, True)):
+        with patch.object(backends, "select", lambda problem, name, module=module: module):
+            layer = FlashMHF(256, 4, 3, 40, init="scaled", q_norm=q_norm, dtype=torch.bfloat16)
+            x = torch.zeros(T, 256, dtype=torch.bfloat16, requires_grad=True)
+            launched = recorded(lambda layer=layer, x=x: layer(x).sum().backward())
+            launched += recorded(lambda layer=layer, x=x: layer(x[None]).sum().backward())
+        ahead = {Source.of(launch, TARGETS[CLASS]).key for launch in planned(name, T)}
+        missing = [launch for launch in launched if Source.of(launch, TARGETS[CLASS]).key not in ahead]
+        assert len(launched) >= 6, launched
+        print(json.dumps([f"{name} {T} {q_norm}", [launch.kernel.__name__ for launch in missing]]))
+
+
+def planned(backend: str, T: int) -> list[Launch]:
+    return launches(CLASS, (backend, (T, 4, 4, 3, 40), 64, torch.bfloat16, None))
+
+
 def compile_and_launch() -> None:
     """One JSON line a launch of the table: what was not found, as the compiler's listener tells it."""
     for case, compiled in zip(TABLE, compile_ahead(CLASS, TABLE), strict=True):
@@ -157,4 +179,4 @@ def compile_and_launch() -> None:
 if __name__ == "__main__":
     driver.set_active(Driver())
     with patch.object(tiles, "device_class", lambda device: CLASS):
-        compile_and_launch() if sys.argv[1] == "compile" else keys(sys.argv[1])
+        {"compile": compile_and_launch, "layers": layers}.get(sys.argv[1], functools.partial(keys, sys.argv[1]))()

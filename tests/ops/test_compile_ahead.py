@@ -4,9 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from triton.backends.compiler import GPUTarget
+
+import gpu_compile
+from compile_kernels import Source
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +40,35 @@ def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
     found = cases("compile", TRITON_CACHE_DIR=str(tmp_path))
     assert len(found) > 10
     assert [case for case in found if not found[case]] == []
+
+
+def test_what_a_layer_launches_is_compiled_ahead():
+    missing = cases("layers")
+    assert len(missing) > 5
+    assert [case for case in missing if missing[case]] == []
+
+
+@dataclass(frozen=True)
+class Bad(Source):
+    """A source whose compilation fails in one of three ways."""
+
+    def compile(self):
+        if self.kernel == "hangs":
+            time.sleep(600)
+        if self.kernel == "dies":
+            os.abort()
+        raise ValueError("no such\ninstruction")
+
+
+@pytest.mark.slow
+def test_a_compilation_that_hangs_or_dies_is_given_up_and_the_next_goes_on():
+    expected = {
+        "fails": "ValueError: no such instruction",
+        "hangs": "TimeoutError: no answer within 0.5 s",
+        "dies": "EOFError: the compiler's process ended with exit code -6",
+        "fails again": "ValueError: no such instruction",
+    }
+    got = {
+        name: gpu_compile._compile(0.5, Bad("", name, {}, {}, {}, {}, GPUTarget("cuda", 90, 32))) for name in expected
+    }
+    assert got == expected

@@ -15,24 +15,34 @@ from torch.profiler import ProfilerActivity, profile
 Row = dict[str, Any]
 PASSES = ("forward", "forward+backward")
 LEAST_REPEATS = 3  # fewer say nothing of how far apart they are
+LEAST_BUSY_MS, MOST_BUSY_MS = 0.2, 200.0  # how long the device is kept busy while the host queues a call
+CYCLES_PER_MS = 2e6  # of the GPU's clock, until it is measured
+SLIGHT = 0.01  # share of a time that may be the host's
 
 
 @dataclass(frozen=True)
 class Times:
-    """What a row says of the timed calls of one variant."""
+    """What a row says of the timed calls of one variant.
+
+    On a GPU the median and the quartiles are the device's time, from the first kernel of a call to the last. Python
+    takes `host_ms` to queue the call, so that a caller who launches one after another sees the larger of the two.
+    `device_alone` is False where the host's time could not be kept out: of calls that wait for their own results.
+    """
 
     median_ms: float
     lower_quartile_ms: float | None  # None for fewer than LEAST_REPEATS
     upper_quartile_ms: float | None
     repeats: int
+    host_ms: float | None = None  # None on a CPU, whose time is the host's
+    device_alone: bool | None = None
 
     @classmethod
-    def of(cls, milliseconds: list[float]) -> "Times":
+    def of(cls, milliseconds: list[float], host_ms: float | None = None, device_alone: bool | None = None) -> "Times":
         """Summarises the calls; with three of them the quartiles are the least and the most."""
         lower = upper = None
         if len(milliseconds) >= LEAST_REPEATS:
             lower, _, upper = statistics.quantiles(milliseconds, n=4)
-        return cls(statistics.median(milliseconds), lower, upper, len(milliseconds))
+        return cls(statistics.median(milliseconds), lower, upper, len(milliseconds), host_ms, device_alone)
 
 
 def timed_call(
@@ -67,32 +77,91 @@ def interleaved_times(
 
     Args:
         warm_up: make each call once before; not needed where each has run already.
-        before_each: runs before every timed call and is not timed. A large copy empties the caches and gives the host
-            time to queue a short call.
+        before_each: runs before every timed call and is not timed. A large copy empties the caches.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    stopwatch = _GpuStopwatch if device.type == "cuda" else _CpuStopwatch
+    stopwatches = {name: stopwatch(call, device) for name, call in calls.items()}
     if warm_up:
         for call in calls.values():
             call()
     for _ in range(repeats):
-        for name, call in calls.items():
-            if before_each is not None:
-                before_each()
-            times[name].append(_elapsed_ms(call, device))
-    return {name: Times.of(values) for name, values in times.items()}
+        for watch in stopwatches.values():
+            watch.take(before_each)
+    return {name: watch.times() for name, watch in stopwatches.items()}
 
 
-def _elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+class _CpuStopwatch:
+    """Times one call again and again."""
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self._call = call
+        self._taken_ms: list[float] = []
+
+    def take(self, before: Callable[[], Any] | None) -> None:
+        if before is not None:
+            before()
+        started = time.perf_counter()
+        self._call()
+        self._taken_ms.append((time.perf_counter() - started) * 1e3)
+
+    def times(self) -> Times:
+        return Times.of(self._taken_ms)
+
+
+class _GpuStopwatch:
+    """Times one call again and again, on the device and on the host.
+
+    Two events around a call that the GPU finishes faster than Python queues it measure Python. So a kernel that spins
+    comes before the first event and keeps the GPU busy until the whole call is queued: the event must not have happened
+    by then. If it has, the call is made once more, behind a longer wait.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self._call, self._device = call, device
+        self._taken_ms: list[float] = []
+        self._host_ms: list[float] = []
+        self._device_alone = True
+        self._cycles_per_ms = CYCLES_PER_MS
+        self._busy_ms = LEAST_BUSY_MS
+        self._chances = 2  # the second, should something that happens once have slowed the first
+
+    def take(self, before: Callable[[], Any] | None) -> None:
+        while True:
+            elapsed_ms, host_ms, queued = self._measure(before)
+            wanted_ms = max(2 * host_ms, LEAST_BUSY_MS)
+            alone = queued or host_ms <= SLIGHT * elapsed_ms
+            hopeless = wanted_ms > MOST_BUSY_MS  # the call waits for the device, or fills its queue
+            if alone or self._busy_ms == 0 or (hopeless and self._busy_ms <= SLIGHT * elapsed_ms):
+                break
+            self._chances -= hopeless
+            self._busy_ms = 0 if hopeless else wanted_ms
+        self._taken_ms.append(elapsed_ms)
+        self._host_ms.append(host_ms)
+        self._device_alone &= alone
+        self._busy_ms = 0 if self._chances <= 0 else LEAST_BUSY_MS if hopeless else wanted_ms
+
+    def times(self) -> Times:
+        return Times.of(self._taken_ms, statistics.median(self._host_ms), self._device_alone)
+
+    def _measure(self, before: Callable[[], Any] | None) -> tuple[float, float, bool]:
+        """Milliseconds on the device and on the host, and whether the whole call was queued before its first kernel."""
+        idle, start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        if before is not None:
+            before()
+        idle.record()
+        cycles = int(self._busy_ms * self._cycles_per_ms)
+        if cycles:
+            torch.cuda._sleep(cycles)
         start.record()
-        call()
+        started = time.perf_counter()
+        self._call()
+        host_ms = (time.perf_counter() - started) * 1e3
         stop.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(stop)
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e3
+        queued = not start.query()
+        torch.cuda.synchronize(self._device)
+        if cycles:
+            self._cycles_per_ms = cycles / idle.elapsed_time(start)
+        return start.elapsed_time(stop), host_ms, queued
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

@@ -46,8 +46,8 @@ def _processor() -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as Markdown, one column for every key that occurs."""
-    columns = columns_of(rows)
+    """Rows as Markdown, one column for every key that has a value."""
+    columns = telling_columns(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
@@ -56,6 +56,11 @@ def table(rows: list[Row]) -> str:
 def columns_of(rows: list[Row]) -> list[str]:
     """Every key that occurs, in the order in which they do."""
     return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def telling_columns(rows: list[Row]) -> list[str]:
+    """Those of `columns_of` that have a value in some row."""
+    return [column for column in columns_of(rows) if any(row.get(column) is not None for row in rows)]
 
 
 def cell(value: Any) -> str:

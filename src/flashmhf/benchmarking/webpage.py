@@ -8,13 +8,14 @@ import matplotlib.pyplot as plt
 from flashmhf.benchmarking.comparing import comparison_summary, comparison_table
 from flashmhf.benchmarking.drawing import WIDTH, Panel, draw, panels
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.benchmarking.provenance import cell, columns_of
+from flashmhf.benchmarking.provenance import cell, telling_columns
 from flashmhf.benchmarking.results import FACTS, measured
 from flashmhf.reports.page import html_figure, html_table, page
 
 NOTE = (
     "Times are medians of calls that took turns, with the quartiles beside them; ratios are to the first variant of "
-    "the same run. Memory is the allocator's peak: of activations for op and layer, for model of all it holds."
+    "the same run. On a GPU they are the device's, and host ms is what Python takes to queue a call. Memory is the "
+    "allocator's peak: of activations for op and layer, for model of all it holds."
 )
 
 
@@ -45,7 +46,7 @@ def _origin(result: dict[str, Any]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    columns = columns_of(rows)
+    columns = telling_columns(rows)
     names = [name.replace("_", " ") for name in columns]
     return html_table(names, [[cell(row.get(column)) for column in columns] for row in rows])
 
