@@ -55,7 +55,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _own_commit() -> dict[str, Row]:
-    """The commit of this code, if it has one: where rows of it were measured there may have been no repository to ask."""
+    """This code -> its commit, which a copy without a repository, where it was measured, does not know."""
     known = facts(dry_run=True)
     return {} if known["commit"] is None else {known["code"]: {"commit": known["commit"]}}
 

@@ -43,7 +43,7 @@ FIRST = (
     Step("compile", 25, "what this plan launches, over all cores", "gpu_machine:compile_first"),
     Step(
         "smoke", 45, "every kernel at D=128, bfloat16, against float64; five repeats", "gpu_checks:smoke",
-        case_limit_s=15,
+        case_limit_s=12,
     ),
     Step(
         "op", 75, "operator at 370M and 1.3B, 1k to 64k tokens, every Hopper tile", "gpu_speed:op",
@@ -60,7 +60,7 @@ SECOND = (
     Step("rounds", 35, "Hopper kernels at all head dims, 20 rounds", "gpu_checks:rounds", case_limit_s=15),
     Step("tiles", 45, "every portable tile, gate and norm, bfloat16 first", "gpu_checks:tiles", case_limit_s=15),
     Step(
-        "dims", 25, "operator at other head dims and float16", "gpu_speed:dims", case_limit_s=15,
+        "dims", 25, "operator at other head dims and float16", "gpu_speed:dims", case_limit_s=12,
         shows="ratio_to_cublas",
     ),
     Step("sanitizer", 30, "compute-sanitizer memcheck on small cases", "gpu_sanitizer:sanitizer"),

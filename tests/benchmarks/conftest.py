@@ -5,14 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from lease_facts import FACTS, ROOT
 
 import gpu
-
-FACTS = {
-    "device": "Toy GPU", "device_class": "sm_90a", "torch": "2", "triton": "3", "commit": None, "code": "abc",
-    "kernels": {"hopper": "h", "triton": "t"}, "date": "2026-01-01",
-}  # fmt: skip
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A lease survives steps that hang, crash, fill memory and raise, and interruptions; a second run goes on."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from lease_facts import ROOT
 
 import gpu_lease
-from conftest import FACTS, ROOT
 from gpu_plan import Step
 from gpu_rows import done, rows_of
 
@@ -42,13 +41,12 @@ def test_what_breaks_costs_itself_alone(lease, rows):
     assert (failures["hangs"]["variant"], failures["kills"]["variant"]) == ("slow", "deadly")
     assert failures["fills"]["failed"].startswith("MemoryError")
     assert failures["raises"]["failed"] == "RuntimeError: no such instruction"
-    assert "raises            2 rows" not in printed
     for line in ("wrong: hangs: hangs: no row for 2 s", "wrong: kills: kills: killed by SIGKILL"):
         assert line in printed
-    again, _ = lease(GOOD, HANGS, KILLS, FILLS, RAISES, LAST, seconds=240)
-    assert again == 1
-    assert values(rows, "good") == ["a", "b"], "what is done is not done again"
-    assert values(rows, "hangs") == ["before", "a first row", "behind"]
+    before = rows.path.read_bytes()
+    assert lease(GOOD)[0] == 0
+    assert lease(HANGS)[0] == 1, "what failed has failed"
+    assert rows.path.read_bytes() == before, "what is done is not done again"
 
 
 def test_a_variant_that_breaks_the_process_is_left_out(lease, rows):
@@ -67,14 +65,15 @@ def test_a_step_that_cannot_begin_is_not_tried_again(lease):
     assert "left for the same command: odd" in printed
 
 
+@pytest.mark.slow
 def test_a_step_out_of_time_leaves_the_others_theirs(lease, rows):
-    hangs = Step("hangs", 8, "", "broken_steps:hangs")
+    hangs = Step("hangs", 20, "", "broken_steps:hangs")
     began = time.monotonic()
-    code, printed = lease(hangs, LAST, seconds=48)
+    code, printed = lease(hangs, LAST, seconds=60)
     assert code == 1
     assert "incomplete: out of time in hangs" in printed
     assert values(rows, "last") == ["c"]
-    assert time.monotonic() - began < 46
+    assert time.monotonic() - began < 58
     assert done(rows.read(), "hangs") == {"before"}, "what was cut short may be tried again"
 
 
@@ -89,9 +88,10 @@ INTERRUPTED = """
 import sys
 import gpu
 from gpu_plan import Step
-from conftest import FACTS
+from lease_facts import FACTS
 gpu._look = lambda dry_run: FACTS
-steps = (Step("endless", 60, "", "broken_steps:writes_until", {"file": sys.argv[2]}), Step("x", 9, "", "broken_steps:good"))
+endless = Step("endless", 60, "", "broken_steps:writes_until", {"file": sys.argv[2]})
+steps = (endless, Step("next", 9, "", "broken_steps:good"))
 from pathlib import Path
 sys.exit(gpu.run(steps, 90, Path(sys.argv[1]), dry_run=True))
 """
@@ -133,15 +133,3 @@ def alive(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return "State:\tZ" not in status.read_text()
     return False
-
-
-def test_rows_of_another_code_or_card_are_kept_apart(lease, rows, monkeypatch, tmp_path):
-    lease(LAST)
-    for change in ({"code": "def"}, {"device": "Other GPU"}, {"torch": "3"}):
-        monkeypatch.setattr("gpu._look", lambda dry_run, change=change: FACTS | change)
-        lease(LAST)
-    files = sorted(file.name for file in tmp_path.glob("*.jsonl"))
-    assert files == ["other-gpu-abc.jsonl", "toy-gpu-abc.jsonl", "toy-gpu-def.jsonl"]
-    lines = [json.loads(line) for line in rows.path.read_text().splitlines()]
-    assert [line["torch"] for line in lines if "value" in line] == ["2", "3"]
-    assert values(rows, "last") == ["c"]

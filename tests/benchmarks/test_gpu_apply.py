@@ -1,0 +1,229 @@
+"""From rows to measured.json to `auto`: what flips, what does not, and why."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from lease_facts import FACTS
+
+import gpu_apply
+from flashmhf.ops import backends, measured
+from flashmhf.ops.hopper import tiles
+from flashmhf.ops.problem import Problem
+from flashmhf.ops.triton import tiles as triton_tiles
+from gpu_facts import kernel_hashes
+
+HERE = FACTS | {"kernels": kernel_hashes()}
+SHIPPED = {kernel: tiles.TABLE[kernel][1]._asdict() for kernel in ("forward", "backward")}
+SLOW, FAST = 4.0, 2.0
+
+
+def check(kernel: str, tile: dict | None, backend: str = "hopper", **changes) -> dict:
+    common = {"step": "smoke", "case": "x", "backend": backend, "kernel": kernel, "tile": tile, "D": 128}
+    values = {"dtype": "bfloat16", "result": "out", "error": 0.002, "budget": 0.004, "passed": True, "changed": 0}
+    return HERE | common | values | changes
+
+
+def timed(kernel: str, tile: dict | None, tokens: int, ms: float, backend: str = "hopper", **changes) -> dict:
+    common = {"step": "op", "case": "x", "backend": backend, "kernel": kernel, "tile": tile, "D": 128}
+    values = {"dtype": "bfloat16", "shape": "1.3b", "tokens": tokens, "median_ms": ms}
+    return HERE | common | values | changes
+
+
+def passing(ms: float = FAST, tokens: tuple[int, ...] = (1024, 4096), **changes) -> list[dict]:
+    """Both kernels right on both backends, and Hopper's in `ms` where the portable ones take SLOW."""
+    rows = []
+    for kernel in ("forward", "backward"):
+        rows += [check(kernel, SHIPPED[kernel], **changes), check(kernel, None, "triton", **changes)]
+        for T in tokens:
+            rows += [
+                timed(kernel, SHIPPED[kernel], T, ms, **changes),
+                timed(kernel, None, T, SLOW, "triton", **changes),
+            ]
+    return rows
+
+
+@pytest.fixture
+def applied(tmp_path, monkeypatch):
+    """Applies rows and loads the tables anew from the result; returns the report and the claims."""
+    target = tmp_path / "measured.json"
+    target.write_text("[]")
+    before = [dict(vars(module)) for module in (tiles, triton_tiles)]
+
+    def run(rows: list[dict]) -> tuple[str, list[dict]]:
+        merged = tmp_path / "gpu.jsonl"
+        merged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        report = gpu_apply.apply(merged, target)
+        monkeypatch.setattr(measured, "entries", lambda: measured.checked(target.read_text()))
+        importlib.reload(tiles)
+        importlib.reload(triton_tiles)
+        return report, json.loads(target.read_text())
+
+    yield run
+    for module, names in zip((tiles, triton_tiles), before, strict=True):
+        vars(module).update(names)
+
+
+def claims(entries: list[dict], claim: str) -> list[dict]:
+    return [entry for entry in entries if entry["claim"] == claim]
+
+
+def chosen_by_auto(tokens: int, monkeypatch, dtype: torch.dtype = torch.bfloat16) -> str:
+    """What `auto` would run on a Hopper GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    problem = Problem(tokens, 8, 8, 7, 384, 128, dtype, torch.device("cuda"), has_gate=True)
+    return backends.select(problem, "auto").__name__.split(".")[2]
+
+
+def test_auto_takes_hopper_from_where_it_measured_faster(applied, monkeypatch):
+    rows = [*passing(tokens=(4096, 16384)), *passing(SLOW, tokens=(1024,))]
+    report, entries = applied(rows)
+    (faster,) = claims(entries, "hopper faster")
+    assert faster["from_tokens"] == 4096
+    assert faster["proof"]["ms"]["1.3b 4096"] == {"hopper": [FAST, FAST], "triton": [SLOW, SLOW]}
+    assert faster["proof"]["device"] == "Toy GPU"
+    assert "taken by auto from 4096 tokens on: hopper D=128 bfloat16" in report
+    assert [chosen_by_auto(T, monkeypatch) for T in (4095, 4096, 2**20)] == ["triton", "hopper", "hopper"]
+    assert chosen_by_auto(4096, monkeypatch, torch.float16) == "triton"
+
+
+def test_without_rows_nothing_is_claimed(applied, monkeypatch):
+    report, entries = applied([])
+    assert entries == []
+    assert report.endswith("measured.json: 0 entries")
+    assert chosen_by_auto(2**16, monkeypatch) == "triton"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        check("forward", SHIPPED["forward"], passed=False, error=0.1),
+        check("backward", SHIPPED["backward"], passed=False, changed=3),
+        check("backward", SHIPPED["backward"], passed=False, step="rounds", D=96),
+        timed("forward", SHIPPED["forward"], 65536, 1.0) | {"failed": "killed by SIGABRT"},
+        {key: value for key, value in check("forward", SHIPPED["forward"]).items() if key != "passed"}
+        | {"failed": "no row for 15 s"},
+    ],
+)
+def test_one_wrong_result_is_enough(wrong, applied, monkeypatch):
+    for rows in ([*passing(), wrong], [wrong, *passing()]):
+        report, entries = applied(rows)
+        assert claims(entries, "hopper verified") == claims(entries, "hopper faster") == []
+        assert "not verified: hopper D=128 bfloat16" in report
+        assert chosen_by_auto(2**16, monkeypatch) == "triton"
+
+
+def test_a_wrong_portable_backend_is_no_yardstick(applied):
+    _, entries = applied([*passing(), check("forward", None, "triton", passed=False)])
+    assert claims(entries, "hopper verified")
+    assert not claims(entries, "hopper faster")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kernels": {"hopper": "other", "triton": HERE["kernels"]["triton"]}}, {"device": "cpu"}],
+)
+def test_rows_of_other_kernels_or_of_no_gpu_prove_nothing(change, applied):
+    report, entries = applied(passing(**change))
+    assert entries == []
+    assert ("of other kernel sources of hopper, measure again: abc" in report) == ("kernels" in change)
+
+
+def test_what_is_no_longer_proven_goes_and_is_named(applied, monkeypatch):
+    applied(passing())
+    assert chosen_by_auto(4096, monkeypatch) == "hopper"
+    report, entries = applied([])
+    assert entries == []
+    assert report.count("no longer: ") == 4  # two tiles, verified, faster
+    assert chosen_by_auto(4096, monkeypatch) == "triton"
+
+
+def test_no_gain_worth_it_is_no_flip(applied):
+    _, entries = applied(passing(SLOW * 0.98))
+    assert claims(entries, "hopper verified")
+    assert not claims(entries, "hopper faster")
+
+
+@pytest.mark.parametrize(("ms", "flips"), [(1.0, True), (1.99, False)])
+def test_the_fastest_tile_that_is_right_ships(ms, flips, applied):
+    other = next(tile._asdict() for tile in tiles.FORWARD_CANDIDATES[128] if tile._asdict() != SHIPPED["forward"])
+    rows = [*passing(), check("forward", other), *(timed("forward", other, T, ms) for T in (1024, 4096))]
+    _, entries = applied(rows)
+    assert tiles.forward_tile(128)._asdict() == (other if flips else SHIPPED["forward"])
+    assert claims(entries, "hopper verified")
+    # Once it ships, one wrong result takes it away again.
+    _, entries = applied([*rows, check("forward", other, passed=False)])
+    assert tiles.forward_tile(128)._asdict() == SHIPPED["forward"]
+    assert claims(entries, "hopper faster")
+
+
+def test_each_dtype_has_proofs_of_its_own(applied, monkeypatch):
+    _, entries = applied([*passing(), *passing(dtype="float16")])
+    assert {entry["dtype"] for entry in claims(entries, "hopper faster")} == {"bfloat16", "float16"}
+    assert chosen_by_auto(4096, monkeypatch, torch.float16) == "hopper"
+
+
+def tuned(kernel: str, speedup: float, **changes) -> dict:
+    best = [64, 32, 4, 2] if speedup > 1 else [128, 64, 8, 2]
+    return (
+        HERE
+        | {"step": "tune", "case": "x", "kernel": kernel, "dtype": "bfloat16", "D": 64, "shipped": [128, 64, 8, 2]}
+        | {"best": best, "speedup": speedup, "shipped_ms": {"1024": 2.0}, "best_ms": {"1024": 2.0 / speedup}}
+        | {"error": 0.001, "budget": 0.002, "passed": True}
+        | changes
+    )
+
+
+def test_portable_tiles_follow_tune(applied):
+    report, entries = applied([tuned("forward", 1.2), tuned("backward_tokens", 1.01)])
+    (entry,) = claims(entries, "triton tile")
+    assert (entry["kernel"], entry["tile"]) == ("forward", [64, 32, 4, 2])
+    assert "keeps: triton sm_90a 2 backward_tokens 64" in report
+    assert ("forward", 64, triton_tiles.Tile(64, 32, 4, 2)) in [*triton_tiles.table_rows("sm_90a", 2)]
+    wrong = HERE | {"step": "tiles", "case": "x", "kernel": "forward", "dtype": "bfloat16", "D": 64}
+    wrong |= {"tile": "64x32x4x2", "result": "out", "error": 1.0, "budget": 0.1, "passed": False}
+    report, entries = applied([tuned("forward", 1.2), wrong])
+    assert entries == []
+    assert "stays out: triton sm_90a 2 forward 64 [64, 32, 4, 2]: out off by 1.0" in report
+
+
+@pytest.mark.parametrize(("two_ms", "flips"), [(3.0, True), (2.0, False)])
+def test_one_pass_where_it_beats_two_kernels(two_ms, flips, applied):
+    _, entries = applied([tuned("backward_one_pass", 1.0, two_kernels_ms={"1024": two_ms})])
+    assert (frozenset({("sm_90a", 64)}) if flips else frozenset()) == triton_tiles.ONE_PASS_FASTER
+    assert len(entries) == flips
+
+
+def test_comments_change_no_kernel_but_code_does(tmp_path):
+    for folder in ("triton", "hopper"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "forward.py").write_text("x = 1\n")
+        (tmp_path / folder / "tiles.py").write_text("")
+    before = kernel_hashes(tmp_path)
+    (tmp_path / "hopper/forward.py").write_text("# why\n\nx = 1\n")
+    (tmp_path / "hopper/tiles.py").write_text("y = 1\n")
+    assert kernel_hashes(tmp_path) == before
+    (tmp_path / "hopper/forward.py").write_text("x = 2\n")
+    after = kernel_hashes(tmp_path)
+    assert (after["hopper"] != before["hopper"], after["triton"] != before["triton"]) == (True, False)
+
+
+def test_what_ships_was_measured_with_these_kernels():
+    """Fails when a kernel changes after a flip; `benchmarks/gpu.py --apply` takes back what is no longer proven."""
+    hashes = kernel_hashes()
+    for entry in measured.entries():
+        for backend, proven in entry["proof"]["proves"].items():
+            assert proven == hashes[backend], entry
+
+
+def test_the_package_reads_its_table_without_triton():
+    code = (
+        "import sys, flashmhf.ops.backends; print('triton' in sys.modules, sys.modules['flashmhf.ops.measured'].FILE)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("False")
+    assert printed.strip().endswith("measured.json")

@@ -1,0 +1,77 @@
+"""Rows of several leases as one file, one table and one picture."""
+
+import json
+
+import pytest
+from lease_facts import FACTS
+
+from gpu_merge import merge
+from gpu_rows import RowFile, UnusableError
+from gpu_speed import growth_fit
+
+OP = {"shape": "1.3b", "dtype": "bfloat16", "measured_pass": "forward"}
+
+
+def lease_of(folder, device: str, ratio: float) -> None:
+    rows = RowFile(folder / "rows.jsonl", FACTS | {"device": device})
+    rows.prepare()
+    rows.append("smoke", "a", {"state": "started"})
+    rows.append("smoke", "a", {"result": "out", "error": 0.1, "budget": 0.2, "passed": True})
+    rows.append("smoke", "b", {"failed": "killed by SIGSEGV"})
+    for tokens in (4096, 1024):
+        for name, value in (("hopper", ratio), ("triton", 0.5), ("hopper stages=2", 0.9), ("hopper stages=3", 0.8)):
+            rows.append("op", str(tokens), OP | {"variant": name, "tokens": tokens, "ratio_to_cublas": value})
+    for tokens in (1, 16):
+        rows.append("growth", str(tokens), {"variant": "flashmhf", "shape": "370m", "tokens": tokens}
+                    | {"median_ms": 2.0 * tokens, "peak_bytes_per_token": 7.0})  # fmt: skip
+
+
+def test_leases_become_one_table(tmp_path):
+    merged = tmp_path / "gpu.jsonl"
+    for name, ratio in (("H100", 0.7), ("H200", 0.75)):
+        lease_of(tmp_path / name, name, ratio)
+        said = merge([tmp_path / name], merged)
+    assert said == f"{merged}: 24 rows of 1 files and of before"
+    rows = [json.loads(line) for line in merged.read_text().splitlines()]
+    assert len(rows) == 24
+    assert all({"device", "torch", "triton", "code", "commit"} <= row.keys() for row in rows)
+    assert not any("state" in row for row in rows)
+    text = merged.with_suffix(".md").read_text()
+    assert "## H100, 2026-01-01" in text
+    assert "1 of 2 results as they should be." in text
+    assert "- b: killed by SIGSEGV" in text
+    assert "| 1.3b | bfloat16 | forward | 4,096 | 0.75 | 0.5 | 0.9 | hopper stages=2 |" in text
+    assert "| [1, 16] |" in text or "| 1, 16 |" in text
+    assert merged.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_merging_again_changes_nothing(tmp_path):
+    merged = tmp_path / "gpu.jsonl"
+    lease_of(tmp_path / "a", "H100", 0.7)
+    merge([tmp_path / "a"], merged)
+    before = merged.read_bytes()
+    merge([tmp_path / "a"], merged)
+    assert merged.read_bytes() == before
+
+
+def test_torn_lines_and_dry_runs_are_left_out_and_said(tmp_path):
+    folder = tmp_path / "a"
+    lease_of(folder, "cpu", 0.7)
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"step": "op", "ca')
+    said = merge([folder], tmp_path / "gpu.jsonl")
+    assert said.endswith("0 rows of 1 files and of before, 1 torn lines ignored; a dry run measures nothing")
+
+
+def test_a_folder_without_rows_is_named(tmp_path):
+    with pytest.raises(UnusableError, match=r"^merge: expected folders with rows \(\*.jsonl\), got "):
+        merge([tmp_path / "none"], tmp_path / "gpu.jsonl")
+
+
+def test_growth_is_the_slope_of_the_logarithms():
+    rows = [{"tokens": T, "median_ms": 3 * T**1.5, "peak_bytes_per_token": 9.0} for T in (10, 100, 400)]
+    rows.append({"tokens": 1000, "failed": "OutOfMemoryError"})
+    fit = growth_fit(rows)
+    assert fit["exponent_of_time"] == pytest.approx(1.5)
+    assert fit["tokens"] == [10, 400]
+    assert growth_fit(rows[:1]) == {}
