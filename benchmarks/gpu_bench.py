@@ -107,12 +107,12 @@ class Bench:
         return "blockwise" if self.dry_run else backend
 
     def variants(self, D: int, dtype: torch.dtype) -> Iterator[Variant]:
-        """Every forward and backward to check and time at a head dim: Hopper's shipped tiles first."""
+        """Every forward and backward to check and time at a head dim: the portable first, then Hopper's as shipped."""
         names = self.backends(2, 2, 2, 384, D, dtype)
-        if "hopper" in names:
-            yield from sorted(_hopper_variants(D), key=lambda variant: not variant.shipped)
         if "triton" in names:
             yield from (Variant("triton", "triton", kernel, D) for kernel in ("forward", "backward"))
+        if "hopper" in names:
+            yield from sorted(_hopper_variants(D), key=lambda variant: not variant.shipped)
 
     def passed(self, variant: Variant, dtype: torch.dtype) -> bool:
         """Whether a variant was checked at its head dim, and nothing that was checked of it is wrong."""

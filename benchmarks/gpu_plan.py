@@ -47,7 +47,7 @@ FIRST = (
     ),
     Step(
         "op", 75, "operator at 370M and 1.3B, 1k to 64k tokens, every Hopper tile", "gpu_speed:op",
-        case_limit_s=30, shows="ratio_to_cublas",
+        case_limit_s=20, shows="ratio_to_cublas",
     ),
     Step("layer", 70, "layer against SwiGLU eager, compiled, liger at 4k, 16k", "gpu_speed:layer", shows="ratio"),
     Step("decode", 25, "few tokens under CUDA graphs", "gpu_speed:decode", shows="ratio_to_copy"),
