@@ -57,9 +57,16 @@ def main() -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the commands that measure share."""
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="in all; the plan's own if not given")
+    parser.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="in all; the plan's own if not given")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or RESULTS / "gpu"))
     parser.add_argument("--dry-run", action="store_true")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
 
 
 def run_safely(steps: tuple[Step, ...], seconds: float, arguments: argparse.Namespace) -> NoReturn:

@@ -130,14 +130,18 @@ def prepared(bench: Bench, variant: Variant, inputs: list[Tensor]) -> Callable[[
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills with NaN what torch.empty returns: what a kernel does not write fails its check."""
-    empty = torch.empty
+    """Fills with NaN what torch.empty and its kin return: what a kernel does not write fails its check."""
 
-    def poisoned(*args: Any, **options: Any) -> Tensor:
-        x = empty(*args, **options)
+    def poisoned(make: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        x = make(*args, **options)
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
-    with patch.object(torch, "empty", poisoned):
+    new_empty = torch.Tensor.new_empty
+    with (
+        patch.object(torch, "empty", functools.partial(poisoned, torch.empty)),
+        patch.object(torch, "empty_like", functools.partial(poisoned, torch.empty_like)),
+        patch.object(torch.Tensor, "new_empty", lambda *args, **options: poisoned(new_empty, *args, **options)),
+    ):
         yield
 
 

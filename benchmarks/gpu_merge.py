@@ -37,14 +37,15 @@ def merge(folders: list[Path], merged: Path) -> str:
         lines, torn = lines + of_file, torn + torn_of_file
     own = _own_commit()
     rows = [row for row in rows_of(lines) if row["device"] != "cpu"]
+    ignored = f", {torn} torn lines ignored" if torn else ""
+    if not rows:
+        return f"{merged}: nothing to write in {len(files)} files{ignored}; a dry run measures nothing"
     unique = list(dict.fromkeys(json.dumps(row | own.get(row["code"], {})) for row in rows))
     write_flushed(merged, "".join(f"{line}\n" for line in unique))
     rows = [json.loads(line) for line in unique]
     write_flushed(merged.with_suffix(".md"), _markdown(rows))
     plot(_shipped(rows), merged.with_suffix(".png"))
-    ignored = f", {torn} torn lines ignored" if torn else ""
-    dry = "" if rows or not lines else "; a dry run measures nothing"
-    return f"{merged}: {len(rows)} rows of {len(files)} files and of before{ignored}{dry}"
+    return f"{merged}: {len(rows)} rows of {len(files)} files and of before{ignored}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -126,6 +126,8 @@ def _decode(bench: Bench, name: str, T: int) -> list[Row]:
 def growth(bench: Bench) -> Iterator[Case]:
     """Forward + backward of one layer from 4k to 1M tokens: does time grow as T does, and memory no faster?"""
     name = "toy" if bench.dry_run else GROWTH_SHAPE
+    if not _layers(bench):
+        return
     for T in [16, 32, 64] if bench.dry_run else [2**power for power in range(12, 21)]:
         yield Case(f"{name} T={T}", functools.partial(_grow, bench, name, T))
 

@@ -59,8 +59,10 @@ def test_torn_lines_and_dry_runs_are_left_out_and_said(tmp_path):
     lease_of(folder, "cpu", 0.7)
     with (folder / "rows.jsonl").open("a") as file:
         file.write('{"step": "op", "ca')
-    said = merge([folder], tmp_path / "gpu.jsonl")
-    assert said.endswith("0 rows of 1 files and of before, 1 torn lines ignored; a dry run measures nothing")
+    merged = tmp_path / "gpu.jsonl"
+    said = merge([folder], merged)
+    assert said.endswith("nothing to write in 1 files, 1 torn lines ignored; a dry run measures nothing")
+    assert not merged.exists()
 
 
 def test_a_folder_without_rows_is_named(tmp_path):
