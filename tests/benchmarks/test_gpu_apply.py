@@ -148,6 +148,17 @@ def test_no_gain_worth_it_is_no_flip(applied):
     assert not claims(entries, "hopper faster")
 
 
+@pytest.mark.parametrize("ms", [(SLOW, 1.0), (1.0, 2 * SLOW)])
+def test_forward_alone_and_with_the_backward_must_both_be_faster(ms, applied):
+    rows = [row for row in passing() if "median_ms" not in row or row["backend"] == "triton"]
+    for kernel, of_kernel in zip(("forward", "backward"), ms, strict=True):
+        rows += [timed(kernel, SHIPPED[kernel], T, of_kernel) for T in (1024, 4096)]
+    report, entries = applied(rows)
+    assert claims(entries, "hopper verified")
+    assert not claims(entries, "hopper faster")
+    assert f"not taken by auto: hopper D=128 bfloat16: at 4096 tokens {[*ms]} ms against" in report
+
+
 @pytest.mark.parametrize(("ms", "flips"), [(1.0, True), (1.99, False)])
 def test_the_fastest_tile_that_is_right_ships(ms, flips, applied):
     other = next(tile._asdict() for tile in tiles.FORWARD_CANDIDATES[128] if tile._asdict() != SHIPPED["forward"])
