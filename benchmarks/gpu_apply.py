@@ -14,13 +14,13 @@ from typing import Any
 from flashmhf.ops import measured
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.writing import write_flushed
+from gpu_bench import LAYER_KERNELS
 from gpu_facts import kernel_hashes
 from gpu_rows import Row, failed, read_lines, rows_of
 
 WORTH_IT = 1.03  # a smaller gain may be noise
 DTYPES = ("bfloat16", "float16")
 DECISIVE = "bfloat16"  # whose times choose a tile; float16 runs the same code with other instructions
-PASSES = ("forward", "backward")
 ORIGIN = ("device", "commit", "code", "date")
 
 Entry = measured.Entry
@@ -48,7 +48,7 @@ def hopper_entries(rows: list[Row], say: Say) -> Iterator[Entry]:
     for D in hopper_tiles.BLOCK_DS:
         of_dim = [row for row in rows if "D" in row and hopper_tiles.block_d(row["D"]) == D]
         chosen: dict[str, Any] = {}
-        for kernel in PASSES:
+        for kernel in hopper_tiles.TABLE:
             tile, entry = _choose(kernel, D, of_dim, say)
             chosen[kernel] = tile
             if entry is not None:
@@ -90,7 +90,7 @@ def _choose(kernel: str, D: int, rows: list[Row], say: Say) -> tuple[Row | None,
 def _verified(D: int, dtype: str, chosen: dict[str, Any], rows: list[Row], say: Say) -> Iterator[Entry]:
     name = f"hopper D={D} {dtype}"
     worst: dict[str, Row] = {}
-    for kernel in PASSES:
+    for kernel in hopper_tiles.TABLE:
         about = _about(rows, kernel, chosen[kernel], dtype)
         found = _worst(about)
         if found is None:
@@ -109,9 +109,9 @@ def _verified(D: int, dtype: str, chosen: dict[str, Any], rows: list[Row], say: 
 
 def _faster_from(chosen: dict[str, Any], rows: list[Row], dtype: str) -> tuple[int | None, Row, str]:
     """The least measured number of tokens from which on forward, and forward + backward, are faster at every size."""
-    hopper = [_times(rows, kernel, "hopper", chosen[kernel], dtype) for kernel in PASSES]
-    triton = [_times(rows, kernel, "triton", None, dtype) for kernel in PASSES]
-    if any(_worst(_about(rows, kernel, None, dtype, "triton")) is None for kernel in PASSES):
+    hopper = [_times(rows, kernel, "hopper", chosen[kernel], dtype) for kernel in LAYER_KERNELS]
+    triton = [_times(rows, kernel, "triton", None, dtype) for kernel in LAYER_KERNELS]
+    if any(_worst(_about(rows, kernel, None, dtype, "triton")) is None for kernel in LAYER_KERNELS):
         return None, {}, "no check of the portable backend beside it"
     measured_at = set.intersection(*map(set, (*hopper, *triton)))
     fastest: int | None = None

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,11 +24,12 @@ TIME_LIMIT_S = 120.0
 START_LIMIT_S = 120.0  # importing torch in as many processes as there are cores, from a disk that nobody has read yet
 
 
-def compile_ahead(target: str, cases: Sequence[Case], time_limit_s: float = TIME_LIMIT_S) -> list[Compiled | str]:
+def compile_ahead(target: str, cases: Iterable[Case], time_limit_s: float = TIME_LIMIT_S) -> list[Compiled | str]:
     """What the first launch of each case compiles to on a device class, or the first complaint about any, in one line.
 
     Args:
         target: one of TARGETS.
+        cases: each is planned before the next is asked for, with the tables of tiles as they are at that moment.
         time_limit_s: of one kernel; what takes longer is given up, and the others go on.
     """
     # torch.compile sets this variable for the whole process, and launches after it would look elsewhere.

@@ -1,18 +1,19 @@
 """Steps `machine` and `compile`: what this machine is and how fast, and kernels compiled before they are launched."""
 
 import functools
+import itertools
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.measuring import copy_call, interleaved_times, matmul_call
 from flashmhf.ops.triton.tiles import device_class
-from gpu_bench import Bench, Case, Size, Variant, name_of
-from gpu_checks import CANDIDATE_SIZE, HEAD_DIMS, SMOKE_DIM, SMOKE_SIZES, portable_cases
+from gpu_bench import Bench, Case, Size, name_of
+from gpu_checks import CANDIDATE_SIZE, FEW_TOKENS_SIZES, HEAD_DIMS, SMOKE_DIM, SMOKE_SIZES, portable_cases
 from gpu_compile import compile_ahead
 from gpu_kernels import Case as Compilation
 
@@ -58,7 +59,7 @@ def compile_first(bench: Bench) -> Iterator[Case]:
     """What `smoke` and `op` launch at head dim 128: whole backends as shipped, then the candidate tiles."""
     operator = [(OPERATOR_TOKENS, *_sizes(bench, name)) for name in bench.shapes]
     sizes = [*SMOKE_SIZES, *operator]
-    yield from _backends(bench, sizes, (SMOKE_DIM,), (torch.bfloat16,))
+    yield from _backends(bench, [*sizes, *FEW_TOKENS_SIZES], (SMOKE_DIM,), (torch.bfloat16,))
     yield from _candidates(bench, sizes, (SMOKE_DIM,))
 
 
@@ -84,30 +85,23 @@ def _backends(
 
 
 def _candidates(bench: Bench, sizes: list[Size], dims: tuple[int, ...]) -> Iterator[Case]:
-    def compilation(variant: Variant, size: Size) -> Compilation:
-        return f"hopper_{variant.kernel}", size, variant.D, torch.bfloat16, variant.tile
+    variants = [variant for D in dims for variant in bench.variants(D, torch.bfloat16) if variant.tile is not None]
 
-    cases = [
-        compilation(variant, size)
-        for D in dims
-        for variant in bench.variants(D, torch.bfloat16)
-        for size in sizes
-        if variant.tile is not None
-    ]
-    yield Case("candidates", functools.partial(_compile, bench, cases))
+    def compilations() -> Iterator[Compilation]:
+        for variant, size in itertools.product(variants, sizes):
+            with variant.in_place():  # while it is planned
+                yield variant.backend, size, variant.D, torch.bfloat16, None
+
+    yield Case("candidates", functools.partial(_compile, bench, compilations()))
 
 
-def _compile(bench: Bench, cases: list[Compilation]) -> list[Row]:
+def _compile(bench: Bench, cases: Iterable[Compilation]) -> list[Row]:
     """How many compiled; what did not fails again where it is launched."""
     if bench.dry_run:
-        return [{"cases": len(cases)}]
+        return [{"cases": sum(1 for _ in cases)}]
     results = compile_ahead(device_class(bench.device), cases)
-    complaints = [
-        f"{case[0]} D={case[2]}: {result}"
-        for case, result in zip(cases, results, strict=True)
-        if isinstance(result, str)
-    ]
-    return [{"cases": len(cases), "complaints": complaints}]
+    complaints = [result for result in results if isinstance(result, str)]
+    return [{"cases": len(results), "complaints": complaints}]
 
 
 def _sizes(bench: Bench, name: str) -> tuple[int, int, int, int]:

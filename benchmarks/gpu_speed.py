@@ -17,7 +17,11 @@ from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
 from gpu_bench import Bench, Case, name_of
 from gpu_checks import HEAD_DIMS, SMOKE_DIM, prepared
 
-PRODUCTS = {"forward": 3, "backward": 8}  # what the algorithm needs; a kernel may compute some of them again
+PRODUCTS = {
+    "forward": 3,
+    "backward": 8,
+    "backward_tokens": 5,
+}  # what the algorithm needs; a kernel may compute some of them again
 OP_TOKENS = (16384, 4096, 65536, 1024)
 DIMS_TOKENS = (4096, 16384)
 DIMS_HIDDEN_SIZE = 2048

@@ -17,7 +17,7 @@ from flashmhf.ops.triton import tiles as triton_tiles
 from gpu_facts import kernel_hashes
 
 HERE = FACTS | {"kernels": kernel_hashes()}
-SHIPPED = {kernel: tiles.TABLE[kernel][1]._asdict() for kernel in ("forward", "backward")}
+SHIPPED = {kernel: of_dims[1]._asdict() for kernel, of_dims in tiles.TABLE.items()}
 SLOW, FAST = 4.0, 2.0
 
 
@@ -36,7 +36,7 @@ def timed(kernel: str, tile: dict | None, tokens: int, ms: float, backend: str =
 def passing(ms: float = FAST, tokens: tuple[int, ...] = (1024, 4096), **changes) -> list[dict]:
     """Both kernels right on both backends, and Hopper's in `ms` where the portable ones take SLOW."""
     rows = []
-    for kernel in ("forward", "backward"):
+    for kernel in SHIPPED:
         rows += [check(kernel, SHIPPED[kernel], **changes), check(kernel, None, "triton", **changes)]
         for T in tokens:
             rows += [
@@ -138,7 +138,7 @@ def test_what_is_no_longer_proven_goes_and_is_named(applied, monkeypatch):
     assert chosen_by_auto(4096, monkeypatch) == "hopper"
     report, entries = applied([])
     assert entries == []
-    assert report.count("no longer: ") == 4  # two tiles, verified, faster
+    assert report.count("no longer: ") == len(SHIPPED) + 2  # the tiles, verified, faster
     assert chosen_by_auto(4096, monkeypatch) == "triton"
 
 

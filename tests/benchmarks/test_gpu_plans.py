@@ -112,19 +112,32 @@ def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
         assert set(of_kernel) == set(candidates[128])
     seen = []
     inputs = bench.inputs(4, 2, 2, 2, 8, 128, torch.float32)
-    read = {"forward": hopper_tiles.forward_tile, "backward": hopper_tiles.backward_tile}
-    before = (hopper_tiles.FORWARD, hopper_tiles.BACKWARD)
+    before = tiles_in_force()
     for variant in variants:
         kernel = variant.kernel
 
         def spy(*arguments: object, kernel: str = kernel) -> None:
-            seen.append(read[kernel](128))
+            seen.append(tiles_in_force()[kernel][1])
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"flashmhf.ops.blockwise.{kernel}", spy)
+            patch.setattr(f"flashmhf.ops.blockwise.{kernel.partition('_')[0]}", spy)
             prepared(bench, variant, inputs)()
-        assert seen.pop() == (read[kernel](128) if variant.tile is None else variant.tile)
-    assert before == (hopper_tiles.FORWARD, hopper_tiles.BACKWARD)
+        assert seen.pop() == (before[kernel][1] if variant.tile is None else variant.tile)
+    assert tiles_in_force() == before
+
+
+def tiles_in_force() -> dict[str, tuple]:
+    """Hopper's tables as its backend reads them: kernel -> one tile for each head dim."""
+    return {kernel: getattr(hopper_tiles, kernel.upper()) for kernel in hopper_tiles.TABLE}
+
+
+def test_what_is_launched_first_is_compiled_ahead():
+    script = Path(__file__).with_name("launches_of_steps.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(BENCHMARKS)])
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= len(hopper_tiles.FORWARD_CANDIDATES[128])
 
 
 def test_what_failed_is_not_timed():
