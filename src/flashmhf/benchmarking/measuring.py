@@ -130,6 +130,8 @@ class _GpuStopwatch:
             elapsed_ms, host_ms, queued = self._measure(before)
             wanted_ms = max(2 * host_ms, LEAST_BUSY_MS)
             alone = queued or host_ms <= SLIGHT * elapsed_ms
+            if not alone:
+                wanted_ms = max(wanted_ms, 2 * self._busy_ms)
             hopeless = wanted_ms > MOST_BUSY_MS  # the call waits for the device, or fills its queue
             if alone or self._busy_ms == 0 or (hopeless and self._busy_ms <= SLIGHT * elapsed_ms):
                 break
