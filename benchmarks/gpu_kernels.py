@@ -161,7 +161,9 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
 
 
 def _layer(backend: Any, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor, dout: Tensor) -> None:
-    """A layer with a gate, with and without a norm of Q, forward and backward; and the operator without a gate."""
+    """A layer with a gate, with and without a norm of Q, forward and backward, with frozen weights, too; and the
+    operator without a gate.
+    """
     (_, H, D), E = q.shape, gate.shape[-1]
     gate_weight, norm = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in ((H, D, E), (H, D)))
     for norm_weight in (None, norm):
@@ -169,7 +171,8 @@ def _layer(backend: Any, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tenso
         backend.prologue_backward(q, gate_weight, norm_weight, PROLOGUE, dout, gate)
     for share in (gate, None):
         backend.forward(q, k, u, v, share)
-        backend.backward(dout, q, k, u, v, share, (True, True, True, True, share is not None))
+        for of_weights in (True, False):
+            backend.backward(dout, q, k, u, v, share, (True, *[of_weights] * 3, share is not None))
 
 
 def poisoned(like: Tensor) -> Tensor:
