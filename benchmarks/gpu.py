@@ -113,11 +113,11 @@ def run(steps: tuple[Step, ...], seconds: float, output: Path, dry_run: bool) ->
                 print(f"{rows.path}: {torn} torn lines of an earlier run are ignored", flush=True)
             for outcome in lease.outcomes(rows):
                 print(_line(outcome, rows), flush=True)
+        return _summarize(lease, rows)
     except StoppedError as stopped:
         kept = "" if rows is None else f"; {len(rows_of(rows.read()))} rows are kept in {rows.path}"
         print(f"interrupted{kept}; the same command goes on")
         return 128 + int(stopped.args[0])
-    return _summarize(lease, rows)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -161,9 +161,9 @@ def _best(step: Step, found: list[Row]) -> str:
     sign = -1 if step.shows in LESS_IS_BETTER else 1
     best: dict[str, float] = {}
     for row in found:
-        if row.get(step.shows) is not None:
-            names = (row.get(key) for key in ("model", "variant", "backend", "measured_pass"))
-            name = " ".join(dict.fromkeys(name for name in names if name))
+        if isinstance(row.get(step.shows), int | float):  # what is not finite is written as a word
+            who = (row["model"], row.get("backend")) if "model" in row else (row.get("variant"),)
+            name = " ".join(filter(None, (*who, row.get("kernel") or row.get("measured_pass"))))
             best[name] = max(best.get(name, float("-inf")), sign * row[step.shows])
     ranked = sorted(best.items(), key=lambda item: -item[1])[:SHOWN]
     return "; ".join([step.shows] * bool(ranked) + [f"{name} {sign * value:.3g}" for name, value in ranked])

@@ -66,10 +66,10 @@ def _smoke_cases(bench: Bench, variant: Variant, few_tokens: bool = False) -> It
 
 
 def rounds(bench: Bench) -> Iterator[Case]:
-    """Hopper's kernels twenty times over, as races are rare, at all head dims; once, what else is to be timed there."""
+    """Hopper's kernels twenty times over, as races are rare, at all head dims; then, once, what else is to be timed."""
     dims, dtypes = ((64, SMOKE_DIM), (bench.dtype,)) if bench.dry_run else (HEAD_DIMS, DTYPES[:2])
-    for dtype, D in itertools.product(dtypes, dims):
-        for variant in bench.variants(D, dtype):
+    for shipped, dtype, D in itertools.product((True, False), dtypes, dims):
+        for variant in (variant for variant in bench.variants(D, dtype) if variant.shipped == shipped):
             thorough = variant.backend == "hopper" and variant.shipped
             for size in (TOY_SIZE,) if bench.dry_run else ROUND_SIZES if thorough else (CANDIDATE_SIZE,):
                 times = max(2, ROUNDS * 1000 // max(size[0], 1000)) if thorough and not bench.dry_run else 1

@@ -102,6 +102,38 @@ def test_rows_go_to_out_where_there_is_one(tmp_path):
     assert done.stdout.splitlines()[-1].startswith("compile ")
 
 
+def test_the_table_quotes_the_best_of_each():
+    step = Step("op", 10, "", "", shows="ratio_to_cublas")
+    found = [
+        {"variant": "hopper", "kernel": "forward", "ratio_to_cublas": 0.7},
+        {"variant": "hopper", "kernel": "forward", "ratio_to_cublas": 0.8123},
+        {"variant": "triton", "kernel": "forward", "ratio_to_cublas": 0.5},
+        {"variant": "triton", "kernel": "backward", "ratio_to_cublas": "nan"},
+        {"variant": "hopper", "kernel": "backward", "failed": "killed by SIGABRT"},
+    ]
+    assert gpu._best(step, found) == "ratio_to_cublas; hopper forward 0.812; triton forward 0.5"
+    step = Step("layer", 10, "", "", shows="ratio")
+    found = [{"variant": "a", "measured_pass": "forward", "ratio": ratio} for ratio in (1.5, 0.9)]
+    assert gpu._best(step, found) == "ratio; a forward 0.9"
+    step = Step("training", 10, "", "", shows="mfu_of_matmul")
+    found = [{"model": "flashmhf-370m", "backend": "hopper", "mfu_of_matmul": 0.5}]
+    assert gpu._best(step, found) == "mfu_of_matmul; flashmhf-370m hopper 0.5"
+    assert gpu._best(step, []) == ""
+
+
+def test_merge_is_a_command(tmp_path, monkeypatch, capsys, rows):
+    rows.append("machine", "yardsticks", {"variant": "cublas", "tflops": 700.0})
+    monkeypatch.setattr(gpu, "MERGED", tmp_path / "gpu.jsonl")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--merge", str(rows.path)])
+    gpu.main()
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'gpu.jsonl'}: 1 rows of 1 files")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--merge", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: merge: expected folders with rows (*.jsonl), got ")
+
+
 def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
     bench = Bench(dry_run=True, until=0)
     variants = [*bench.variants(128, torch.bfloat16)]
