@@ -99,7 +99,12 @@ def _section(step: str, rows: list[Row]) -> list[str]:
         index, column, quantity = TABLES[step]
         lines += [f"{quantity.replace('_', ' ')}:", "", table(_pivot(rows, index, column, quantity))]
         if step == "growth":
-            lines += ["", table([growth_fit(rows)])]
+            variants = dict.fromkeys(row["variant"] for row in rows if "variant" in row)
+            fits = [
+                {"variant": name, **growth_fit([row for row in rows if row.get("variant") == name])}
+                for name in variants
+            ]
+            lines += ["", table(fits)]
     elif step not in CHECKS:
         lines.append(table([{key: value for key, value in row.items() if key not in FACTS} for row in rows]))
     return lines
@@ -109,8 +114,8 @@ def _pivot(rows: list[Row], index: tuple[str, ...], column: str, quantity: str) 
     """One line for each value of `index`, one column for each variant; of tiles that do not ship the best alone."""
     lines: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if quantity not in row:
-            continue
+        if not isinstance(row.get(quantity), int | float):
+            continue  # it failed, or was skipped
         line = lines.setdefault(tuple(row.get(key) for key in index), {key: row.get(key) for key in index})
         if "=" not in row[column]:
             line[row[column]] = row[quantity]

@@ -41,7 +41,7 @@ def test_leases_become_one_table(tmp_path):
     assert "1 of 2 results as they should be." in text
     assert "- b: killed by SIGSEGV" in text
     assert "| 1.3b | bfloat16 | forward | 4,096 | 0.75 | 0.5 | 0.9 | hopper stages=2 |" in text
-    assert "| [1, 16] |" in text or "| 1, 16 |" in text
+    assert "| flashmhf | 1, 16 | 1 | 7, 7 |" in text
     assert merged.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
