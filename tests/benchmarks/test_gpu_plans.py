@@ -29,6 +29,12 @@ def test_a_plan_fits_its_seconds_and_a_call(plan):
     assert len({step.name for step in plan.steps}) == len(plan.steps)
 
 
+def test_the_recipe_names_the_steps():
+    recipe = (BENCHMARKS / "README.md").read_text()
+    for name, plan in PLANS.items():
+        assert f"| `{name}` | {plan.seconds} | {', '.join(step.name for step in plan.steps)} |" in recipe
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
