@@ -117,9 +117,16 @@ class Bench:
 
     def passed(self, variant: Variant, dtype: torch.dtype) -> bool:
         """Whether a variant was checked at its head dim, and nothing that was checked of it is wrong."""
-        about = variant.row() | {"dtype": name_of(dtype)}
-        rows = [row for row in self._rows if all(row.get(key) == value for key, value in about.items())]
+        rows = self._about(variant, dtype)
         return any("passed" in row for row in rows) and not any(failed(row) for row in rows)
+
+    def broke(self, variant: Variant, dtype: torch.dtype) -> bool:
+        """Whether a variant hung or ended a process; each further try would cost as long."""
+        return any("failed" in row for row in self._about(variant, dtype))
+
+    def _about(self, variant: Variant, dtype: torch.dtype) -> list[Row]:
+        about = variant.row() | {"dtype": name_of(dtype)}
+        return [row for row in self._rows if all(row.get(key) == value for key, value in about.items())]
 
     def passed_backends(self, D: int, dtype: torch.dtype) -> list[str]:
         """The fused backends whose forward and backward, as shipped, passed."""

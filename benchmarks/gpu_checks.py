@@ -59,6 +59,8 @@ def smoke(bench: Bench) -> Iterator[Case]:
 
 
 def _smoke_cases(bench: Bench, variant: Variant, few_tokens: bool = False) -> Iterator[Case]:
+    if bench.broke(variant, bench.dtype):
+        return
     many, few = ((TOY_SIZE,), ((3, *TOY_SIZE[1:]),)) if bench.dry_run else (SMOKE_SIZES, FEW_TOKENS_SIZES)
     for size in (*many, *(few if few_tokens else ())):
         check = functools.partial(_check, bench, variant, size, bench.dtype, rounds=1, repeats=SMOKE_REPEATS)
@@ -69,7 +71,9 @@ def rounds(bench: Bench) -> Iterator[Case]:
     """Hopper's kernels twenty times over, as races are rare, at all head dims; then, once, what else is to be timed."""
     dims, dtypes = ((64, SMOKE_DIM), (bench.dtype,)) if bench.dry_run else (HEAD_DIMS, DTYPES[:2])
     for shipped, dtype, D in itertools.product((True, False), dtypes, dims):
-        for variant in (variant for variant in bench.variants(D, dtype) if variant.shipped == shipped):
+        for variant in bench.variants(D, dtype):
+            if variant.shipped != shipped or bench.broke(variant, dtype):
+                continue
             thorough = variant.backend == "hopper" and variant.shipped
             for size in (TOY_SIZE,) if bench.dry_run else ROUND_SIZES if thorough else (CANDIDATE_SIZE,):
                 times = max(2, ROUNDS * 1000 // max(size[0], 1000)) if thorough and not bench.dry_run else 1

@@ -14,7 +14,7 @@ import tune
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from gpu_bench import Bench, Variant
-from gpu_checks import poisoned_memory, prepared
+from gpu_checks import poisoned_memory, prepared, rounds, smoke
 from gpu_facts import check_device
 from gpu_plan import LOOK_S, PLANS, Plan, Step
 from gpu_rows import failed, read_lines, rows_of
@@ -192,9 +192,23 @@ def test_what_failed_is_not_timed():
     assert not passed(row, broken)
     assert not passed(row | {"dtype": "float16"})
     assert passed(row, broken | {"tile": {"block_t": 1}})
+    assert not Bench(True, 0, [row | {"passed": False}]).broke(variant, torch.bfloat16)
+    assert Bench(True, 0, [row, broken]).broke(variant, torch.bfloat16)
     backward = row | Variant("hopper", "hopper", "backward", 128, hopper_tiles.backward_tile(128)).row()
     assert Bench(True, 0, [row]).passed_backends(128, torch.bfloat16) == []
     assert Bench(True, 0, [row, backward]).passed_backends(128, torch.bfloat16) == ["hopper"]
+
+
+@pytest.mark.parametrize("step", [smoke, rounds])
+def test_what_broke_is_not_tried_again(step):
+    names = [case.name for case in step(Bench(True, 0))]
+    (variant,) = (
+        variant for variant in Bench(True, 0).variants(128, torch.float32) if variant.name == "hopper stages=2"
+    )
+    broken = {"step": "smoke", "case": "x", "dtype": "float32", "failed": "no row for 12 s", **variant.row()}
+    left = [case.name for case in step(Bench(True, 0, [broken]))]
+    (gone,) = set(names) - set(left)
+    assert gone.startswith("hopper stages=2 forward float32 D=128")
 
 
 def test_memory_is_poisoned_for_kernels_alone():
