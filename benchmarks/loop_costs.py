@@ -40,7 +40,7 @@ class Processor:
     registers: int = 65536
 
 
-# mma.sync on Hopper: 62.9 % of the peak on average, as measured in arXiv 2402.13499.
+# mma.sync on Hopper: 62.9 % of the peak on average, as arXiv 2402.13499 reports; not measured here.
 PROCESSORS = {
     "sm_90a": Processor(count=132, matrix_flops=4096, mma_sync_share=0.629, shared_bytes_held=228 * 1024),
     "sm_80": Processor(count=108, matrix_flops=2048, mma_sync_share=1.0, shared_bytes_held=164 * 1024),

@@ -27,7 +27,7 @@ COUNT = """
 import json
 import torch
 from compile_kernels import TARGETS, Source, plan
-from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES
+from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, TABLE
 from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
 from flashmhf.ops.triton.forward import plan_forward
 
@@ -41,6 +41,9 @@ def launches(B, L, H, D):
     yield "backward_weights", plan_backward_weights(dout, q, k, u, v, gate, k, u, v)
     for tile in FORWARD_CANDIDATES[64 if D < 64 else 128][1:3]:
         yield f"hopper_forward {tile}", plan("hopper_forward", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
+    for kernel in ("backward", "backward_tokens"):
+        tile = TABLE[kernel][0 if D < 64 else 1]
+        yield f"hopper_{kernel}", plan(f"hopper_{kernel}", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
 
 for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
     variants = {}
@@ -115,11 +118,12 @@ if "candidates" in sys.argv:
     rows = [("hopper_" + k, (D, row)) for k, D, some in candidates for row in some]
     rows += [(k, (96, row)) for k, (D, row) in rows if D == 128]
 for kernel, (D, row) in rows:
-    for H_kv, F, E, gate in ((8, 384, 7, True), (2, 100, 1, True), (8, 384, 7, False)):
-        if row is None or (kernel == "hopper_backward" and not gate):
-            continue
+    parts = [(8, 384, 7, {}), (2, 100, 1, {}), (8, 384, 7, {"HAS_GATE": False})]
+    if kernel == "hopper_backward":
+        parts[2:] = [(2, 100, 1, {"ADDS_Q": False}), (8, 384, 7, {"ADDS_Q": False, "ADDS_GATE": False})]
+    for H_kv, F, E, changes in parts if row is not None else ():
         launch = plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row)
-        launch.arguments["HAS_GATE"] = gate
+        launch.arguments.update(changes)
         compiled = compiled_kernel(launch, TARGETS["sm_90a"])
         asm = compiled.asm
         with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +142,7 @@ for kernel, (D, row) in rows:
             "registers": sorted(set(map(int, re.findall(r"setmaxnreg\\S+\\s+(\\d+);", asm["ptx"])))),
             "waits": sorted(set(map(int, re.findall(r"wgmma\\.wait_group\\.sync\\.aligned\\s+(\\d+)", asm["ptx"])))),
             "serialised": "serializ" in said, "spilled": re.findall(r"(\\d+) bytes spill", said),
+            "adds_q": launch.arguments.get("ADDS_Q", False),
             "tanh": [loop.count("MUFU.TANH") for loop in loops], "a_thread": row.block_t * row.block_f // 128,
             "shared": compiled.metadata.shared, "shared_limit": SHARED_LIMITS["sm_90a"],
         }]))
@@ -166,9 +171,9 @@ def check_hopper(rows: list) -> None:
         assert found["shared"] <= found["shared_limit"], (kernel, D)
         assert {0, 1 if kernel == "hopper_forward" else 2} <= set(found["waits"]), (kernel, D)
         values = (128 if D > 64 else 64) // 2  # of dQ's tile, in a thread
-        at_once = {"fragments": 4, "rows": 2}.get(row[3]) if kernel == "hopper_backward" else None
+        at_once = {"fragments": 4, "rows": 2}.get(row[3]) if found["adds_q"] else None
         assert found["reductions"] == (values // at_once if at_once else 0), (kernel, D, row)
         assert (found["stores"] == 0) == (kernel == "hopper_backward"), (kernel, D)
-        assert (found["sums"] > 0) == (row[3:4] == ["tma"]), (kernel, D, row)
+        assert (found["sums"] > 0) == (found["adds_q"] and row[3] == "tma"), (kernel, D, row)
         if kernel == "hopper_forward":  # the whole activation runs beside the product before
             assert found["tanh"] == [found["a_thread"]] * 2, D

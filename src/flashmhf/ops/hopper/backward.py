@@ -202,6 +202,7 @@ def consume(
         scores, da = warpgroup_mma_wait(num_outstanding=2, deps=[scores, da])
         p, dm, dn, dr = differentiate(scores, da, r, score, dtype)
         if ADDS_GATE:
+            share_of = ((t + zero(i) + offs_t).to(gl.int64) * H + head) * E + e  # again, or registers keep the first
             gl.atomic_add(dgate_ptr + share_of, dr, mask=mask_t, sem="relaxed")
         dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])
         dv = warpgroup_mma_init(dv)

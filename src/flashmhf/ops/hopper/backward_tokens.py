@@ -58,7 +58,7 @@ def produce_rows(
     """Keeps the rings of K with U and of V full; both are released together."""
     STAGES: gl.constexpr = s_ku.shape[0]
     BLOCK_F: gl.constexpr = k_desc.block_shape[1]
-    e, f = first_e, first_e * 0
+    e, f = first_e, gl.to_tensor(0)
     for i in range(tiles):
         stage = i % STAGES
         wait_empty(empty, i, STAGES)
@@ -126,7 +126,7 @@ def consume(
     dm = gl.zeros([BLOCK_T, BLOCK_F], dtype, score)
     dn = dm
     dr = gl.zeros([BLOCK_T], gl.float32, gl.SliceLayout(1, score))
-    e, f = tiles * 0, tiles * 0
+    e, f = gl.to_tensor(0), gl.to_tensor(0)
     mbarrier.wait(q_full.index(WARPGROUP), 0)
     for i in range(tiles):
         if HAS_GATE:
