@@ -156,7 +156,7 @@ def test_what_is_told_is_bounded():
 def test_a_stream_has_blocks_without_documents(run, tmp_path, spoil, caplog):
     spoil({2: math.nan})
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        start(replace(run, streaming=True), tmp_path / "run")
+        start(replace(run, data=replace(run.data, streaming=True)), tmp_path / "run")
     (row,) = history(tmp_path / "run", "skipped")
     assert (row["blocks"], row["documents"]) == ([2, 3], [])
     assert "; blocks 2, 3: documents not known of a stream" in caplog.text
