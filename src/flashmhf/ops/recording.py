@@ -165,15 +165,15 @@ class Recorder(TorchDispatchMode):
             for slot, x in enumerate(self.given)
             if x is not None and (x.shape, x.stride(), x.dtype, x.device) == (size, stride, dtype, device)
         )
-        model = next(like, None)
+        model = next(like, -1)
 
         def empty_like(slots: Slots) -> None:
-            slots[made] = torch.empty_like(slots[model])  # type: ignore[call-overload]
+            slots[made] = torch.empty_like(slots[model])  # type: ignore[arg-type]
 
         def empty(slots: Slots) -> None:
             slots[made] = torch.empty_strided(size, stride, dtype=dtype, device=device)
 
-        return Step(empty, (), made, True) if model is None else Step(empty_like, (model,), made, True)
+        return Step(empty, (), made, True) if model < 0 else Step(empty_like, (model,), made, True)
 
 
 def _call(function: Any, args: Any, kwargs: Any, reads: list[tuple[int, int]], made: int) -> Callable[[Slots], None]:
