@@ -22,7 +22,8 @@ class Launcher:  # in place of the one in C
     def __init__(self, source, metadata):
         self.source = source
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-        recorded.append((self.source.name, str(self.source.signature), str(self.source.attrs), (x, y, z), stream, packed, arguments))
+        made_for = self.source.name, str(self.source.signature), str(self.source.attrs)
+        recorded.append((made_for, (x, y, z), stream, packed, arguments))
 
 host_time._Driver.launcher_cls = Launcher
 

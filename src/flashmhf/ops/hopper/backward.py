@@ -45,7 +45,6 @@ from flashmhf.ops.hopper.vocabulary import (
     zero,
 )
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.plans import launch
 
 
 @gluon.jit
@@ -301,7 +300,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    dk, du, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, u, v))
+    dk, du, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v))
     tile = backward_tile(q.shape[-1])
     assert tile is not None
     q_THD, dout_THD, gate_THE = flat(q), flat(dout), None if gate is None else flat(gate)
@@ -309,7 +308,7 @@ def backward(
     dgate = torch.zeros(gate.shape, dtype=torch.float32, device=q.device) if gate is not None and needs[4] else None
     if q.numel() > 0:
         dgate_THE = None if dgate is None else flat(dgate)
-        launch(plan_backward, dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile)
+        plan_backward(dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile).run()
     else:
         for gradient in (dk, du, dv):
             gradient.zero_()
