@@ -22,7 +22,8 @@ class Launcher:  # in place of the one in C
     def __init__(self, source, metadata):
         self.source = source
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-        recorded.append((self.source.name, str(self.source.attrs), (x, y, z), stream, packed, arguments))
+        made_for = self.source.name, str(self.source.signature), str(self.source.attrs)
+        recorded.append((made_for, (x, y, z), stream, packed, arguments))
 
 host_time._Driver.launcher_cls = Launcher
 
@@ -69,6 +70,7 @@ VARIANTS = {
     "q in the middle": lambda: [new(200, 3, 64)[:, 1:], *inputs()[1:]],
     "decode": lambda: inputs(T=1),
     "one head": lambda: inputs(H=1),
+    "float16": lambda: [x.half() for x in inputs()],
 }
 backend = sys.argv[1]
 with host_time.imaginary_gpu(few_tokens=True):

@@ -34,16 +34,16 @@ SHAPES = [
 ]
 DTYPES = (torch.bfloat16, torch.float16)
 HOOKS = {"tanh": tanh, "reduce_add": tma_reduce_add}
-REAL_RUN = Launch.run
+REAL_START = Launch.start
 
 
-def run(launch: Launch) -> None:
+def start(launch: Launch) -> None:
     """Each run is another interleaving; the portable kernels run as they always do."""
     if isinstance(launch.kernel, GluonJITFunction):
         options = {"num_warps": launch.num_warps, "seed": next(SEEDS), "hooks": HOOKS}
         emulate(launch.kernel, launch.grid, launch.arguments, **options)
     else:
-        REAL_RUN(launch)
+        REAL_START(launch)
 
 
 def emulate_hopper(monkeypatch) -> None:
@@ -56,7 +56,7 @@ def emulate_hopper(monkeypatch) -> None:
             return "not for the kernels"
         return None
 
-    monkeypatch.setattr(Launch, "run", run)
+    monkeypatch.setattr(Launch, "start", start)
     (real,) = (row for row in backends.BACKENDS if row.name == "hopper")
     emulated = dataclasses.replace(real, why_not=why_not)
     table = tuple(emulated if row.name == "hopper" else row for row in backends.BACKENDS)

@@ -164,15 +164,15 @@ class FlashMHF(nn.Module):
 
     def _sub_networks(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> S (..., H, D), all that comes before out_proj."""
-        q_norm = self.q_norm  # each of them is looked up once: a module does that slowly, in every layer of every step
+        q_norm = self.q_norm
         norm_weight, norm_eps = (None, 0.0) if q_norm is None else (local(q_norm.weight), q_norm.eps)
         if norm_weight is not None and self.score_scale != 1.0:
             norm_weight = norm_weight * self.score_scale
         out = gated_mhf(
             self._query(x),
-            local(self.k),
-            local(self.u),
-            local(self.v),
+            self._weight("k"),
+            self._weight("u"),
+            self._weight("v"),
             self._gate_weight(),
             norm_weight,
             gate=self.gate or "sigmoid",
@@ -191,11 +191,15 @@ class FlashMHF(nn.Module):
 
     def _gate_weight(self) -> Tensor | None:
         """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
-        gate_weight = self.gate_weight
-        if gate_weight is None:
+        if self.gate is None:
             return None
-        factor = self.gate_scale / self.score_scale
-        return local(gate_weight) if factor == 1.0 else local(gate_weight) * factor
+        weight, factor = self._weight("gate_weight"), self.gate_scale / self.score_scale
+        return weight if factor == 1.0 else weight * factor
+
+    def _weight(self, name: str) -> Tensor:
+        """This rank's part of a parameter. A module's own way to it takes three times as long, at every step."""
+        parameter = self._parameters.get(name)
+        return local(getattr(self, name) if parameter is None else parameter)  # None: a parametrisation has it
 
     def extra_repr(self) -> str:
         parts = [

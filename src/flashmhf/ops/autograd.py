@@ -38,8 +38,9 @@ def register_autograd(
     tensors = sum("Tensor" in str(argument.type) for argument in operator._schema.arguments)
 
     def below_autograd(keyset: Any, *inputs: Any) -> Tensor | list[Tensor]:
+        """keyset: None for a plain call."""
         with torch._C._AutoDispatchBelowAutograd():
-            if keyset.raw_repr() in _PLAIN:
+            if keyset is None:
                 return kernel(*inputs)
             return operator.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
 
@@ -60,9 +61,10 @@ def register_autograd(
     plain_apply = super(torch.autograd.Function, Differentiable).apply
 
     def autograd_kernel(keyset: Any, *inputs: Any) -> Any:
+        keyset = None if keyset.raw_repr() in _PLAIN else keyset
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keyset, *inputs)
-        apply = plain_apply if keyset.raw_repr() in _PLAIN else Differentiable.apply
+        apply = plain_apply if keyset is None else Differentiable.apply
         result = apply(*inputs[:tensors], keyset, inputs[tensors:])
         return list(result) if isinstance(result, tuple) else result
 

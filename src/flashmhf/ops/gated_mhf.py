@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops import backends, calls, reference
-from flashmhf.ops.autocast import cast_inputs, without_autocast
+from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
 from flashmhf.ops.autograd import register_autograd
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.prologue import GATES, Prologue
@@ -59,7 +59,8 @@ def gated_mhf(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was given.
     """
-    q, k, u, v = cast_inputs(q, k, u, v)
+    if autocast_dtype(q.device.type) is not None:
+        q, k, u, v = cast_inputs(q, k, u, v)
     return _GATED_MHF(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend)
 
 

@@ -48,7 +48,6 @@ from flashmhf.ops.hopper.vocabulary import (
 )
 from flashmhf.ops.triton.forward import plan_combine
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.plans import launch
 
 
 @gluon.jit
@@ -309,7 +308,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    weights = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, u, v)]
+    weights = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v)]
     tile = backward_tile(q.shape[-1])
     assert tile is not None
     q_THD, dout_THD, gate_THE = flat(q), flat(dout), None if gate is None else flat(gate)
@@ -321,10 +320,10 @@ def backward(
         dk, du, dv = sums = (
             weights if splits == 1 else [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in weights]
         )
-        launch(plan_backward, dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile, splits)
+        plan_backward(dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile, splits).run()
         if splits > 1:
             for partial, gradient in zip(sums, weights, strict=True):
-                launch(plan_combine, partial, gradient)
+                plan_combine(partial, gradient).run()
     else:
         for gradient in weights:
             gradient.zero_()

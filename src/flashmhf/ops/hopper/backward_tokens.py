@@ -41,7 +41,6 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_full,
 )
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.plans import launch
 
 
 @gluon.jit
@@ -235,5 +234,5 @@ def backward_tokens(
     )
     if q.numel() > 0 and (dq is not None or dgate is not None):
         gate_THE, dq_THD, dgate_THE = (None if x is None else flat(x) for x in (gate, dq, dgate))
-        launch(plan_backward_tokens, flat(dout), flat(q), k, u, v, gate_THE, dq_THD, dgate_THE)
+        plan_backward_tokens(flat(dout), flat(q), k, u, v, gate_THE, dq_THD, dgate_THE).run()
     return dq, dgate

@@ -46,7 +46,6 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_full,
 )
 from flashmhf.ops.triton.launch import Launch
-from flashmhf.ops.triton.plans import launch
 
 
 @gluon.jit
@@ -265,8 +264,7 @@ def forward_kernel(
 def plan_forward(
     q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, tile: ForwardTile | None = None
 ) -> Launch:
-    """The launch that writes `flash_mhf(q, k, u, v, gate)` into out."""
-    q, gate, out = flat(q), None if gate is None else flat(gate), flat(out)
+    """The launch that writes `flash_mhf(q, k, u, v, gate)` into out: q and out (T, H, D), gate (T, H, E)."""
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
     tile = tile or forward_tile(D)
     arguments = {
@@ -285,7 +283,7 @@ def plan_forward(
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() > 0:
-        launch(plan_forward, q, k, u, v, gate, out)
+        plan_forward(flat(q), k, u, v, None if gate is None else flat(gate), flat(out)).run()
     return out

@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, cdiv, size_arguments, token_arguments, weight_arguments
-from flashmhf.ops.triton.plans import launch
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.tiles import Tile, one_pass_tile, tile_for
 
 
@@ -210,7 +209,7 @@ def plan_backward_tokens(
         **size_arguments(tokens, q, k, gate, tile),
         "NEEDS_Q": dq is not None, "NEEDS_GATE": dgate is not None,
     }  # fmt: skip
-    grid = (cdiv(tokens.T, tile.block_t) * H,)
+    grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
     return Launch(backward_tokens_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
@@ -246,7 +245,7 @@ def plan_backward_weights(
         "NEEDS_K": dk is not None, "NEEDS_U": du is not None, "NEEDS_V": dv is not None,
         "ADDS_Q": dq_view is not None, "ADDS_GATE": dgate_view is not None,
     }  # fmt: skip
-    grid = (H_kv * E * cdiv(F, tile.block_f),)
+    grid = (H_kv * E * triton.cdiv(F, tile.block_f),)
     return Launch(backward_weights_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
@@ -255,7 +254,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
     dq, dk, du, dv, dgate = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else None
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if x is not None and need else None
         for x, need in zip((q, k, u, v, gate), needs, strict=True)
     )
     if q.numel() == 0:
@@ -266,12 +265,12 @@ def backward(
         added_dq, added_dgate = (
             None if x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dq, dgate)
         )
-        launch(plan_backward_weights, dout, q, k, u, v, gate, dk, du, dv, tile, added_dq, added_dgate)
+        plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile, added_dq, added_dgate).run()
         return _rounded(added_dq, dq), dk, du, dv, _rounded(added_dgate, dgate)
     if of_tokens:
-        launch(plan_backward_tokens, dout, q, k, u, v, gate, dq, dgate)
+        plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate).run()
     if of_weights:
-        launch(plan_backward_weights, dout, q, k, u, v, gate, dk, du, dv)
+        plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv).run()
     return dq, dk, du, dv, dgate
 
 

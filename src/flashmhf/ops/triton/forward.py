@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, stacked_rows, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, cdiv, size_arguments, token_arguments, weight_arguments
-from flashmhf.ops.triton.plans import launch
+from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.tiles import FEW_TOKENS, Tile, programs_wanted, tile_for
 
 
@@ -117,7 +116,7 @@ def plan_forward(
         **token_arguments("out", out_view), "stride_outs": stride_split,
         **size_arguments(tokens, q, k, gate, tile),
         "STACK": stacked_heads(tokens.T, H, H_kv),
-        "tiles_per_split": cdiv(E * cdiv(F, tile.block_f), splits),
+        "tiles_per_split": triton.cdiv(E * triton.cdiv(F, tile.block_f), splits),
     }  # fmt: skip
     grid = (token_tiles(tokens.T, H, H_kv, tile), splits)
     return Launch(forward_kernel, grid, arguments, tile.num_warps, tile.num_stages)
@@ -126,22 +125,22 @@ def plan_forward(
 def plan_combine(partial: Tensor, out: Tensor) -> Launch:
     """The launch that adds partial (splits, *out.shape), both contiguous, into out."""
     arguments = {"partial_ptr": partial, "out_ptr": out, "size": out.numel(), "splits": len(partial), "BLOCK": 512}
-    return Launch(combine_kernel, (cdiv(out.numel(), 512),), arguments, 4, 1)
+    return Launch(combine_kernel, (triton.cdiv(out.numel(), 512),), arguments, 4, 1)
 
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
     splits = splits_for(q, k, tile)
     if splits == 1:
-        launch(plan_forward, q, k, u, v, gate, out, tile)
+        plan_forward(q, k, u, v, gate, out, tile).run()
         return out
     partial = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
-    launch(plan_forward, q, k, u, v, gate, partial, tile, splits)
-    launch(plan_combine, partial, out)
+    plan_forward(q, k, u, v, gate, partial, tile, splits).run()
+    plan_combine(partial, out).run()
     return out
 
 
@@ -153,13 +152,13 @@ def stacked_heads(T: int, H: int, H_kv: int) -> int:
 def token_tiles(T: int, H: int, H_kv: int, tile: Tile) -> int:
     """Tiles of the tokens of all heads."""
     stack = stacked_heads(T, H, H_kv)
-    return H // stack * cdiv(T * stack, tile.block_t)
+    return H // stack * triton.cdiv(T * stack, tile.block_t)
 
 
 def splits_for(q: Tensor, k: Tensor, tile: Tile) -> int:
     """Over how many programs the rows of one head and token tile are split; no split is left without rows."""
     (H_kv, E, F, _), H = k.shape, q.shape[-2]
     T = q.shape[:-2].numel()
-    row_tiles = E * cdiv(F, tile.block_f)
+    row_tiles = E * triton.cdiv(F, tile.block_f)
     wanted = min(row_tiles, programs_wanted(q.device, T) // token_tiles(T, H, H_kv, tile))
-    return cdiv(row_tiles, cdiv(row_tiles, max(wanted, 1)))
+    return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(wanted, 1)))

@@ -8,12 +8,17 @@ import torch
 import triton
 from torch import Tensor
 
+from flashmhf.ops.recording import recorder
+from flashmhf.ops.triton.relaunch import Relaunch
 from flashmhf.ops.triton.tiles import Tile
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, complete: `run()` it, or compile it for another device (benchmarks/compile_kernels.py)."""
+    """One kernel launch, complete: `run()` it, or compile it for another device (benchmarks/compile_kernels.py).
+
+    Where an operator's call is being recorded, a launch that runs becomes one of its steps.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -21,8 +26,16 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def run(self) -> Any:
-        """Launches it. Returns Triton's compiled kernel, or None in the interpreter."""
+    def run(self) -> None:
+        recording = recorder()
+        if recording is None:
+            self.start()
+        else:
+            again = Relaunch(self, recording.launch(self.start), recording)
+            recording.add_launch(again.run, again.reads)
+
+    def start(self) -> Any:
+        """Returns Triton's compiled kernel, or None in the interpreter."""
         tensor = next(x for x in self.arguments.values() if isinstance(x, Tensor))
         with torch.cuda.device_of(tensor):  # Triton launches on the current device
             return self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
@@ -99,11 +112,6 @@ def size_arguments(tokens: Tokens, q: Tensor, k: Tensor, gate: Tensor | None, ti
         "FLAT": tokens.flat, "EVEN_F": F % tile.block_f == 0, "HAS_GATE": gate is not None,
         "PRECISION": dot_precision(q.dtype),
     }  # fmt: skip
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; `triton.cdiv` also runs on the device, and takes 7 us here."""
-    return -(-a // b)
 
 
 def block_d(D: int) -> int:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from flashmhf.ops.prologue import MIN_GATE_SUM, Prologue
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
-from flashmhf.ops.triton.launch import Launch, Tokens, block_d, cdiv, token_arguments
-from flashmhf.ops.triton.plans import launch
+from flashmhf.ops.triton.launch import Launch, Tokens, block_d, token_arguments
 
 NUM_WARPS = 8
 NUM_STAGES = 1
@@ -177,7 +176,7 @@ def plan_prologue_forward(
         **token_arguments("gate", gate_view),
         **_common_arguments(tokens, q, gate_weight, norm_weight, prologue),
     }
-    grid = (cdiv(tokens.T, arguments["BLOCK_T"]) * q.shape[-2],)
+    grid = (triton.cdiv(tokens.T, arguments["BLOCK_T"]) * q.shape[-2],)
     return Launch(prologue_forward_kernel, grid, arguments, NUM_WARPS, NUM_STAGES)
 
 
@@ -209,7 +208,7 @@ def plan_prologue_backward(
 
 def programs_per_head(T: int, H: int, D: int) -> int:
     """Programs that share one head's tokens in the backward kernel."""
-    return max(1, min(cdiv(T, block_t(D)), cdiv(WEIGHT_PROGRAMS, H)))
+    return max(1, min(triton.cdiv(T, block_t(D)), triton.cdiv(WEIGHT_PROGRAMS, H)))
 
 
 def block_t(D: int) -> int:
@@ -227,7 +226,7 @@ def prologue_forward(
     if gate_weight is not None:
         gate = q.new_empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32)
     if q.numel() > 0 and (normed is not None or gate is not None):
-        launch(plan_prologue_forward, q, gate_weight, norm_weight, prologue, normed, gate)
+        plan_prologue_forward(q, gate_weight, norm_weight, prologue, normed, gate).run()
     return q if normed is None else normed, gate
 
 
@@ -251,10 +250,9 @@ def prologue_backward(
         for weight in (gate_weight, norm_weight)
     )
     if some:
-        launch(
-            plan_prologue_backward,
-            *(q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights),
-        )
+        plan_prologue_backward(
+            q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights
+        ).run()
     return (
         dnormed,
         None if dgate_weights is None or gate_weight is None else dgate_weights.sum(0).to(gate_weight.dtype),

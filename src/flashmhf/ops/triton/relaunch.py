@@ -1,6 +1,5 @@
-"""Launches that can be recorded: planned once, then only their pointers are filled in."""
+"""A recorded launch done again: only its pointers are filled in."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,33 +7,19 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from flashmhf.ops.recording import Recorder, Slots, recorder
-from flashmhf.ops.triton.launch import Launch
+from flashmhf.ops.recording import Recorder, Slots
 
 
-def launch(plan: Callable[..., Launch], *arguments: Any) -> None:
-    """Runs `plan(*arguments)`, and has it done again when what is being recorded is.
-
-    Args:
-        plan: a function of the metadata of its arguments; what it copies is copied again.
-    """
-    planned, recording = plan(*arguments), recorder()
-    if recording is None:
-        planned.run()
-    else:
-        again = _Again(planned, recording.launch(planned.run), recording)
-        recording.add_launch(again.run, again.reads)
-
-
-class _Again:
+class Relaunch:
     """A launch without its tensors, and the slots where they are.
 
     It calls Triton's compiled kernel directly: the key of a call holds whatever Triton compiles for. Not on AMD, where
     that is also the size of a tensor's storage, nor for kernels that want to be asked before every run.
     """
 
-    def __init__(self, launch: Launch, compiled: Any, recording: Recorder) -> None:
+    def __init__(self, launch: Any, compiled: Any, recording: Recorder) -> None:
         self.kernel, self.num_warps, self.num_stages = launch.kernel, launch.num_warps, launch.num_stages
+        self.launch_class = type(launch)
         self.grid = (*launch.grid, 1, 1)[:3]
         self.arguments: list[Any] = []
         self.pointers: list[tuple[int, int]] = []  # position and slot
@@ -68,7 +53,7 @@ class _Again:
 
     def _ask_triton(self, *arguments: Any, stream: Any) -> None:
         named = dict(zip(self.kernel.arg_names, arguments, strict=True))
-        Launch(self.kernel, self.grid, named, self.num_warps, self.num_stages).run()
+        self.launch_class(self.kernel, self.grid, named, self.num_warps, self.num_stages).start()
 
 
 def _no_stream(device: int) -> None:
