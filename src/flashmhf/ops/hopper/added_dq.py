@@ -16,12 +16,12 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashmhf.ops.hopper.launch import token_descriptor
 from flashmhf.ops.hopper.tiles import BackwardTile, block_d
-from flashmhf.ops.hopper.vocabulary import halves, matrix, zero
+from flashmhf.ops.hopper.vocabulary import halves, matrix, multiply, multiply_add, zero
 
 
 @gluon.jit
@@ -102,6 +102,26 @@ def add_tile_by_tma(dq_desc, s_dq, dq, i, t, head):
     matrix(s_tile).store(dq)
     fence_async_shared()
     reduce_add(dq_desc, [t, head, 0], s_tile)
+
+
+@gluon.jit
+def add_dq(
+    dm, dn, s_ku, s_dq, added_dq, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
+):  # fmt: skip
+    """dQ = dM K + dN U, added to float32 memory."""
+    BLOCK_T: gl.constexpr = dm.shape[0]
+    BLOCK_F: gl.constexpr = dm.shape[1]
+    BLOCK_D: gl.constexpr = s_ku.shape[3]
+    operand: gl.constexpr = gl.DotOperandLayout(0, whole, 2)
+    s_k = matrix(s_ku.index(zero(i))).slice(0, BLOCK_F)
+    s_u = matrix(s_ku.index(zero(i))).slice(BLOCK_F, BLOCK_F)
+    dq = multiply(gl.convert_layout(dm, operand), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, whole))
+    dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
+    dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
+    if BY_TMA:
+        add_tile_by_tma(added_dq, s_dq, dq, i, t, head)
+    else:
+        add_tile(added_dq, dq, i, t, head, H, FRAGMENTS)
 
 
 def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:

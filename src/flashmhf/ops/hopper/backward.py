@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashmhf.ops.hopper.added_dq import add_tile, add_tile_by_tma, dq_argument, dq_buffer, rounded_dq
+from flashmhf.ops.hopper.added_dq import add_dq, dq_argument, dq_buffer, rounded_dq
 from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
 from flashmhf.ops.hopper.splits import row_tiles, splits_for, token_tiles
 from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, low_and_high
@@ -37,7 +37,6 @@ from flashmhf.ops.hopper.vocabulary import (
     load,
     load_pair,
     matrix,
-    multiply,
     multiply_add,
     multiply_rows,
     release,
@@ -108,26 +107,6 @@ def share(p, dm, dn, s_p, s_dmn, i, pair: gl.constexpr):
     s_p.index(zero(i)).store(p)
     s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))
     fence_async_shared()
-
-
-@gluon.jit
-def add_dq(
-    dm, dn, s_ku, s_dq, added_dq, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
-):  # fmt: skip
-    """dQ = dM K + dN U, added to float32 memory."""
-    BLOCK_T: gl.constexpr = dm.shape[0]
-    BLOCK_F: gl.constexpr = dm.shape[1]
-    BLOCK_D: gl.constexpr = s_ku.shape[3]
-    operand: gl.constexpr = gl.DotOperandLayout(0, whole, 2)
-    s_k = matrix(s_ku.index(zero(i))).slice(0, BLOCK_F)
-    s_u = matrix(s_ku.index(zero(i))).slice(BLOCK_F, BLOCK_F)
-    dq = multiply(gl.convert_layout(dm, operand), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, whole))
-    dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
-    dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
-    if BY_TMA:
-        add_tile_by_tma(added_dq, s_dq, dq, i, t, head)
-    else:
-        add_tile(added_dq, dq, i, t, head, H, FRAGMENTS)
 
 
 @gluon.jit
@@ -304,11 +283,24 @@ def plan_backward(
     return Launch(backward_kernel, (row_tiles(k, tile), splits), arguments, num_warps=8, num_stages=1)
 
 
+def plan_backward_split(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
+    dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None, tile: BackwardTile,
+) -> list[Launch]:  # fmt: skip
+    """As `plan_backward`, in as many splits as the tile and the sizes want; further launches add their sums."""
+    weights, splits = (dk, du, dv), splits_for(q, k, tile)
+    if splits == 1:
+        return [plan_backward(dout, q, k, u, v, gate, *weights, added_dq, added_dgate, tile)]
+    sums = [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in weights]
+    launch = plan_backward(dout, q, k, u, v, gate, sums[0], sums[1], sums[2], added_dq, added_dgate, tile, splits)
+    return [launch, *map(plan_combine, sums, weights)]
+
+
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    weights = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v)]
+    dk, du, dv = weights = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, u, v)]
     tile = backward_tile(q.shape[-1])
     assert tile is not None
     q_THD, dout_THD, gate_THE = flat(q), flat(dout), None if gate is None else flat(gate)
@@ -316,14 +308,8 @@ def backward(
     dgate = torch.zeros(gate.shape, dtype=torch.float32, device=q.device) if gate is not None and needs[4] else None
     if q.numel() > 0:
         dgate_THE = None if dgate is None else flat(dgate)
-        splits = splits_for(q_THD, k, tile)
-        dk, du, dv = sums = (
-            weights if splits == 1 else [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in weights]
-        )
-        plan_backward(dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile, splits).run()
-        if splits > 1:
-            for partial, gradient in zip(sums, weights, strict=True):
-                plan_combine(partial, gradient).run()
+        for launch in plan_backward_split(dout_THD, q_THD, k, u, v, gate_THE, dk, du, dv, dq, dgate_THE, tile):
+            launch.run()
     else:
         for gradient in weights:
             gradient.zero_()
