@@ -115,7 +115,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         },
     },
     "sm_120": {
@@ -192,8 +192,8 @@ RESIDENT: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
         4: {"decode": (5, 3, 1, 1), "forward": (1, 2, 1, 1)},
     },
     "gfx942": {
-        2: {"decode": (5, 5, 2, 2), "forward": (4, 2, 1, 1)},
-        4: {"decode": (16, 16, 8, 4), "forward": (4, 2, 1, 1)},
+        2: {"decode": (5, 5, 2, 2), "forward": (2, 1, 1, 1)},
+        4: {"decode": (16, 16, 8, 4), "forward": (3, 2, 1, 1)},
     },
 }
 # (device class, one of BLOCK_DS) where one pass measured faster than the two kernels. Nothing has been measured so far.
