@@ -49,7 +49,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_86": {
@@ -63,7 +63,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_89": {
@@ -77,7 +77,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_90a": {
