@@ -35,19 +35,24 @@ from matrix_work import issued_ratio, matrix_work
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90a": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMITS = {
     "sm_80": 166912,
     "sm_86": 101376,
+    "sm_89": 101376,
     "sm_90a": 232448,
     "sm_100": 232448,
+    "sm_120": 101376,
     "gfx942": 65536,
 }  # bytes a program
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2))]
+GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (1, 2))]
+TURNABLE = ("backward_weights", "backward_one_pass")
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
 HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_tokens")
@@ -177,10 +182,18 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
         return repr(error)[:80]
 
 
+def grid(kernel: str) -> list[Tile]:
+    """The candidates for a kernel's tile: both ways of its scores where it knows two."""
+    turned = [tile._replace(tokens_first=True) for tile in GRID] if kernel in TURNABLE else []
+    return GRID + turned
+
+
 def search(target: str, kernels: list[str], dims: list[int], dtypes: list[torch.dtype]) -> None:
     """Prints what every tile of a grid costs on one target."""
     cases = [
-        (target, kernel, D, dtype, tile) for kernel, D, dtype, tile in itertools.product(kernels, dims, dtypes, GRID)
+        (target, kernel, D, dtype, tile)
+        for kernel, D, dtype in itertools.product(kernels, dims, dtypes)
+        for tile in grid(kernel)
     ]
     with ProcessPoolExecutor() as pool:
         for (_, kernel, D, dtype, tile), result in zip(cases, pool.map(compile_row, cases, chunksize=4), strict=True):

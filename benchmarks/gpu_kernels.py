@@ -15,7 +15,6 @@ from flashmhf.ops import reference
 from flashmhf.ops.hopper import backward as hopper_backward
 from flashmhf.ops.hopper import backward_tokens as hopper_tokens
 from flashmhf.ops.hopper import forward as hopper_forward
-from flashmhf.ops.hopper import splits as hopper_splits
 from flashmhf.ops.hopper.added_dq import dq_buffer, rounded_dq
 from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile, HopperTile, TokensTile
 from flashmhf.ops.prologue import Prologue
@@ -96,18 +95,14 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
-    weights = dk, du, dv = [results[name] for name in ("dk", "du", "dv")]
-    splits = hopper_splits.splits_for(q, k, tile)
-    if splits > 1:
-        dk, du, dv = (poisoned(x.new_empty(splits, *x.shape, dtype=torch.float32)) for x in weights)
+    dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
     added_dq, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
-    launch = hopper_backward.plan_backward(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile, splits)
-    combine = [] if splits == 1 else [plan_combine(x, total) for x, total in zip((dk, du, dv), weights, strict=True)]
+    launches = hopper_backward.plan_backward_split(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile)
 
     def rounded(name: str, total: Tensor) -> Tensor:
         return rounded_dq(total, q, tile) if name == "dq" else total
 
-    return Prepared([launch, *combine], results, {"dq": added_dq, "dgate": added_dgate}, rounded)
+    return Prepared(launches, results, {"dq": added_dq, "dgate": added_dgate}, rounded)
 
 
 def _hopper_backward_tokens(inputs: list[Tensor], tile: TokensTile) -> Prepared:

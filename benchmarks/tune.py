@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gpu_kernels
-from compile_kernels import GRID, SHARED_LIMITS, Compiled
+from compile_kernels import SHARED_LIMITS, Compiled, grid
 from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.layer import describe
 from flashmhf.benchmarking.measuring import copy_call, interleaved_times
@@ -99,8 +99,9 @@ def _fitting(bench: Bench, kernel: str, dtype: torch.dtype, D: int) -> list[Tile
     if bench.dry_run:
         return TOY_GRID
     target = device_class(bench.device)
-    results = compile_ahead(target, [(kernel, _checked_sizes(bench, kernel), D, dtype, tile) for tile in GRID])
-    compiled = [(tile, result) for tile, result in zip(GRID, results, strict=True) if isinstance(result, Compiled)]
+    tiles = grid(kernel)
+    results = compile_ahead(target, [(kernel, _checked_sizes(bench, kernel), D, dtype, tile) for tile in tiles])
+    compiled = [(tile, result) for tile, result in zip(tiles, results, strict=True) if isinstance(result, Compiled)]
     if not compiled:
         raise RuntimeError(f"no tile of the grid compiles; the first: {results[0]}")
     limit = SHARED_LIMITS[target]

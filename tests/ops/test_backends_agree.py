@@ -12,6 +12,7 @@ from problems import NAMES, Shape, assert_within_budget, eager_results, exact_re
 from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.problem import Problem
+from flashmhf.ops.triton import backward as triton_backward
 from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.forward import plan_forward, splits_for
 
@@ -103,13 +104,31 @@ def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_
     check("triton", make_inputs(shape, torch.float32))
 
 
-@pytest.fixture
-def one_pass(monkeypatch):
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, Shape((70,), 4, 2, 1, 70, 64)], ids=str)
+def test_triton_backward_with_tokens_first(shape, dtype, gate, monkeypatch, poisoned_memory):
+    if not torch.cuda.is_available():
+        interpret_triton(monkeypatch)
+    monkeypatch.setattr(
+        triton_backward, "tile_for", lambda *arguments: tiles.tile_for(*arguments)._replace(tokens_first=True)
+    )
+    check("triton", make_inputs(shape, dtype, gate))
+
+
+@pytest.fixture(params=[False, True], ids=["rows_first", "tokens_first"])
+def one_pass(request, monkeypatch):
     """Lets the backend `triton` run its one-pass backward on the CPU."""
     if not torch.cuda.is_available():
         interpret_triton(monkeypatch)
     rows = itertools.product(tiles.ONE_PASS, tiles.BLOCK_DS)
     monkeypatch.setattr(tiles, "ONE_PASS_FASTER", frozenset(rows))
+    turned = {
+        name: tuple(tile and tile._replace(tokens_first=request.param) for tile in row)
+        for name, row in tiles.ONE_PASS.items()
+    }
+    monkeypatch.setattr(tiles, "ONE_PASS", turned)
+    return request.param
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
@@ -128,12 +147,17 @@ def test_one_pass_gives_way(one_pass, monkeypatch, caplog):
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
-    for version, runs in (("3.3.1", True), ("3.4.0", False), ("3.7.0+git1", False), ("3.7.1", True)):
+    for version, right in (("3.3.1", True), ("3.4.0", False), ("3.7.0+git1", False), ("3.7.1", True)):
         monkeypatch.setattr(tiles.triton, "__version__", version)
         tiles.miscompiles_transposed_results.cache_clear()
-        assert (tiles.one_pass_tile(device, torch.float16, 128) is not None) == runs, version
+        assert (tiles.one_pass_tile(device, torch.float16, 128) is not None) == (right or one_pass), version
     tiles.miscompiles_transposed_results.cache_clear()
-    assert [record.args for record in caplog.records] == [("3.4.0",), ("3.7.0+git1",)]
+    assert [record.args for record in caplog.records] == ([] if one_pass else [("3.4.0",), ("3.7.0+git1",)])
+
+
+def test_hopper_rows_never_transpose_a_products_result():
+    """Tokens first has no such product, so that one pass runs on Hopper with every Triton."""
+    assert all(tile is None or tile.tokens_first for tile in tiles.ONE_PASS["sm_90a"])
 
 
 def test_no_hopper_row_that_triton_is_known_to_miscompile():
@@ -151,7 +175,43 @@ def test_splits_leave_nobody_without_rows():
         assert (splits - 1) * per_split < rows <= splits * per_split
         assert splits == 1 or T <= tiles.SPLIT_TOKENS
         if T == 1 and (E, F, H) == (15, 384, 6):
-            assert launch.grid == (6, 36)  # 216 programs, two for each processor
+            assert launch.grid == (6, 36)  # 216 programs, two for each of 108 processors
+
+
+def test_programs_fill_the_device_once(monkeypatch):
+    """Processors times what each holds, of the row that runs; the device at hand is asked how many it has."""
+    device = torch.device("cpu")
+    for name, rows in tiles.RESIDENT.items():
+        monkeypatch.setattr(tiles, "device_class", lambda device, name=name: name)
+        tiles.processors.cache_clear()
+        for (size, kernels), (column, D) in itertools.product(rows.items(), enumerate(tiles.BLOCK_DS)):
+            dtype = {2: torch.bfloat16, 4: torch.float32}[size]
+            for T, kernel in ((1, "decode"), (16, "decode"), (17, "forward"), (128, "forward")):
+                wanted = tiles.programs_wanted(device, dtype, D, T)
+                assert wanted == tiles.PROCESSORS[name] * kernels[kernel][column]
+            assert tiles.programs_wanted(device, dtype, D, 129) == 1
+    tiles.processors.cache_clear()
+    properties = type("Properties", (), {"multi_processor_count": 114})  # an H100 with PCI Express
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
+    resident = tiles.RESIDENT["sm_90a"][2]["forward"][2]
+    assert tiles.programs_wanted(torch.device("cuda", 0), torch.bfloat16, 128, 100) == 114 * resident
+    tiles.processors.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        *(((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a")),
+        *(((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_120"), ((12, 1), "sm_120")),
+    ],
+)
+def test_device_class(capability, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tiles.device_class.cache_clear()
+    assert tiles.device_class(torch.device("cuda", 0)) == name
+    assert {name} <= set(tiles.TABLE) & set(tiles.ONE_PASS) & set(tiles.RESIDENT) & set(tiles.PROCESSORS)
+    tiles.device_class.cache_clear()
 
 
 @pytest.mark.parametrize(("allowed", "float32"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])

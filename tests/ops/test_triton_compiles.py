@@ -15,12 +15,18 @@ ROOT = Path(__file__).parents[2]
 COMPILE = """
 import json, sys, dataclasses
 from compile_kernels import Compiled, compile_row, shipped, SHARED_LIMITS
+from flashmhf.ops.triton.tiles import BLOCK_DS, RESIDENT
+from occupancy import resident_programs
 target, element_bytes, block_d = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rows = [case for case in shipped(target) if case[3].itemsize == element_bytes and case[2] == block_d]
 for case in rows:
     compiled = compile_row(case)
     if isinstance(compiled, Compiled):
-        compiled = dataclasses.asdict(compiled) | {"shared_limit": SHARED_LIMITS[target]}
+        row = dataclasses.asdict(compiled) | {"shared_limit": SHARED_LIMITS[target]}
+        if case[1] in ("decode", "forward"):
+            row["resident"] = RESIDENT[target][element_bytes][case[1]][BLOCK_DS.index(block_d)]
+            row["fit"] = resident_programs(target, compiled.registers, compiled.shared_bytes, case[4].num_warps)
+        compiled = row
     print(json.dumps([case[1], compiled]))
 """
 COUNT = """
@@ -80,6 +86,8 @@ def check(target: str, element_bytes: int, block_d: int) -> None:
         assert isinstance(compiled, dict), (kernel, compiled)
         assert compiled["spilled"] == 0 or (kernel, element_bytes, block_d) in KNOWN_TO_SPILL, (kernel, compiled)
         assert compiled["shared_bytes"] <= compiled["shared_limit"], (kernel, compiled)
+        if kernel in ("decode", "forward"):
+            assert 1 <= compiled["resident"] <= compiled["fit"], (kernel, compiled)
         if element_bytes == 2 and kernel in KERNELS | ONE_PASS | HOPPER:
             assert compiled["matrix_instructions"] > 0, (kernel, compiled)
 
@@ -92,7 +100,7 @@ def test_bfloat16_at_head_dim_128(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("block_d", [32, 64, 128, 256])
 @pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90a", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "gfx942"])
 def test_every_row(target, element_bytes, block_d):
     check(target, element_bytes, block_d)
 

@@ -1,11 +1,11 @@
-"""The backward kernels: one for dQ and the gate's gradient, one for dK, dU and dV; both recompute M and N.
+"""The backward: a kernel for dQ and the gate's gradient, another for dK, dU and dV; both recompute M and N.
 
 With A = SiLU(M) * N and dA = dO V^T:  dR_e = rowsum(dA * A), dN = R dA SiLU(M), dM = R dA N SiLU'(M),
 dQ = dM K + dN U, dK = dM^T Q, dU = dN^T Q, dV = (R A)^T dO. No atomics: the same inputs give the same bits.
 
-That is eleven products. In one pass the second kernel does all of it in eight: it adds its share of dQ and of the
-gate's gradient to float32 buffers, atomically, so that sums are rounded in another order each time.
-`tiles.one_pass_tile` says where that is worth it; `torch.use_deterministic_algorithms(True)` rules it out.
+That is eleven products. One pass does all of it in eight: it adds to dQ and to the gate's gradient in float32 buffers,
+atomically, so that sums are rounded in another order each time. `tiles.one_pass_tile` says where that is worth it;
+`torch.use_deterministic_algorithms(True)` rules it out.
 """
 
 import torch
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, token_offsets
+from flashmhf.ops.triton.backward_weights import backward_one_pass_kernel, backward_weights_kernel
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, load_tokens, silu_and_slope_of, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.tiles import Tile, one_pass_tile, tile_for
 
@@ -29,7 +30,7 @@ def backward_tokens_kernel(
     T, L, E, F, GROUP,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
-    NEEDS_Q: tl.constexpr, NEEDS_GATE: tl.constexpr,
+    FAST_TANH: tl.constexpr, NEEDS_Q: tl.constexpr, NEEDS_GATE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_T tokens of one head and walks over the parameter rows, as the forward does."""
     EVEN_D: tl.constexpr = D == BLOCK_D
@@ -42,12 +43,12 @@ def backward_tokens_kernel(
     mask_t = offs_t < T
     mask_d = offs_d < D
 
-    rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
-    rows_dout = token_offsets(offs_t, L, stride_doutb, stride_doutl, FLAT) + head * stride_douth
     rows_gate = token_offsets(offs_t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
     rows_dgate = token_offsets(offs_t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
-    q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
-    dout = load_tile(dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D)
+    q = load_tokens(q_ptr, offs_t, offs_d, mask_t, head, L, stride_qb, stride_ql, stride_qh, stride_qx, D, FLAT)
+    dout = load_tokens(
+        dout_ptr, offs_t, offs_d, mask_t, head, L, stride_doutb, stride_doutl, stride_douth, stride_doutx, D, FLAT
+    )
     offs_w = offs_f[:, None] * stride_wf + offs_d[None, :] * stride_wd
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     dr = tl.zeros((BLOCK_T,), tl.float32)
@@ -64,8 +65,7 @@ def backward_tokens_kernel(
         m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         n = tl.dot(q, tl.trans(u), input_precision=PRECISION)
         da = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        sigmoid = tl.sigmoid(m)
-        silu = m * sigmoid
+        silu, slope = silu_and_slope_of(m, FAST_TANH)
         if NEEDS_GATE:
             dr += tl.sum(da * silu * n, axis=1)
             last = f + BLOCK_F >= F
@@ -75,7 +75,7 @@ def backward_tokens_kernel(
             if HAS_GATE:
                 r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
                 da *= r[:, None]
-            dm = da * n * (sigmoid + silu * (1.0 - sigmoid))
+            dm = da * n * slope
             dn = da * silu
             dq = tl.dot(dm.to(k.dtype), k, dq, input_precision=PRECISION)
             dq = tl.dot(dn.to(u.dtype), u, dq, input_precision=PRECISION)
@@ -87,99 +87,6 @@ def backward_tokens_kernel(
             dq.to(dq_ptr.dtype.element_ty),
             mask=mask_t[:, None] & mask_d[None, :],
         )
-
-
-@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def backward_weights_kernel(
-    q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
-    dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
-    k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
-    gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
-    dk_ptr, du_ptr, dv_ptr,
-    dq_ptr, stride_dqb, stride_dql, stride_dqh, stride_dqx,
-    dgate_ptr, stride_dgateb, stride_dgatel, stride_dgateh, stride_dgatex,
-    T, L, E, F, GROUP,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-    FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
-    NEEDS_K: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_V: tl.constexpr,
-    ADDS_Q: tl.constexpr, ADDS_GATE: tl.constexpr,
-):  # fmt: skip
-    """One program owns BLOCK_F rows of one sub-network and walks over all tokens of the heads that share them.
-
-    Tiles are transposed (rows are parameters), so that only the optional dQ reads the transpose of a dot's result.
-    """
-    EVEN_D: tl.constexpr = D == BLOCK_D
-    tiles_f = tl.cdiv(F, BLOCK_F)
-    kv_head = (tl.program_id(0) // (E * tiles_f)).to(tl.int64)
-    e = (tl.program_id(0) // tiles_f) % E
-    offs_f = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
-    offs_t = tl.arange(0, BLOCK_T)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_f = offs_f < F
-    mask_d = offs_d < D
-
-    rows_w = kv_head * stride_wh + e.to(tl.int64) * stride_we + offs_f.to(tl.int64) * stride_wf
-    offs_w = rows_w[:, None] + offs_d[None, :] * stride_wd
-    k = load_tile(k_ptr + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
-    u = load_tile(u_ptr + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
-    v = load_tile(v_ptr + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
-    dk = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
-    du = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
-
-    tiles_t = tl.cdiv(T, BLOCK_T)
-    for tile in tl.range(0, GROUP * tiles_t):
-        head = kv_head * GROUP + tile // tiles_t
-        t = (tile % tiles_t) * BLOCK_T + offs_t
-        mask_t = t < T
-        rows_q = token_offsets(t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
-        q = load_tile(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_qx, mask_t, mask_d, False, EVEN_D)
-        rows_dout = token_offsets(t, L, stride_doutb, stride_doutl, FLAT) + head * stride_douth
-        dout = load_tile(dout_ptr + rows_dout[:, None] + offs_d[None, :] * stride_doutx, mask_t, mask_d, False, EVEN_D)
-        m = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        n = tl.dot(u, tl.trans(q), input_precision=PRECISION)
-        sigmoid = tl.sigmoid(m)
-        silu = m * sigmoid
-        if HAS_GATE:
-            rows_gate = token_offsets(t, L, stride_gateb, stride_gatel, FLAT) + head * stride_gateh
-            r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
-        if NEEDS_V:
-            p = silu * n
-            if HAS_GATE:
-                p *= r[None, :]
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        if NEEDS_K or NEEDS_U or ADDS_Q or ADDS_GATE:
-            da = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            if ADDS_GATE:
-                rows_dgate = token_offsets(t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
-                dr = tl.sum(da * silu * n, axis=0)
-                tl.atomic_add(dgate_ptr + rows_dgate + e * stride_dgatex, dr, mask=mask_t, sem="relaxed")
-            if HAS_GATE:
-                da *= r[None, :]
-            if NEEDS_K or ADDS_Q:
-                dm = (da * n * (sigmoid + silu * (1.0 - sigmoid))).to(q.dtype)
-            if NEEDS_U or ADDS_Q:
-                dn = (da * silu).to(q.dtype)
-            if NEEDS_K:
-                dk = tl.dot(dm, q, dk, input_precision=PRECISION)
-            if NEEDS_U:
-                du = tl.dot(dn, q, du, input_precision=PRECISION)
-            if ADDS_Q:
-                dq = tl.dot(tl.trans(dm), k, input_precision=PRECISION)
-                dq = tl.dot(tl.trans(dn), u, dq, input_precision=PRECISION)
-                rows_dq = token_offsets(t, L, stride_dqb, stride_dql, FLAT) + head * stride_dqh
-                dq_ptrs = dq_ptr + rows_dq[:, None] + offs_d[None, :] * stride_dqx
-                tl.atomic_add(dq_ptrs, dq, mask=mask_t[:, None] & mask_d[None, :], sem="relaxed")
-
-    # The gradients are contiguous (H_kv, E, F, D).
-    offs_dw = ((kv_head * E + e) * F + offs_f)[:, None] * D + offs_d[None, :]
-    mask_w = mask_f[:, None] & mask_d[None, :]
-    if NEEDS_K:
-        tl.store(dk_ptr + offs_dw, dk.to(dk_ptr.dtype.element_ty), mask=mask_w)
-    if NEEDS_U:
-        tl.store(du_ptr + offs_dw, du.to(du_ptr.dtype.element_ty), mask=mask_w)
-    if NEEDS_V:
-        tl.store(dv_ptr + offs_dw, dv.to(dv_ptr.dtype.element_ty), mask=mask_w)
 
 
 def plan_backward_tokens(
@@ -227,7 +134,11 @@ def plan_backward_weights(
     added_dq: Tensor | None = None,
     added_dgate: Tensor | None = None,
 ) -> Launch:
-    """The launch that writes dk, du and dv, each contiguous or None; one-pass: and adds to float32 dq and dgate."""
+    """The launch that writes dk, du and dv, each contiguous or None.
+
+    With added_dq it is the one-pass kernel's, which wants all three and adds to float32 added_dq and, unless that is
+    None, added_dgate.
+    """
     H_kv, E, F, D = k.shape
     tokens = Tokens.of(q, dout, gate, added_dq, added_dgate)
     q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
@@ -239,14 +150,16 @@ def plan_backward_weights(
         **weight_arguments(k, u, v),
         **token_arguments("gate", gate_view),
         "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
-        **token_arguments("dq", dq_view),
-        **token_arguments("dgate", dgate_view),
-        **size_arguments(tokens, q, k, gate, tile),
-        "NEEDS_K": dk is not None, "NEEDS_U": du is not None, "NEEDS_V": dv is not None,
-        "ADDS_Q": dq_view is not None, "ADDS_GATE": dgate_view is not None,
+        **size_arguments(tokens, q, k, gate, tile), "TOKENS_FIRST": tile.tokens_first,
     }  # fmt: skip
     grid = (H_kv * E * triton.cdiv(F, tile.block_f),)
-    return Launch(backward_weights_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    if added_dq is None:
+        arguments |= {"NEEDS_K": dk is not None, "NEEDS_U": du is not None, "NEEDS_V": dv is not None}
+        return Launch(backward_weights_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    assert all(x is not None for x in (dk, du, dv))
+    arguments |= token_arguments("dq", dq_view) | token_arguments("dgate", dgate_view)
+    arguments["ADDS_GATE"] = dgate_view is not None
+    return Launch(backward_one_pass_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def backward(
@@ -261,7 +174,8 @@ def backward(
         return dq, *(None if x is None else x.zero_() for x in (dk, du, dv)), dgate
     of_tokens = dq is not None or dgate is not None
     of_weights = dk is not None or du is not None or dv is not None
-    if of_tokens and of_weights and (tile := one_pass_tile(q.device, q.dtype, q.shape[-1])):
+    all_but_gate = all(x is not None for x in (dq, dk, du, dv))
+    if all_but_gate and (tile := one_pass_tile(q.device, q.dtype, q.shape[-1])):
         added_dq, added_dgate = (
             None if x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dq, dgate)
         )

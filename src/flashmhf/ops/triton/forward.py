@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, stacked_rows, token_offsets
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, silu_of, stacked_rows, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
 from flashmhf.ops.triton.tiles import FEW_TOKENS, Tile, programs_wanted, tile_for
 
@@ -27,6 +27,7 @@ def forward_kernel(
     T, L, E, F, GROUP, tiles_per_split,
     STACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    FAST_TANH: tl.constexpr,
 ):  # fmt: skip
     EVEN_D: tl.constexpr = D == BLOCK_D
     tiles_t = tl.cdiv(T * STACK, BLOCK_T)
@@ -57,7 +58,7 @@ def forward_kernel(
         u = load_tile(u_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
         m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         n = tl.dot(q, tl.trans(u), input_precision=PRECISION)
-        p = m * tl.sigmoid(m) * n
+        p = silu_of(m, FAST_TANH) * n
         if HAS_GATE:
             r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
             p *= r[:, None]
@@ -157,8 +158,8 @@ def token_tiles(T: int, H: int, H_kv: int, tile: Tile) -> int:
 
 def splits_for(q: Tensor, k: Tensor, tile: Tile) -> int:
     """Over how many programs the rows of one head and token tile are split; no split is left without rows."""
-    (H_kv, E, F, _), H = k.shape, q.shape[-2]
+    (H_kv, E, F, D), H = k.shape, q.shape[-2]
     T = q.shape[:-2].numel()
     row_tiles = E * triton.cdiv(F, tile.block_f)
-    wanted = min(row_tiles, programs_wanted(q.device, T) // token_tiles(T, H, H_kv, tile))
+    wanted = min(row_tiles, programs_wanted(q.device, q.dtype, D, T) // token_tiles(T, H, H_kv, tile))
     return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(wanted, 1)))

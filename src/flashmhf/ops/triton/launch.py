@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashmhf.ops.recording import recorder
 from flashmhf.ops.triton.relaunch import Relaunch
-from flashmhf.ops.triton.tiles import Tile
+from flashmhf.ops.triton.tiles import Tile, has_fast_tanh
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def size_arguments(tokens: Tokens, q: Tensor, k: Tensor, gate: Tensor | None, ti
         "T": tokens.T, "L": tokens.L, "E": E, "F": F, "GROUP": H // H_kv,
         "D": D, "BLOCK_D": block_d(D), "BLOCK_T": tile.block_t, "BLOCK_F": tile.block_f,
         "FLAT": tokens.flat, "EVEN_F": F % tile.block_f == 0, "HAS_GATE": gate is not None,
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": dot_precision(q.dtype), "FAST_TANH": has_fast_tanh(q.device, q.dtype),
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Tile sizes: a pure function over a committed table. Nothing is tuned when a kernel runs.
 
 Each row compiles without a spill on its device, with Triton 3.6.0 and 3.7.1. `benchmarks/compile_kernels.py` prints
-registers, shared memory and matrix instructions into docs/kernels.md. Which rows are fastest is unmeasured so far.
+registers, shared memory and matrix instructions into docs/kernels.csv. Which rows are fastest is unmeasured so far.
 """
 
 import functools
@@ -21,17 +21,21 @@ KERNELS = ("decode", "forward", "backward_tokens", "backward_weights", "backward
 BLOCK_DS = (32, 64, 128, 256)
 FEW_TOKENS = 16  # up to here the forward kernel takes the row named `decode`
 SPLIT_TOKENS = 128  # up to here the forward splits the parameter rows over programs
-# Two programs a processor (multiprocessor, compute unit) of the largest device of the class.
-PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90a": 264, "sm_100": 296, "gfx942": 608}
+# Processors (multiprocessors, compute units) of the largest device of a class: where no device is there to ask.
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
 
 
 class Tile(NamedTuple):
-    """Tokens and parameter rows of one tile, warps of a program, stages of the software pipeline."""
+    """Tokens and parameter rows of one tile, warps of a program, stages of the software pipeline.
+
+    tokens_first: which way the scores of `backward_weights` and `backward_one_pass` lie (backward_weights.py says why).
+    """
 
     block_t: int
     block_f: int
     num_warps: int
     num_stages: int
+    tokens_first: bool = False
 
 
 # Device class -> bytes of an element -> kernel -> one tile for each of BLOCK_DS; smaller head dims use the first.
@@ -39,29 +43,43 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
     "sm_80": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 8, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 2)),
+            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_86": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 8, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 32, 4, 2)),
+            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
+            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+        },
+    },
+    "sm_89": {
+        2: {
+            "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
+            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 32, 4, 2)),
+            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
+            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+        },
+        4: {
+            "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
+            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
+            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_90a": {
@@ -69,7 +87,12 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
             "backward_tokens": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 16, 8, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "backward_weights": (
+                Tile(64, 128, 8, 2),
+                Tile(128, 64, 8, 2, True),
+                Tile(128, 32, 8, 2, True),
+                Tile(64, 32, 8, 1),
+            ),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
@@ -83,27 +106,51 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
             "backward_tokens": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+            "backward_weights": (
+                Tile(64, 128, 8, 2),
+                Tile(64, 128, 8, 2),
+                Tile(64, 64, 8, 2),
+                Tile(64, 32, 8, 1),
+            ),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
             "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        },
+    },
+    "sm_120": {
+        2: {
+            "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
+            "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
+            "backward_weights": (Tile(64, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+        },
+        4: {
+            "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
+            "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
+            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
+            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
         },
     },
     "gfx942": {
         2: {
-            "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
-            "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
-            "backward_tokens": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 2), Tile(128, 32, 8, 1), Tile(32, 16, 4, 1)),
-            "backward_weights": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+            "decode": (Tile(16, 64, 1, 2), Tile(16, 32, 1, 2), Tile(16, 32, 1, 2), Tile(16, 16, 1, 2)),
+            "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 32, 4, 1)),
+            "backward_tokens": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 2), Tile(128, 32, 4, 1), Tile(64, 16, 4, 1)),
+            "backward_weights": (
+                Tile(32, 128, 4, 1),
+                Tile(32, 128, 4, 1),
+                Tile(128, 32, 4, 1, True),
+                Tile(16, 64, 4, 1),
+            ),
         },
         4: {
-            "decode": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
-            "forward": (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-            "backward_tokens": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+            "decode": (Tile(16, 32, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1)),
+            "forward": (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1), Tile(128, 32, 4, 1), Tile(64, 16, 4, 1)),
+            "backward_tokens": (Tile(64, 32, 2, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1)),
+            "backward_weights": (Tile(32, 32, 1, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 16, 4, 1)),
         },
     },
 }
@@ -111,11 +158,45 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
 
 # Device class -> one tile for each of BLOCK_DS of the one-pass backward with 2-byte elements; None: all of them spill.
 ONE_PASS: dict[str, tuple[Tile | None, ...]] = {
-    "sm_80": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1), None),
-    "sm_86": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), None),
-    "sm_90a": (Tile(64, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 32, 8, 2), None),
+    "sm_80": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 1), None),
+    "sm_86": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), None),
+    "sm_89": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), None),
+    "sm_90a": (Tile(32, 32, 2, 2, True), Tile(128, 32, 8, 2, True), Tile(128, 32, 8, 1, True), None),
     "sm_100": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 128, 8, 2), None),
-    "gfx942": (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1), None),
+    "sm_120": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), None),
+    "gfx942": (Tile(32, 32, 1, 1), Tile(64, 32, 2, 1, True), Tile(64, 16, 4, 1, True), None),
+}
+# Programs of the forward that one processor holds at once: `benchmarks/occupancy.py` computes them from registers and
+# shared memory of the rows above, the fewer of what Triton 3.6.0 and 3.7.1 give.
+RESIDENT: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
+    "sm_80": {
+        2: {"decode": (6, 5, 2, 2), "forward": (1, 1, 1, 1)},
+        4: {"decode": (7, 5, 2, 3), "forward": (1, 3, 2, 1)},
+    },
+    "sm_86": {
+        2: {"decode": (6, 3, 1, 1), "forward": (2, 1, 1, 1)},
+        4: {"decode": (5, 3, 1, 1), "forward": (1, 2, 1, 1)},
+    },
+    "sm_89": {
+        2: {"decode": (6, 3, 1, 1), "forward": (2, 1, 1, 1)},
+        4: {"decode": (5, 3, 1, 1), "forward": (1, 2, 1, 1)},
+    },
+    "sm_90a": {
+        2: {"decode": (8, 5, 4, 3), "forward": (2, 2, 1, 1)},
+        4: {"decode": (7, 6, 3, 3), "forward": (1, 3, 2, 2)},
+    },
+    "sm_100": {
+        2: {"decode": (8, 5, 4, 3), "forward": (2, 2, 2, 1)},
+        4: {"decode": (8, 6, 3, 1), "forward": (2, 3, 2, 2)},
+    },
+    "sm_120": {
+        2: {"decode": (6, 3, 1, 1), "forward": (1, 1, 1, 1)},
+        4: {"decode": (5, 3, 1, 1), "forward": (1, 2, 1, 1)},
+    },
+    "gfx942": {
+        2: {"decode": (5, 5, 2, 2), "forward": (2, 1, 1, 1)},
+        4: {"decode": (16, 16, 8, 4), "forward": (3, 2, 1, 1)},
+    },
 }
 # (device class, one of BLOCK_DS) where one pass measured faster than the two kernels.
 ONE_PASS_FASTER = measured.one_pass_faster()
@@ -123,6 +204,7 @@ ONE_PASS_FASTER = measured.one_pass_faster()
 
 def _put_measured_tiles() -> None:
     """A tile that measured faster takes the place of the table's."""
+    sizes: Any
     for (device, element_bytes, kernel, block_d), sizes in measured.triton_tiles().items():
         tiles: dict[str, Any] = ONE_PASS if kernel == "backward_one_pass" else TABLE[device][element_bytes]
         row = device if kernel == "backward_one_pass" else kernel
@@ -149,17 +231,18 @@ def one_pass_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | No
     name, column = device_class(device), _column(D)
     if dtype.itemsize != 2 or (name, BLOCK_DS[column]) not in ONE_PASS_FASTER:
         return None
-    if torch.are_deterministic_algorithms_enabled() or miscompiles_transposed_results(name):
+    tile = ONE_PASS[name][column]
+    if tile is None or torch.are_deterministic_algorithms_enabled():
         return None
-    return ONE_PASS[name][column]
+    return None if not tile.tokens_first and miscompiles_transposed_results(name) else tile
 
 
 @functools.cache
 def miscompiles_transposed_results(name: str) -> bool:
-    """Whether this Triton may compile the one-pass form wrongly for a device class; says so once if it does.
+    """Whether this Triton may compile the one-pass kernel with rows first wrongly; says so once if it does.
 
     It multiplies the transpose of another product's result (fla-org/flash-linear-attention issue 640, pull 983), which
-    no other kernel here does.
+    no other kernel here does, nor it itself with tokens first.
     """
     affected = name == "sm_90a" and (3, 4, 0) <= triton_version() < (3, 7, 1)
     if affected:
@@ -176,9 +259,28 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 
 
-def programs_wanted(device: torch.device, T: int) -> int:
-    """How many programs the forward should start with T tokens, if splitting the parameter rows can give as many."""
-    return PROGRAMS[device_class(device)] if T <= SPLIT_TOKENS else 1
+def has_fast_tanh(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether SiLU goes through NVIDIA's `tanh.approx.f32`: its error, 2^-11, is no more than float16's rounding.
+
+    Triton's interpreter, which runs on CPU tensors, has no such instruction.
+    """
+    return dtype.itemsize == 2 and device.type != "cpu" and device_class(device) != "gfx942"
+
+
+def programs_wanted(device: torch.device, dtype: torch.dtype, D: int, T: int) -> int:
+    """How many programs the forward should start with T tokens: as many as run at once, all of them in one wave."""
+    if T > SPLIT_TOKENS:
+        return 1
+    kernel = "decode" if T <= FEW_TOKENS else "forward"
+    return processors(device) * RESIDENT[device_class(device)][dtype.itemsize][kernel][_column(D)]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors or compute units of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return PROCESSORS[device_class(device)]
 
 
 def table_rows(device: str, element_bytes: int) -> Iterator[tuple[str, int, Tile]]:
@@ -204,4 +306,8 @@ def device_class(device: torch.device) -> str:
         return "sm_90a"
     if major in (10, 11):
         return "sm_100"
+    if major == 12:
+        return "sm_120"
+    if (major, minor) == (8, 9):
+        return "sm_89"
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"

@@ -1,0 +1,62 @@
+"""How many programs one processor holds at once, by their registers, shared memory and warps.
+
+python benchmarks/occupancy.py    the forward's rows of the tile table, as `RESIDENT` in ops/triton/tiles.py has them
+"""
+
+from typing import NamedTuple
+
+from compile_kernels import BLOCK_DS, DTYPES, TABLE, Compiled, compile_row
+
+
+class Processor(NamedTuple):
+    """What the programs on a processor share: 32-bit registers (AMD: of a lane, in each SIMD), bytes, warps."""
+
+    registers: int
+    shared_bytes: int
+    warps: int
+
+
+PROCESSORS = {
+    "sm_80": Processor(65536, 167936, 64),
+    "sm_86": Processor(65536, 102400, 48),
+    "sm_89": Processor(65536, 102400, 48),
+    "sm_90a": Processor(65536, 233472, 64),
+    "sm_100": Processor(65536, 233472, 64),
+    "sm_120": Processor(65536, 102400, 48),
+    "gfx942": Processor(512, 65536, 32),
+}
+RESERVED_BYTES = 1024  # of shared memory, by CUDA, for each program
+SIMDS = 4  # of a compute unit
+REGISTER_UNIT = 8  # registers of a thread are handed out by eights
+
+
+def resident_programs(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs of `num_warps` warps that one processor holds at once; registers are a thread's."""
+    processor = PROCESSORS[target]
+    registers = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
+    if target == "gfx942":
+        warps, reserved = SIMDS * min(processor.registers // registers, processor.warps // SIMDS), 0
+    else:
+        warps, reserved = min(processor.registers // (32 * registers), processor.warps), RESERVED_BYTES
+    return min(warps // num_warps, processor.shared_bytes // (shared_bytes + reserved))
+
+
+def resident(target: str, element_bytes: int, kernel: str) -> tuple[int, ...]:
+    """For each of BLOCK_DS, the row's programs on one processor, compiled by the Triton that is installed."""
+    counts = []
+    for block_d, tile in zip(BLOCK_DS, TABLE[target][element_bytes][kernel], strict=True):
+        compiled = compile_row((target, kernel, block_d, DTYPES[element_bytes], tile))
+        assert isinstance(compiled, Compiled), compiled
+        counts.append(resident_programs(target, compiled.registers, compiled.shared_bytes, tile.num_warps))
+    return tuple(counts)
+
+
+def main() -> None:
+    for target in TABLE:
+        for element_bytes in TABLE[target]:
+            rows = {kernel: resident(target, element_bytes, kernel) for kernel in ("decode", "forward")}
+            print(target, element_bytes, rows, flush=True)
+
+
+if __name__ == "__main__":
+    main()
