@@ -220,15 +220,15 @@ def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, d
         return reference.gated_forward(*leaves, "sigmoid", 1.0, 1e-6)  # type: ignore[call-arg, arg-type]
 
     with poisoned_memory():  # the second call runs what the first one found out
-        calls = [results(functools.partial(gated_mhf, backend=bench.runs_as(backend)), dtype) for _ in range(2)]
+        got = [results(functools.partial(gated_mhf, backend=bench.runs_as(backend)), dtype) for _ in range(2)]
     eager, exact = results(formula, dtype), results(formula, torch.float64)
     sizes = f"T {T}, H {H} / {H}, E {E}, F {F}"
     case = {"kernel": "gated_mhf", "backend": backend, "dtype": name_of(dtype), "D": D, "sizes": sizes}
     names = ("out", "dq", "dk", "du", "dv", "dgate_weight", "dnorm_weight")
     return [
         checked(case | {"call": call}, *result)
-        for call, got in zip(("first", "second"), calls, strict=True)
-        for result in zip(names, got, eager, exact, strict=True)
+        for call, of_call in zip(("first", "second"), got, strict=True)
+        for result in zip(names, of_call, eager, exact, strict=True)
     ]
 
 
