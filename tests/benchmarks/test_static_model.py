@@ -153,6 +153,7 @@ def test_every_candidate_is_among_the_cases():
     assert len(kernels) == len(set(kernels))
     assert {case[1] for case, _ in kernels} == {
         "forward", "backward_tokens", "backward_weights", "backward_one_pass", "hopper_forward", "hopper_backward",
+        "hopper_backward_tokens",
     }  # fmt: skip
     assert {ships for case, ships in kernels if case[1] == "hopper_forward"} == {True, False}
 

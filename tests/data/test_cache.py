@@ -126,7 +126,8 @@ import sys, time
 from pathlib import Path
 import datasets
 datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
-from flashmhf.data import load_corpus, tokenize, tokens
+from flashmhf.data import tokens
+from flashmhf.data.corpus import load_corpus
 from flashmhf.data.tokenizer import byte_tokenizer
 tokens.rows_at_once = lambda documents: 4
 plain = tokens.encode_documents
@@ -135,7 +136,7 @@ def slow(tokenizer, texts):
     time.sleep(0.05)
     return plain(tokenizer, texts)
 tokens.encode_documents = slow
-tokenize(load_corpus(sys.argv[1]).train, byte_tokenizer())
+tokens.tokenize(load_corpus(sys.argv[1]).train, byte_tokenizer())
 """
 
 

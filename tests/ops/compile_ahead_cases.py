@@ -179,5 +179,6 @@ def compile_and_launch() -> None:
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    with patch.object(tiles, "device_class", lambda device: CLASS):
+    on_a_gpu = patch("flashmhf.ops.triton.launch.has_fast_tanh", lambda device, dtype: dtype.itemsize == 2)
+    with on_a_gpu, patch.object(tiles, "device_class", lambda device: CLASS):
         {"compile": compile_and_launch, "layers": layers}.get(sys.argv[1], functools.partial(keys, sys.argv[1]))()

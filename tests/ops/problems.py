@@ -8,6 +8,7 @@ from torch import Tensor
 from flashmhf.ops import reference
 
 FEW = 256
+ORDERS = 8
 NAMES = ("out", "dq", "dk", "du", "dv", "dgate")
 
 
@@ -47,10 +48,33 @@ def exact_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def eager_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
-    """What eager PyTorch makes of the formula in the inputs' own precision."""
-    *arguments, dout = inputs
-    needs = tuple(x is not None for x in arguments)
-    return [reference.forward(*arguments), *reference.backward(dout, *arguments, needs)]
+    """What eager PyTorch makes of the formula in the inputs' own precision.
+
+    Of few numbers, which eager may get exactly by luck though terms cancel, the least lucky of some orders of the rows.
+    """
+    results = _eager_results(inputs)
+    if all(x is None or x.numel() >= FEW for x in results):
+        return results
+    exact = exact_results(inputs)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(ORDERS):
+        order = torch.randperm(inputs[1].shape[2], generator=generator)
+        for i, (best, other, right) in enumerate(zip(results, _eager_results(inputs, order), exact, strict=True)):
+            if best is not None and best.numel() < FEW and relative_error(other, right) > relative_error(best, right):
+                results[i] = other
+    return results
+
+
+def _eager_results(inputs: list[Tensor | None], order: Tensor | None = None) -> list[Tensor | None]:
+    """With the rows of K, U and V in some order, which changes nothing but the order of sums."""
+    q, k, u, v, gate, dout = inputs
+    needs = tuple(x is not None for x in inputs[:5])
+    if order is None:
+        return [reference.forward(q, k, u, v, gate), *reference.backward(dout, q, k, u, v, gate, needs)]
+    weights = [x[:, :, order] for x in (k, u, v)]
+    dq, *dweights, dgate = reference.backward(dout, q, *weights, gate, needs)
+    back = order.argsort()
+    return [reference.forward(q, *weights, gate), dq, *(x[:, :, back] for x in dweights), dgate]
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -201,7 +201,8 @@ def test_precision_and_determinism_are_asked_for_every_time():
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(calls._calls) == 3
-    precisions = [plan.arguments[-1] for plan in plans() if plan.kernel.arg_names[-1] == "PRECISION"]
+    named = [dict(zip(plan.kernel.arg_names, plan.arguments, strict=True)) for plan in plans()]
+    precisions = [arguments["PRECISION"] for arguments in named if "PRECISION" in arguments]
     assert sorted(precisions) == ["ieee", "ieee", "tf32"]
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import gluon_hopper
 import torch
-from emulated_hopper import HOOKS, caught, run
+from emulated_hopper import HOOKS, caught, start
 from gluon_emulator import EmulationError, emulate
 from gluon_machine import machine
 from gluon_mutants import mutated
@@ -44,7 +44,7 @@ def plan(shape: Shape, options: dict, dtype=torch.bfloat16, gate=True, seed=0, p
 
 
 def within_budget(launch: Launch, inputs: list) -> None:
-    run(launch)
+    start(launch)
     out = launch.arguments["out_desc"].base
     eager, exact = eager_results(inputs)[0], exact_results(inputs)[0]
     assert_within_budget("out", out, eager, exact, precision=out.dtype)

@@ -28,7 +28,7 @@ ENTRIES = [
         "element_bytes": 2,
         "kernel": "backward_one_pass",
         "D": 64,
-        "tile": [32, 32, 4, 2],
+        "tile": [32, 32, 4, 2, True],
     },
     {"claim": "one pass faster", "device": "sm_90a", "D": 64},
 ]
@@ -56,9 +56,9 @@ def test_the_tables_follow_what_is_measured(reload_tables):
     assert hopper_tiles.TABLE["forward"][1] == hopper_tiles.forward_tile(128)
     assert {(128, "bfloat16")} == hopper_tiles.VERIFIED
     assert hopper_tiles.FASTER_FROM == {(128, "bfloat16"): 4096}
-    rows = {(kernel, D): tuple(tile) for kernel, D, tile in triton_tiles.table_rows("sm_90a", 2)}
-    assert rows["forward", 64] == (64, 32, 4, 2)
-    assert rows["backward_one_pass", 64] == (32, 32, 4, 2)
+    rows = {(kernel, D): tile for kernel, D, tile in triton_tiles.table_rows("sm_90a", 2)}
+    assert rows["forward", 64] == triton_tiles.Tile(64, 32, 4, 2)
+    assert rows["backward_one_pass", 64] == triton_tiles.Tile(32, 32, 4, 2, tokens_first=True)
     assert {("sm_90a", 64)} == triton_tiles.ONE_PASS_FASTER
 
 

@@ -53,10 +53,8 @@ def results() -> dict:
     return {
         "settings": {
             "variants": ["swiglu", "flashmhf"],
-            "data": "<script>alert(1)</script>",
-            "tokenizer": "bytes",
+            "data": {"source": "<script>alert(1)</script>", "tokenizer": "bytes", "context_length": 512},
             "seeds": [0, 1],
-            "context_length": 512,
             "document_bytes": 65536,
             "models": ["flashmhf-tiny"],
             "match": "parameters",
