@@ -51,6 +51,8 @@ class RowFile:
         Raises:
             UnusableError: nothing can be written there.
         """
+        taken = {"step", "case", *self.facts} & row.keys()
+        assert not taken, f"a row of {step} with names that say where it comes from: {taken}"
         line = json.dumps({"step": step, "case": case, **_rounded(row), **self.facts}).encode() + b"\n"
         try:
             with self.path.open("ab", buffering=0) as file:

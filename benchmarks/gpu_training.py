@@ -217,7 +217,7 @@ class RunLog:
         self.losses = []
         tokens = (step - self._since_step) * run.batch_size * run.context_length
         tokens_per_s = tokens / (time.perf_counter() - self._since)
-        common = {"contender": run.contender, "seed": run.seed, "learning_rate": run.learning_rate, "step": step}
+        common = {"contender": run.contender, "seed": run.seed, "learning_rate": run.learning_rate, "steps": step}
         if not math.isfinite(loss):
             return {**common, "failed": f"the training loss is {loss}"}
         validation = self.trainee.validate(self.held_out if final else self.held_out[: run.batch_size])

@@ -44,7 +44,7 @@ def rows_of(run: TrainingRun, token_folder: Path) -> list:
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_a_run_learns_and_reports_as_it_goes(contender, token_folder):
     rows = rows_of(toy(contender), token_folder)
-    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert [row["steps"] for row in rows] == [5, 10, 15, 20]
     first, last = rows[0], rows[-1]
     assert last["validation_nats_per_token"] < first["validation_nats_per_token"] - 0.3
     assert last["final"]
