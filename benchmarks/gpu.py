@@ -162,7 +162,7 @@ def _best(step: Step, found: list[Row]) -> str:
     best: dict[str, float] = {}
     for row in found:
         if isinstance(row.get(step.shows), int | float):  # what is not finite is written as a word
-            who = (row["model"], row.get("backend")) if "model" in row else (row.get("variant"),)
+            who = (row["model"], row.get("backend")) if "model" in row else (row.get("contender"), row.get("variant"))
             name = " ".join(filter(None, (*who, row.get("kernel") or row.get("measured_pass"))))
             best[name] = max(best.get(name, float("-inf")), sign * row[step.shows])
     ranked = sorted(best.items(), key=lambda item: -item[1])[:SHOWN]

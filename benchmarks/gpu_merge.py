@@ -1,10 +1,13 @@
 """Rows of several machines and days as one file, a short table in Markdown, and a picture."""
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from flashmhf.benchmarking import table
+from flashmhf.evaluation.bootstrap import student_t
 from flashmhf.files import atomic_write
 from gpu_facts import facts
 from gpu_plots import plot
@@ -22,6 +25,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 FACTS = ("step", "case", "device", "device_class", "torch", "triton", "commit", "code", "kernels", "date")
 OTHER_TILE = "fastest other tile"
+BASELINE, OTHER = "swiglu", "flashmhf"  # of the training comparison
 
 
 def merge(folders: list[Path], merged: Path) -> str:
@@ -84,8 +88,11 @@ def _markdown(rows: list[Row]) -> str:
             "",
             f"torch {torch}, Triton {triton}, commit {commit or f'(code {code})'}",
         ]
-        for step in dict.fromkeys(row["step"] for row in of_origin):
-            lines += _section(step, [row for row in of_origin if row["step"] == step])
+        runs = [row for row in of_origin if "contender" in row]
+        others = [row for row in of_origin if "contender" not in row]
+        for step in dict.fromkeys(row["step"] for row in others):
+            lines += _section(step, [row for row in others if row["step"] == step])
+        lines += _training(runs)
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +115,42 @@ def _section(step: str, rows: list[Row]) -> list[str]:
     elif step not in CHECKS:
         lines.append(table([{key: value for key, value in row.items() if key not in FACTS} for row in rows]))
     return lines
+
+
+def _training(rows: list[Row]) -> list[str]:
+    """The last validation loss of every run, a line each seed, and what the pairs say."""
+    if not rows:
+        return []
+    first, second = BASELINE, OTHER
+    losses: dict[int, Row] = {}
+    for row in rows:
+        if row.get("final"):
+            losses.setdefault(row["seed"], {"seed": row["seed"]})[row["contender"]] = row["validation_nats_per_token"]
+    pairs = [line for line in losses.values() if first in line and second in line]
+    for line in pairs:
+        line["difference"] = line[second] - line[first]
+    differences = [line["difference"] for line in pairs]
+    failures = [f"- {row['contender']}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
+    return [
+        "",
+        "### training",
+        "",
+        "Validation loss of the last step, nats/token:",
+        "",
+        table(list(losses.values())),
+        "",
+        f"{second} less {first}: {_interval(differences)}.",
+        *failures,
+    ]
+
+
+def _interval(differences: list[float]) -> str:
+    """The mean with its 95 % interval over seeds."""
+    count = len(differences)
+    if count < 2:
+        return "not decided: two seeds of both at least are wanted"
+    mean, half = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count) * student_t(count - 1)
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] (95 %, Student's t over {count} seeds)"
 
 
 def _pivot(rows: list[Row], index: tuple[str, ...], column: str, quantity: str) -> list[Row]:

@@ -7,7 +7,8 @@ dispatch. The backends `triton` and `hopper` believe in a GPU: Triton compiles t
 with a function that does nothing in the place of Triton's launch, `ratio_to_c` with Triton's own Python down to its
 launcher written in C. What a launch costs below that (about a cudaLaunchKernel) is in neither layer's time, but for the
 arithmetic of the one token, which is in both. One token stands for many: what the kernels do differently for few tokens
-is switched off, except in the rows `decode`. Parameters have as many elements in the one layer as in the other.
+is switched off, except in the rows `decode`, and of dQ, which the CPU itself rounds, 16 tokens are kept and not a tile
+of 128. Parameters have as many elements in the one layer as in the other.
 
 With --device cuda the same on a GPU, where both layers' real launches count, and one token is as good as many, too.
 """
@@ -34,6 +35,7 @@ from flashmhf.files import write_json
 from flashmhf.layers import FlashMHF
 from flashmhf.layers.baselines import SwiGLU
 from flashmhf.ops import backends, calls
+from flashmhf.ops.hopper import backward
 from flashmhf.ops.triton import forward as triton_forward
 from flashmhf.ops.triton import tiles
 
@@ -84,6 +86,15 @@ def _no_launch(*arguments: Any, stream: int) -> None:
     pass
 
 
+def _of_few_tokens(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, which takes a tile last, with one of 16 tokens."""
+
+    def run(*arguments: Any) -> Tensor:
+        return function(*arguments[:-1], arguments[-1]._replace(block_t=16))
+
+    return run
+
+
 @contextlib.contextmanager
 def imaginary_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
     """CPU tensors pass for tensors on a Hopper GPU with Triton's kernels; repeated launches may be left out."""
@@ -95,6 +106,8 @@ def imaginary_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
     driver.set_active(_Driver())  # for good: Triton cannot go back to having none
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(backends, "BACKENDS", table))
+        for name in ("dq_buffer", "rounded_dq"):
+            patches.enter_context(mock.patch.object(backward, name, _of_few_tokens(getattr(backward, name))))
         if not few_tokens:
             patches.enter_context(few_tokens_as_many())
         if not launches:

@@ -70,6 +70,37 @@ def test_a_folder_without_rows_is_named(tmp_path):
         merge([tmp_path / "none"], tmp_path / "gpu.jsonl")
 
 
+LOSSES = {"swiglu": (3.50, 3.52, 3.51), "flashmhf": (3.47, 3.50, 3.47)}
+
+
+def training_lease(folder, seeds: int) -> None:
+    rows = RowFile(folder / "rows.jsonl", FACTS | {"device": "H100"})
+    rows.prepare()
+    for contender, losses in LOSSES.items():
+        for seed, loss in enumerate(losses[:seeds]):
+            row = {"contender": contender, "seed": seed, "steps": 9, "validation_nats_per_token": loss}
+            for values in (row | {"steps": 1, "validation_nats_per_token": 9.0}, row | {"final": True}):
+                rows.append(f"{contender} {seed}", f"{contender} seed {seed}", values)
+    failure = {"contender": "swiglu", "seed": 7, "failed": "the training loss is nan"}
+    rows.append("swiglu 7", "swiglu seed 7", failure)
+
+
+def test_training_runs_become_one_comparison_over_seeds(tmp_path):
+    training_lease(tmp_path / "a", seeds=3)
+    merge([tmp_path / "a"], tmp_path / "gpu.jsonl")
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("### ") == 1
+    assert "| 1 | 3.52 | 3.5 | -0.02 |" in text
+    assert "flashmhf less swiglu: -0.0300 [-0.0548, -0.0052] (95 %, Student's t over 3 seeds)." in text  # t = 4.3027
+    assert "- swiglu, seed 7: the training loss is nan" in text
+
+
+def test_one_pair_of_training_runs_decides_nothing(tmp_path):
+    training_lease(tmp_path / "a", seeds=1)
+    merge([tmp_path / "a"], tmp_path / "gpu.jsonl")
+    assert "flashmhf less swiglu: not decided" in (tmp_path / "gpu.md").read_text()
+
+
 def test_growth_is_the_slope_of_the_logarithms():
     rows = [{"tokens": T, "median_ms": 3 * T**1.5, "peak_bytes_per_token": 9.0} for T in (10, 100, 400)]
     rows.append({"tokens": 1000, "failed": "OutOfMemoryError"})

@@ -143,8 +143,9 @@ def rounded_dq(added: Tensor, q: Tensor, tile: BackwardTile) -> Tensor:
     T, H, D = q.shape
     if tile.dq != "fragments":
         return added[:T, :, :D].to(q.dtype)
-    tiles = len(added)
-    dq = torch.empty(tiles * tile.block_t, H, D, dtype=q.dtype, device=q.device)
-    in_fragments = dq.view(tiles, tile.block_t // 16, 2, 8, H, D // 8, 4, 2).permute(0, 4, 1, 5, 3, 6, 2, 7)
+    token = H * D  # elements from one to the next
+    dq = torch.empty(len(added) * tile.block_t, H, D, dtype=q.dtype, device=q.device)
+    strides = (tile.block_t * token, D, 16 * token, 8, token, 2, 8 * token, 1)  # of the fragments' dims, see above
+    in_fragments = dq.as_strided((*added.shape[:3], D // 8, *added.shape[4:]), strides)
     in_fragments.copy_(added[:, :, :, : D // 8])
     return dq[:T]
