@@ -24,17 +24,12 @@ def workers(parent: int) -> list[int]:
 
 
 def test_one_of_two_processes_is_told_to_stop(corpus_folder, model_file, tmp_path):
-    run, folder = (
-        TrainConfig(
-            model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
-        ),
-        tmp_path / "two",
-    )
+    data = DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
+    run, folder = TrainConfig(model=str(model_file), data=data), tmp_path / "two"
     log = tmp_path / "log"
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            command(run, folder, 2, "--max-steps", "100000", *FLAGS), stderr=stream, stdout=stream
-        )
+        arguments = command(run, folder, 2, "--max-steps", "100000", *FLAGS)
+        process = subprocess.Popen(arguments, stderr=stream, stdout=stream)
     try:
         deadline = time.monotonic() + 120
         while "step 3/" not in log.read_text() and time.monotonic() < deadline:
@@ -43,7 +38,10 @@ def test_one_of_two_processes_is_told_to_stop(corpus_folder, model_file, tmp_pat
         os.kill(workers(process.pid)[1], signal.SIGTERM)
         process.wait(60)
     finally:
-        process.kill()
+        if process.poll() is None:
+            for worker in workers(process.pid):  # each has a session of its own
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
     (checkpoint,) = folder.glob("checkpoint-*")
     assert check(checkpoint) is None
     assert (checkpoint / "rng_state_0.pth").exists()

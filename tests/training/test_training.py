@@ -197,6 +197,21 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
     assert "Traceback" not in err
 
 
+def test_a_signal_while_the_processes_agree_stops_them_after_the_next_step(monkeypatch):
+    stop, control = trainer.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
+    args = SimpleNamespace(world_size=2, device="cpu")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with stop:
+        stop.on_step_end(args, None, control)
+    assert stop.signal is None
+    assert not control.should_training_stop
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    stop.on_step_end(args, None, control)
+    assert stop.signal == signal.SIGTERM
+    assert control.should_save
+    assert control.should_training_stop
+
+
 def wait_for_training(process: subprocess.Popen) -> None:
     """Returns once the first step has been logged."""
     deadline = time.monotonic() + 60

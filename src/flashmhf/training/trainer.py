@@ -138,7 +138,8 @@ class StopOnSignal(TrainerCallback):
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # that ended training: the same in all processes
+        self._received = 0  # another may come at any moment, while the processes agree, too
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -150,17 +151,19 @@ class StopOnSignal(TrainerCallback):
         self._restore()
 
     def on_step_end(self, args, state, control, **kwargs):
+        number = self._received
         if args.world_size > 1:  # signals reach processes at different steps, and all must save after the same one
-            number = torch.tensor(self.signal or 0, device=args.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.signal = int(number) or None
+            received = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            number = int(received)
+        self.signal = number or None
         if self.signal is not None:
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def _receive(self, number: int, frame: object) -> None:
-        self.signal = number
+        self._received = number
         self._restore()
         logger.warning("%s: saving a checkpoint after this step", signal.Signals(number).name)
 
