@@ -72,6 +72,25 @@ def zeros_of(BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS_FIRST: tl.cons
         return tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
 
 
+@triton.jit
+def load_own_rows(
+    k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
+    E, F, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, EVEN_F: tl.constexpr,
+):  # fmt: skip
+    """The program's parameter head, sub-network and rows, and K, U and V of these."""
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    kv_head = (tl.program_id(0) // (E * tiles_f)).to(tl.int64)
+    e = (tl.program_id(0) // tiles_f) % E
+    offs_f = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows_w = kv_head * stride_wh + e.to(tl.int64) * stride_we + offs_f.to(tl.int64) * stride_wf
+    offs_w = rows_w[:, None] + offs_d[None, :] * stride_wd
+    k = load_tile(k_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
+    u = load_tile(u_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
+    v = load_tile(v_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
+    return kv_head, e, offs_f, k, u, v
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def backward_weights_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
@@ -86,17 +105,11 @@ def backward_weights_kernel(
     NEEDS_K: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_V: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_F rows of one sub-network and walks over all tokens of the heads that share them."""
-    tiles_f = tl.cdiv(F, BLOCK_F)
-    kv_head = (tl.program_id(0) // (E * tiles_f)).to(tl.int64)
-    e = (tl.program_id(0) // tiles_f) % E
-    offs_f = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
+    kv_head, e, offs_f, k, u, v = load_own_rows(
+        k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd, E, F, D, BLOCK_D, BLOCK_F, EVEN_F
+    )
     offs_t = tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
-    rows_w = kv_head * stride_wh + e.to(tl.int64) * stride_we + offs_f.to(tl.int64) * stride_wf
-    offs_w = rows_w[:, None] + offs_d[None, :] * stride_wd
-    k = load_tile(k_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
-    u = load_tile(u_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
-    v = load_tile(v_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
     dk = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
     du = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
     dv = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
@@ -153,17 +166,11 @@ def backward_one_pass_kernel(
     FAST_TANH: tl.constexpr, TOKENS_FIRST: tl.constexpr, ADDS_GATE: tl.constexpr,
 ):  # fmt: skip
     """As `backward_weights_kernel`; dq and dgate are float32 and get this program's share added."""
-    tiles_f = tl.cdiv(F, BLOCK_F)
-    kv_head = (tl.program_id(0) // (E * tiles_f)).to(tl.int64)
-    e = (tl.program_id(0) // tiles_f) % E
-    offs_f = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
+    kv_head, e, offs_f, k, u, v = load_own_rows(
+        k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd, E, F, D, BLOCK_D, BLOCK_F, EVEN_F
+    )
     offs_t = tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
-    rows_w = kv_head * stride_wh + e.to(tl.int64) * stride_we + offs_f.to(tl.int64) * stride_wf
-    offs_w = rows_w[:, None] + offs_d[None, :] * stride_wd
-    k = load_tile(k_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
-    u = load_tile(u_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
-    v = load_tile(v_ptr + offs_w, offs_f < F, offs_d < D, EVEN_F, D == BLOCK_D)
     dk = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
     du = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
     dv = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
