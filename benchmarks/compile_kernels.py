@@ -52,10 +52,10 @@ SHARED_LIMITS = {
 }  # bytes a program
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (1, 2))]
-TURNABLE = ("backward_weights", "backward_one_pass")
+TURNABLE = ("backward_dkuv", "backward_fused")
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
-HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_tokens")
+HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_dq")
 HOPPER_WARPS = 8  # consumers; the producer is one more
 INTRODUCTION = """\
 All rows, in [kernels.csv](kernels.csv), compiled by Triton {}: bfloat16 and float32, E 7, F 384. `issued` is the

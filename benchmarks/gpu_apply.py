@@ -152,13 +152,13 @@ def triton_entries(rows: list[Row], say: Say) -> Iterator[Entry]:
         if broken is None and "two_kernels_ms" in row:
             key = ("one pass", row["device_class"], row["D"])
             entries.pop(key, None)  # the latest measurement decides
-            entries |= _one_pass(key, row, say)
+            entries |= _fused(key, row, say)
     yield from entries.values()
 
 
-def _one_pass(key: tuple[Any, ...], row: Row, say: Say) -> dict[tuple[Any, ...], Entry]:
+def _fused(key: tuple[Any, ...], row: Row, say: Say) -> dict[tuple[Any, ...], Entry]:
     own = row["best_ms"] if row["speedup"] >= WORTH_IT else row["shipped_ms"]
-    times = {"one_pass_ms": own, "two_kernels_ms": row["two_kernels_ms"]}
+    times = {"fused_ms": own, "two_kernels_ms": row["two_kernels_ms"]}
     if not all(own[T] * WORTH_IT < row["two_kernels_ms"][T] for T in own):
         say(f"keeps two kernels: {key[1]} D={key[2]}: {times}")
         return {}

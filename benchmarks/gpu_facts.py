@@ -62,10 +62,10 @@ def check_device(device: torch.device) -> None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
         raise ValueError(f"triton: expected 3.6 or later, got {triton.__version__}")
     problem = Problem(16, 2, 2, 2, 64, 64, torch.bfloat16, device, has_gate=True)
-    why_not = backends(problem)["triton"]
-    if why_not is not None:
+    unsupported_reason = backends(problem)["triton"]
+    if unsupported_reason is not None:
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"device: expected one that runs the kernels, got {name}: {why_not}")
+        raise ValueError(f"device: expected one that runs the kernels, got {name}: {unsupported_reason}")
 
 
 def code_hash() -> str:

@@ -13,13 +13,13 @@ from torch import Tensor
 from flashmhf.benchmarking import Row
 from flashmhf.ops import reference
 from flashmhf.ops.hopper import backward as hopper_backward
-from flashmhf.ops.hopper import backward_tokens as hopper_tokens
+from flashmhf.ops.hopper import backward_dq as hopper_tokens
 from flashmhf.ops.hopper import forward as hopper_forward
-from flashmhf.ops.hopper.added_dq import dq_buffer, rounded_dq
+from flashmhf.ops.hopper.dq_accum import dq_buffer, rounded_dq
 from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile, HopperTile, TokensTile
 from flashmhf.ops.prologue import Prologue
 from flashmhf.ops.triton import tiles
-from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
+from flashmhf.ops.triton.backward import plan_backward_dkuv, plan_backward_dq
 from flashmhf.ops.triton.forward import plan_combine, plan_forward, splits_for
 from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import plan_prologue_backward, plan_prologue_forward, programs_per_head
@@ -61,27 +61,27 @@ def _forward(inputs: list[Tensor], tile: Tile) -> Prepared:
     return Prepared(launches, {"out": out})
 
 
-def _backward_tokens(inputs: list[Tensor], tile: Tile) -> Prepared:
+def _backward_dq(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
-    launch = plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate, tile)
+    launch = plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)
     return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
-def _backward_weights(inputs: list[Tensor], tile: Tile) -> Prepared:
+def _backward_dkuv(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dk, du, dv = (poisoned(weight) for weight in (k, u, v))
-    launch = plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile)
+    launch = plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile)
     return Prepared([launch], {"dk": dk, "du": du, "dv": dv})
 
 
-def _backward_one_pass(inputs: list[Tensor], tile: Tile) -> Prepared:
+def _backward_fused(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
     sums = {name: torch.empty_like(results[name], dtype=torch.float32) for name in ("dq", "dgate")}
-    launch = plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile, *sums.values())
+    launch = plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile, *sums.values())
     return Prepared([launch], results, sums)
 
 
@@ -96,19 +96,19 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
-    added_dq, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
-    launches = hopper_backward.plan_backward_split(dout, q, k, u, v, gate, dk, du, dv, added_dq, added_dgate, tile)
+    dq_accum, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
+    launches = hopper_backward.plan_backward_split(dout, q, k, u, v, gate, dk, du, dv, dq_accum, added_dgate, tile)
 
     def rounded(name: str, total: Tensor) -> Tensor:
         return rounded_dq(total, q, tile) if name == "dq" else total
 
-    return Prepared(launches, results, {"dq": added_dq, "dgate": added_dgate}, rounded)
+    return Prepared(launches, results, {"dq": dq_accum, "dgate": added_dgate}, rounded)
 
 
-def _hopper_backward_tokens(inputs: list[Tensor], tile: TokensTile) -> Prepared:
+def _hopper_backward_dq(inputs: list[Tensor], tile: TokensTile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
-    launch = hopper_tokens.plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate, tile)
+    launch = hopper_tokens.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)
     return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
@@ -143,12 +143,12 @@ PROLOGUE = Prologue("sigmoid", 1.0, 1e-6)
 KERNELS: dict[str, Callable[[list[Tensor], Any], Prepared]] = {
     "decode": _forward,
     "forward": _forward,
-    "backward_tokens": _backward_tokens,
-    "backward_weights": _backward_weights,
-    "backward_one_pass": _backward_one_pass,
+    "backward_dq": _backward_dq,
+    "backward_dkuv": _backward_dkuv,
+    "backward_fused": _backward_fused,
     "hopper_forward": _hopper_forward,
     "hopper_backward": _hopper_backward,
-    "hopper_backward_tokens": _hopper_backward_tokens,
+    "hopper_backward_dq": _hopper_backward_dq,
     "prologue_forward": _prologue_forward,
     "prologue_backward": _prologue_backward,
 }

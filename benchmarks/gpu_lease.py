@@ -21,7 +21,7 @@ from gpu_rows import Row, RowFile, UnusableError, append_failure
 
 SCRIPT = Path(__file__).with_name("gpu_step.py")
 COMPLETE, OUT_OF_TIME, DEVICE_BROKEN, UNUSABLE = 0, 10, 11, 12  # how gpu_step.py exits
-LEAST_S = 5  # a step that gets less is skipped
+MIN_S = 5  # a step that gets less is skipped
 GRACE_S = 3  # before the limit no case begins any more
 POLL_S = 0.05
 ENVIRONMENT = {
@@ -80,7 +80,7 @@ class Lease:
 
     def _step(self, step: Step, process: subprocess.Popen[str], later_s: float) -> Outcome:
         left = self._deadline - time.monotonic()
-        if left < LEAST_S:
+        if left < MIN_S:
             return Outcome(step, 0, "skipped: no time left")
         began = time.monotonic()
         deadline = began + min(left, max(step.limit_s, left - later_s))  # what earlier steps saved is this one's
@@ -108,7 +108,7 @@ class Lease:
             if latest is None:
                 return f"incomplete: {reason}"  # outside of any case: another process would do the same
             append_failure(self.rows, step.name, latest["case"], latest, reason)
-        return None if deadline - time.monotonic() > LEAST_S else f"incomplete: {reason}"
+        return None if deadline - time.monotonic() > MIN_S else f"incomplete: {reason}"
 
     def _start(self, step: Step) -> subprocess.Popen[str]:
         """A process that imports what the step needs and waits.

@@ -1,7 +1,7 @@
 """Steps `training` and `generation`: whole language models against their SwiGLU presets.
 
 One model at a time is on the device, since two of 1.3B with AdamW and their activations may not fit it. They compare by
-`mfu_of_matmul` or tokens a second; the yardstick is measured beside each model.
+`mfu_of_matmul` or tokens/s; the yardstick is measured beside each model.
 """
 
 import functools

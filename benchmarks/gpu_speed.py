@@ -20,7 +20,7 @@ from gpu_checks import HEAD_DIMS, SMOKE_DIM, prepared
 PRODUCTS = {
     "forward": 3,
     "backward": 8,
-    "backward_tokens": 5,
+    "backward_dq": 5,
 }  # what the algorithm needs; a kernel may compute some of them again
 OP_TOKENS = (16384, 4096, 65536, 1024)
 DIMS_TOKENS = (4096, 16384)
@@ -63,7 +63,7 @@ def _op(bench: Bench, name: str, shape: Shape, D: int, dtype: torch.dtype, T: in
         for key, variant in named.items():
             yield {"state": "trying", **variant.row(), **common}
             call = prepared(bench, variant, inputs)
-            if reason := _why_not(bench, call):
+            if reason := _invalid_reason(bench, call):
                 yield {**variant.row(), **common, **reason}
             else:
                 calls[key] = call
@@ -77,7 +77,7 @@ def _op(bench: Bench, name: str, shape: Shape, D: int, dtype: torch.dtype, T: in
             yield {**named[key].row(), **common, **vars(measured), **speed}
 
 
-def _why_not(bench: Bench, call: Callable[[], Any]) -> Row | None:
+def _invalid_reason(bench: Bench, call: Callable[[], Any]) -> Row | None:
     """Why a call cannot be timed. Raises where nothing can be any more."""
     try:
         call()
@@ -144,7 +144,7 @@ def _grow(bench: Bench, name: str, T: int) -> list[Row]:
 
 
 def growth_fit(rows: list[Row]) -> Row:
-    """The exponent of time in T, by least squares of its logarithm, and the range of peak bytes a token."""
+    """The exponent of time in T, by least squares of its logarithm, and the range of peak bytes/token."""
     rows = [row for row in rows if "median_ms" in row]
     if len(rows) < 2:
         return {}

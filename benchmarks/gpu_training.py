@@ -84,10 +84,10 @@ class TrainingRun:
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def config_of(run: TrainingRun, vocab_size: int, trunk: dict[str, Any] = TRUNK) -> FlashMHFConfig:
+def config_of(run: TrainingRun, vocab_size: int, backbone: dict[str, Any] = TRUNK) -> FlashMHFConfig:
     """The model of a run."""
     ffn = CONTENDERS[run.contender]
-    return FlashMHFConfig(vocab_size=vocab_size, pad_token_id=None, backend=run.backend, **(trunk | ffn))
+    return FlashMHFConfig(vocab_size=vocab_size, pad_token_id=None, backend=run.backend, **(backbone | ffn))
 
 
 class Trainee:
@@ -151,14 +151,14 @@ class Trainee:
 def training(bench: Bench, contender: str, seed: int) -> Iterator[Case]:
     """One run, on the backend that `auto` takes."""
     run = TrainingRun(contender=contender, seed=seed)
-    trunk = TRUNK
+    backbone = TRUNK
     if bench.dry_run:
         run = replace(run, batch_size=2, context_length=16, tokens=20 * 2 * 16, validations=4)
-        trunk = TOY_TRUNK
+        backbone = TOY_TRUNK
 
     def measure() -> Iterator[Row]:
         files = toy_tokens() if bench.dry_run else read_tokens(TOKENS)
-        return train(run, files, bench.device, bench.dtype, trunk=trunk)
+        return train(run, files, bench.device, bench.dtype, backbone=backbone)
 
     yield Case(f"{contender} seed {seed}", measure, {"contender": contender})
 
@@ -169,10 +169,10 @@ def train(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    trunk: dict[str, Any] = TRUNK,
+    backbone: dict[str, Any] = TRUNK,
 ) -> Iterator[Row]:
     """Trains one model; every row as it is known: losses in nats per token, speed, and a last one."""
-    trainee = Trainee(config_of(run, files.vocab_size, trunk), run, device, dtype)
+    trainee = Trainee(config_of(run, files.vocab_size, backbone), run, device, dtype)
     blocks, held_out = (_blocks(files.streams[part], run).to(device) for part in ("train", "validation"))
     order = _order(len(blocks), run).to(device)
     log = RunLog(trainee, files, held_out)

@@ -102,7 +102,7 @@ def imaginary_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
     def no_reason(problem: Any) -> None:
         return None
 
-    table = tuple(dataclasses.replace(row, why_not=no_reason) for row in backends.BACKENDS)
+    table = tuple(dataclasses.replace(row, unsupported_reason=no_reason) for row in backends.BACKENDS)
     driver.set_active(_Driver())  # for good: Triton cannot go back to having none
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(backends, "BACKENDS", table))

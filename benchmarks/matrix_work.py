@@ -17,17 +17,17 @@ WARPS_OF_A_WARPGROUP = 4
 PRODUCTS = {
     "decode": 3,
     "forward": 3,
-    "backward_tokens": 5,
-    "backward_weights": 6,
-    "backward_one_pass": 8,
+    "backward_dq": 5,
+    "backward_dkuv": 6,
+    "backward_fused": 8,
     "hopper_forward": 3,
     "hopper_backward": 8,
-    "hopper_backward_tokens": 5,
+    "hopper_backward_dq": 5,
     "prologue_forward": 1,
     "prologue_backward": 3,
 }
 BLOCK_E = 16  # the sub-networks of a prologue's product, padded
-WARPGROUPS = {"hopper_forward": 2, "hopper_backward_tokens": 2}  # with block_t tokens each; else all have the same
+WARPGROUPS = {"hopper_forward": 2, "hopper_backward_dq": 2}  # with block_t tokens each; else all have the same
 
 
 @dataclass(frozen=True)

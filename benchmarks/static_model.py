@@ -75,7 +75,7 @@ def tma_bytes(case: Case) -> int:
     _, kernel, D, dtype, tile = case
     rows = {
         "hopper_forward": 3 * tile.block_f,
-        "hopper_backward_tokens": 3 * tile.block_f,
+        "hopper_backward_dq": 3 * tile.block_f,
         "hopper_backward": 2 * tile.block_t,
     }
     return rows.get(kernel, 0) * D * dtype.itemsize
@@ -131,8 +131,8 @@ def two_kernels(tokens: Prediction, weights: Prediction) -> Prediction:
 def predictions(loops: list[Loop]) -> list[Prediction]:
     """Of all kernels at all shapes, and of the portable backward as a whole."""
     rows = [predict(loop, name, T) for loop in loops for name in MODELS for T in TOKENS]
-    weights = {_place(row): row for row in rows if row.kernel == "backward_weights"}
-    return rows + [two_kernels(row, weights[_place(row)]) for row in rows if row.kernel == "backward_tokens"]
+    weights = {_place(row): row for row in rows if row.kernel == "backward_dkuv"}
+    return rows + [two_kernels(row, weights[_place(row)]) for row in rows if row.kernel == "backward_dq"]
 
 
 def _place(row: Prediction) -> tuple[str, int, str, int]:

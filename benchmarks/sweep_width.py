@@ -85,7 +85,7 @@ def run_trial(trial: Trial, data: str) -> dict[str, Any]:
         config = TrainConfig(
             model=str(file),
             data=DataConfig(source=data, context_length=CONTEXT, validation_tokens=2**15),
-            width_scaled_learning_rate=base_width,
+            mup_base_width=base_width,
         )
         result = train(config, parse_arguments(flags, f"{folder}/run"))
     return asdict(trial) | {name: result[name] for name in ("parameters", "validation_loss", "elapsed_s")}
@@ -166,9 +166,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         points = [(rate, loss) for rate, values in found.items() for loss in values]
         panel.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=4)
         rule = f"rates by fan-in from {BASE_WIDTH}" if by_fan_in else "one learning rate"
-        panel.set(
-            title=f"{variant}, {rule}", xscale="log", xlabel="learning rate", ylabel="validation loss, nats a byte"
-        )
+        panel.set(title=f"{variant}, {rule}", xscale="log", xlabel="learning rate", ylabel="validation loss, nats/byte")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)

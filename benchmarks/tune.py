@@ -67,7 +67,7 @@ def _tune(bench: Bench, kernel: str, dtype: torch.dtype, D: int, shipped: dict[t
         **{key: checks[best][key] for key in ("error", "budget", "passed")},
         "fitting": len(fitting), "wrong": wrong,
     }  # fmt: skip
-    if kernel == "backward_one_pass":
+    if kernel == "backward_fused":
         row["two_kernels_ms"] = _two_kernels_ms(bench, dtype, D, shipped)
     return [row]
 
@@ -144,10 +144,10 @@ def _slowdown(times: dict[Tile, dict[int, float]], tile: Tile, shipped: Tile) ->
 
 
 def _two_kernels_ms(bench: Bench, dtype: torch.dtype, D: int, shipped: dict[tuple[str, int], Tile]) -> dict[int, float]:
-    """What the one-pass form replaces. Both kinds of kernel are timed by the same clock, minutes apart at most."""
+    """What the fused form replaces. Both kinds of kernel are timed by the same clock, minutes apart at most."""
     total = {}
-    for T, inputs in _timed_inputs(bench, "backward_one_pass", dtype, D):
-        kernels = ("backward_tokens", "backward_weights")
+    for T, inputs in _timed_inputs(bench, "backward_fused", dtype, D):
+        kernels = ("backward_dq", "backward_dkuv")
         calls: dict[str, Callable[[], Any]] = {
             kernel: gpu_kernels.KERNELS[kernel](inputs, shipped[kernel, D]) for kernel in kernels
         }

@@ -15,4 +15,4 @@ compare() {
 }
 
 compare --seeds 0,1,2,3,4 --output-dir "$out/layers" "$@"
-compare --seeds 0,1,2 --gate none --q-norm off --head-dim 32,128 --output-dir "$out/ablations" "$@"
+compare --seeds 0,1,2 --gate-type none --q-norm off --head-dim 32,128 --output-dir "$out/ablations" "$@"

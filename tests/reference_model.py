@@ -1,7 +1,7 @@
 """An oracle for conversion: models of the reference code's two families, built from formulas and formats alone.
 
 Nothing here uses the package. Sources: arXiv 2512.06989, section 3, for the function; the published checkpoints' tensor
-names and layouts for the state dict; transformers' Llama for the trunk.
+names and layouts for the state dict; transformers' Llama for the backbone.
 """
 
 import json

@@ -59,7 +59,7 @@ def test_swiglu_has_equal_flops():
     counted = {}
     for name, layer in {
         "flashmhf": FlashMHF(
-            shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, gate=None
+            shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size, gate_type=None
         ),
         "swiglu": SwiGLU(shape.hidden_size, shape.swiglu_size),
     }.items():

@@ -190,10 +190,10 @@ def tuned(kernel: str, speedup: float, **changes) -> dict:
 
 
 def test_portable_tiles_follow_tune(applied):
-    report, entries = applied([tuned("forward", 1.2), tuned("backward_tokens", 1.01)])
+    report, entries = applied([tuned("forward", 1.2), tuned("backward_dq", 1.01)])
     (entry,) = claims(entries, "triton tile")
     assert (entry["kernel"], entry["tile"]) == ("forward", [64, 32, 4, 2])
-    assert "keeps: triton sm_90a 2 backward_tokens 64" in report
+    assert "keeps: triton sm_90a 2 backward_dq 64" in report
     assert ("forward", 64, triton_tiles.Tile(64, 32, 4, 2)) in [*triton_tiles.table_rows("sm_90a", 2)]
     wrong = HERE | {"step": "tiles", "case": "x", "kernel": "forward", "dtype": "bfloat16", "D": 64}
     wrong |= {"tile": "64x32x4x2", "result": "out", "error": 1.0, "budget": 0.1, "passed": False}
@@ -203,9 +203,9 @@ def test_portable_tiles_follow_tune(applied):
 
 
 @pytest.mark.parametrize(("two_ms", "flips"), [(3.0, True), (2.0, False)])
-def test_one_pass_where_it_beats_two_kernels(two_ms, flips, applied):
-    _, entries = applied([tuned("backward_one_pass", 1.0, two_kernels_ms={"1024": two_ms})])
-    assert (frozenset({("sm_90a", 64)}) if flips else frozenset()) == triton_tiles.ONE_PASS_FASTER
+def test_fused_where_it_beats_two_kernels(two_ms, flips, applied):
+    _, entries = applied([tuned("backward_fused", 1.0, two_kernels_ms={"1024": two_ms})])
+    assert (frozenset({("sm_90a", 64)}) if flips else frozenset()) == triton_tiles.FUSED_FASTER
     assert len(entries) == flips
 
 

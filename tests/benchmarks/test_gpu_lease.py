@@ -78,7 +78,7 @@ def test_a_step_out_of_time_leaves_the_others_theirs(lease, rows):
 
 
 def test_without_time_steps_are_skipped_and_say_so(lease, rows):
-    code, printed = lease(GOOD, LAST, seconds=gpu_lease.LEAST_S - 1)
+    code, printed = lease(GOOD, LAST, seconds=gpu_lease.MIN_S - 1)
     assert code == 1
     assert printed.count("skipped: no time left") == 4  # when it happens, and in the table
     assert not rows.path.read_bytes()

@@ -38,7 +38,7 @@ def toy(contender: str, **changes) -> TrainingRun:
 
 
 def rows_of(run: TrainingRun, token_folder: Path) -> list:
-    return list(train(run, read_tokens(token_folder), CPU, torch.float32, trunk=TOY))
+    return list(train(run, read_tokens(token_folder), CPU, torch.float32, backbone=TOY))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

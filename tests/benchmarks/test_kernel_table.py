@@ -22,10 +22,10 @@ def row(**changes) -> Row:
 
 
 def test_summary():
-    rows = [row(), row(kernel="backward_weights", issued=1.5, registers=250, spilled=8), row(issued=None)]
+    rows = [row(), row(kernel="backward_dkuv", issued=1.5, registers=250, spilled=8), row(issued=None)]
     rows += [row(kernel="prologue_forward", issued=4.0), row(target="sm_90a", shared_bytes=100 * 1024)]
     assert summary(rows, {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}).splitlines()[2:] == [
-        "| sm_80 | 4 | 1 | 250 | 80 of 163 KiB | 1, most 1.50 (backward_weights, bfloat16, head dim 128) |",
+        "| sm_80 | 4 | 1 | 250 | 80 of 163 KiB | 1, most 1.50 (backward_dkuv, bfloat16, head dim 128) |",
         "| sm_90a | 1 | 0 | 200 | 100 of 227 KiB | none |",
     ]
 

@@ -108,7 +108,7 @@ def test_eight_products_of_two_kernels():
     """At full rate both kernels take eleven products' time for eight."""
     tokens, weights = (
         predict(loop(kernel, Tile(64, 64, 8, 2), products * 256), "1.3b", 65536)
-        for kernel, products in (("backward_tokens", 5), ("backward_weights", 6))
+        for kernel, products in (("backward_dq", 5), ("backward_dkuv", 6))
     )
     both = two_kernels(tokens, weights)
     assert both.overlapped == pytest.approx(8 / (5 / tokens.overlapped + 6 / weights.overlapped))
@@ -152,8 +152,8 @@ def test_every_candidate_is_among_the_cases():
     kernels = cases("sm_90a")
     assert len(kernels) == len(set(kernels))
     assert {case[1] for case, _ in kernels} == {
-        "forward", "backward_tokens", "backward_weights", "backward_one_pass", "hopper_forward", "hopper_backward",
-        "hopper_backward_tokens",
+        "forward", "backward_dq", "backward_dkuv", "backward_fused", "hopper_forward", "hopper_backward",
+        "hopper_backward_dq",
     }  # fmt: skip
     assert {ships for case, ships in kernels if case[1] == "hopper_forward"} == {True, False}
 

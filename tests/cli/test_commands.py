@@ -94,7 +94,7 @@ def test_train_eval_generate(command, tmp_path, corpus_folder, model_file):
     assert evaluated.json["bits_per_byte"] > 0
     everything = command("eval", folder, "--data", str(corpus_folder), "--split", "all", "--json").json
     assert everything["documents"] == 30
-    assert "nats a token" in command("eval", folder, "--data", str(corpus_folder)).out
+    assert "nats/token" in command("eval", folder, "--data", str(corpus_folder)).out
     generated = command("generate", folder, "--prompt", "the quick", "--max-new-tokens", "5", "--json")
     assert generated.json["prompt"] == "the quick"
     again = command("generate", folder, "--prompt", "the quick", "--max-new-tokens", "5", "--json")

@@ -17,7 +17,7 @@ from flashmhf.comparison.plan import Plan
 from flashmhf.comparison.settings import Contender
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
-from flashmhf.estimates.cost import account, count_parameters
+from flashmhf.estimates.cost import count_parameters, model_cost
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.configuration import FFN_TYPES
 
@@ -126,7 +126,7 @@ def finish(run, loss: float) -> None:
 
 def test_each_variant_goes_on_with_its_best_learning_rate(settings, tmp_path):
     rates = {"swiglu": (1e-3, 2e-3), "flashmhf": (1e-3, 2e-3)}
-    plan = Plan(settings(learning_rates=rates, seeds=(3, 4), ablations={"gate": ("none",)}), tmp_path)
+    plan = Plan(settings(learning_rates=rates, seeds=(3, 4), ablations={"gate-type": ("none",)}), tmp_path)
     assert [(run.entry.name, run.learning_rate, run.seed) for run in plan.sweep()] == [
         ("swiglu", 1e-3, 3), ("swiglu", 2e-3, 3), ("flashmhf", 1e-3, 3), ("flashmhf", 2e-3, 3),
     ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_each_variant_goes_on_with_its_best_learning_rate(settings, tmp_path):
         finish(run, loss)
     assert [(run.entry.name, run.learning_rate, run.seed) for run in plan.final()] == [
         ("swiglu", 1e-3, 3), ("flashmhf", 2e-3, 3), ("swiglu", 1e-3, 4), ("flashmhf", 2e-3, 4),
-        ("flashmhf-gate-none", 2e-3, 3), ("flashmhf-gate-none", 2e-3, 4),
+        ("flashmhf-gate-type-none", 2e-3, 3), ("flashmhf-gate-type-none", 2e-3, 4),
     ]  # fmt: skip
     assert [run.trial.finished for run in plan.final()] == [True, True, False, False, False, False]
 
@@ -142,8 +142,8 @@ def test_each_variant_goes_on_with_its_best_learning_rate(settings, tmp_path):
 @pytest.mark.parametrize(
     ("ablation", "expected"),
     [
-        (("gate", "none"), {"gate": None}),
-        (("gate", "softmax"), {"gate": "softmax"}),
+        (("gate-type", "none"), {"gate_type": None}),
+        (("gate-type", "softmax"), {"gate_type": "softmax"}),
         (("q-norm", "off"), {"q_norm": False}),
         (("projections", "off"), {"ffn_projections": False}),
         (("head-dim", "32"), {"num_ffn_heads": 8, "num_ffn_kv_heads": 8, "score_scale": 8.0}),
@@ -160,7 +160,7 @@ def test_an_ablation_changes_one_thing_and_keeps_the_size(ablation, expected):
 def test_flops_can_be_matched_instead():
     base = FlashMHFConfig.from_preset("flashmhf-tiny")
     config = match(base, Contender("swiglu"), by="flops", context_length=256)
-    ours, theirs = (account(c, 256)["forward_flops_per_token"] for c in (base, config))
+    ours, theirs = (model_cost(c, 256).forward_flops_per_token for c in (base, config))
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
@@ -188,18 +188,18 @@ def test_several_trunks(settings, tmp_path):
         ({"variants": ("swiglu", "swiglu")}, "variants: expected each once, got swiglu, swiglu"),
         ({"seeds": ()}, "seeds: expected at least one, got none"),
         ({"models": ()}, "model: expected at least one, got none"),
-        ({"ablations": {"gate": ("none", "none")}}, "gate: expected each once, got none, none"),
+        ({"ablations": {"gate-type": ("none", "none")}}, "gate-type: expected each once, got none, none"),
         (
             {"learning_rates": {"swiglu": (1e-3, 0.001)}},
             "learning-rate of swiglu: expected each once, got 0.001, 0.001",
         ),
         ({"match": "bytes"}, "match: expected parameters or flops, got 'bytes'"),
         ({"depth": "deep"}, "depth: expected same or paper, got 'deep'"),
-        ({"ablations": {"gate": ("relu",)}}, "gate: expected some of sigmoid, softmax, none, got 'relu'"),
+        ({"ablations": {"gate-type": ("relu",)}}, "gate-type: expected some of sigmoid, softmax, none, got 'relu'"),
         ({"ablations": {"head-dim": ("0",)}}, "head-dim: expected positive whole numbers, got '0'"),
         (
-            {"variants": ("swiglu",), "ablations": {"gate": ("none",)}},
-            "gate: expected flashmhf among the variants, got swiglu",
+            {"variants": ("swiglu",), "ablations": {"gate-type": ("none",)}},
+            "gate-type: expected flashmhf among the variants, got swiglu",
         ),
         (
             {"learning_rates": {"pkv": (1e-3,)}},

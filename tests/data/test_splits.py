@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from flashmhf.data.corpus import load_corpus
-from flashmhf.data.splits import beginnings, load_documents
+from flashmhf.data.splits import load_documents, truncate_documents
 from flashmhf.errors import InputError
 
 SIZES = {"train": 30, "validation": 4, "test": 3}
@@ -78,10 +78,10 @@ def test_a_dataset_of_a_script_is_refused_with_a_way_out(monkeypatch):
         load_documents("deepmind/pg19", split="test")
 
 
-def test_beginnings_end_between_characters():
+def test_truncation_ends_between_characters():
     documents = datasets.Dataset.from_dict({"text": ["naïve", "abc", ""], "origin": ["a", "b", "c"]})
-    assert list(beginnings(documents, 3)["text"]) == ["na", "abc", ""]  # ï takes bytes 3 and 4
-    assert list(beginnings(documents, 4)["text"]) == ["naï", "abc", ""]
-    assert list(beginnings(documents, 4)["origin"]) == ["a", "b", "c"]
+    assert list(truncate_documents(documents, 3)["text"]) == ["na", "abc", ""]  # ï takes bytes 3 and 4
+    assert list(truncate_documents(documents, 4)["text"]) == ["naï", "abc", ""]
+    assert list(truncate_documents(documents, 4)["origin"]) == ["a", "b", "c"]
     with pytest.raises(InputError, match="document-bytes: expected 1 or more, got 0"):
-        beginnings(documents, 0)
+        truncate_documents(documents, 0)

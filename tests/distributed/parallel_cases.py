@@ -24,7 +24,7 @@ from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 BATCH, LENGTH = 4, 12
 MODELS: dict[str, dict[str, Any]] = {
     "flashmhf": {"q_norm": True, "init": "scaled", "score_scale": 4.0, "gate_scale": 4.0, "output_scale": 3.0},
-    "grouped": {"num_ffn_kv_heads": 2, "gate": "softmax", "tie_word_embeddings": True, "mlp_bias": True},
+    "grouped": {"num_ffn_kv_heads": 2, "gate_type": "softmax", "tie_word_embeddings": True, "mlp_bias": True},
     "recomputed": {"recompute_q": True, "ffn_norm": False},
     "mhffn": {"ffn_type": "mhffn", "init": "scaled"},
     "pkv": {"ffn_type": "pkv"},

@@ -135,13 +135,13 @@ def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_bad_steps_end_a_split_run_with_a_whole_checkpoint(run, model_file, tmp_path):
+def test_non_finite_steps_end_a_split_run_with_a_whole_checkpoint(run, model_file, tmp_path):
     """Of a model with tied embeddings, which are saved once."""
     tied, folder = dataclasses.replace(run, model=str(model_file)), tmp_path / "run"
-    flags = ("--learning-rate", "1e30", "--warmup-steps", "0", "--max-bad-steps", "2", "--save-steps", "100")
+    flags = ("--learning-rate", "1e30", "--warmup-steps", "0", "--max-non-finite-steps", "2", "--save-steps", "100")
     ended = split(tied, folder, "tp x fsdp", *flags)
     assert ended.returncode == 1
-    assert "max-bad-steps: expected a finite loss" in ended.stderr
+    assert "max-non-finite-steps: expected a finite loss" in ended.stderr
     (checkpoint,) = folder.glob("checkpoint-*")
     assert check(checkpoint) is None
     assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashmhf.errors import InputError
-from flashmhf.estimates.cost import account, operator_work, saved_bytes_per_token
+from flashmhf.estimates.cost import model_cost, operator_work, saved_bytes_per_token
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig
 
@@ -21,22 +21,22 @@ def test_parameters_and_flops_by_hand():
         num_subnetworks=E,
         max_position_embeddings=L,
     )
-    report = account(config)
+    report = model_cost(config)
     ffn = 2 * d * d + 3 * d * E * F + d * E
-    assert report["parameters"] == 2 * V * d + layers * (4 * d * d + 2 * d + ffn) + d
-    assert report["parameters_without_embeddings"] == layers * (4 * d * d + 2 * d + ffn) + d
-    assert report["parameters_per_ffn"] == ffn
+    assert report.parameters == 2 * V * d + layers * (4 * d * d + 2 * d + ffn) + d
+    assert report.parameters_without_embeddings == layers * (4 * d * d + 2 * d + ffn) + d
+    assert report.parameters_per_ffn == ffn
     attention = 2 * 2 * L * d  # Q K^T and P V, counted without the mask
     forward = layers * (2 * (4 * d * d + ffn) + attention) + 2 * V * d
-    assert report["forward_flops_per_token"] == pytest.approx(forward, rel=0.01)
-    assert report["training_flops_per_token"] == 3 * report["forward_flops_per_token"]
+    assert report.forward_flops_per_token == pytest.approx(forward, rel=0.01)
+    assert report.training_flops_per_token == 3 * report.forward_flops_per_token
 
 
 def test_saved_bytes_by_hand():
     d, H, E, F = 64, 4, 3, 40
     flash = FlashMHF(d, H, E, F)
     assert saved_bytes_per_token(flash, d) == 4 * 3 * d  # x, q and out
-    assert saved_bytes_per_token(FlashMHF(d, H, E, F, gate=None, q_norm=True), d) == 4 * 3 * d
+    assert saved_bytes_per_token(FlashMHF(d, H, E, F, gate_type=None, q_norm=True), d) == 4 * 3 * d
     swiglu = SwiGLU(d, 100)
     assert saved_bytes_per_token(swiglu, d) == 4 * (d + 4 * 100)  # x, both projections, SiLU and the product
     assert saved_bytes_per_token(flash.to(torch.bfloat16), d) == 2 * 3 * d

@@ -210,7 +210,7 @@ def test_from_the_command_line(model, folder, monkeypatch, capsys):
     assert (result["model"], result["data"], result["split"]) == (str(folder / "model"), str(folder / "books"), "test")
     _, printed = run(monkeypatch, capsys, folder)
     assert "95 % intervals, by a bootstrap over documents: " in printed.out
-    assert "| tokens of context | nats a token | tokens |" in printed.out
+    assert "| tokens of context | nats/token | tokens |" in printed.out
     assert "| 17 to 32 | " in printed.out
     for i in (0, 1):
         (folder / f"books/test/{i}.txt").unlink()

@@ -14,15 +14,15 @@ from flashmhf.ops import reference
 
 OPTIONS = {
     "plain": {},
-    "softmax": {"gate": "softmax"},
-    "no gate": {"gate": None},
+    "softmax": {"gate_type": "softmax"},
+    "no gate": {"gate_type": None},
     "norm": {"q_norm": True},
     "grouped": {"num_kv_heads": 2},
     "no projections": {"projections": False},
     "bias": {"bias": True},
     "scaled": {"init": "scaled", "q_norm": True},
     "scales": {"score_scale": 2.5, "gate_scale": 1.7, "output_scale": 0.7},
-    "scales, norm, no gate": {"score_scale": 2.5, "output_scale": 0.7, "q_norm": True, "gate": None},
+    "scales, norm, no gate": {"score_scale": 2.5, "output_scale": 0.7, "q_norm": True, "gate_type": None},
 }
 LAYERS = {
     "FlashMHF": lambda **o: FlashMHF(32, 4, 3, 20, **o),
@@ -39,7 +39,11 @@ def formula(layer: FlashMHF, x: torch.Tensor) -> torch.Tensor:
     q = q.unflatten(-1, (layer.num_heads, layer.head_dim))
     if layer.q_norm is not None:
         q = reference.head_norm(q, layer.q_norm.weight, layer.q_norm.eps)
-    gate = None if layer.gate is None else reference.head_gate(q, layer.gate_scale * layer.gate_weight, layer.gate)
+    gate = (
+        None
+        if layer.gate_type is None
+        else reference.head_gate(q, layer.gate_scale * layer.gate_weight, layer.gate_type)
+    )
     groups = layer.num_heads // layer.num_kv_heads
     k, u, v = (weight.repeat_interleave(groups, 0) for weight in (layer.k, layer.u, layer.v))
     m = layer.score_scale * torch.einsum("...hd,hefd->...hef", q, k)
@@ -67,7 +71,7 @@ def test_parameter_names_and_shapes(options):
     layer = FlashMHF(32, 4, 3, 20, **options)
     H_kv = options.get("num_kv_heads", 4)
     expected = dict.fromkeys("kuv", (H_kv, 3, 20, 8))
-    if options.get("gate", "sigmoid") is not None:
+    if options.get("gate_type", "sigmoid") is not None:
         expected["gate_weight"] = (4, 8, 3)
     if options.get("q_norm"):
         expected["q_norm.weight"] = (4, 8)
@@ -89,7 +93,7 @@ def test_special_cases_agree_with_what_they_stand_for():
     outs = [(nnf.silu(x @ k.T) * (x @ u.T)) @ v for k, u, v in zip(*experts, strict=True)]
     torch.testing.assert_close(moe(x), 3 * sum(gate[..., e : e + 1] * out for e, out in enumerate(outs)))
     swiglu = SwiGLU(32, 50)
-    single = FlashMHF(32, 1, 1, 50, gate=None, projections=False)
+    single = FlashMHF(32, 1, 1, 50, gate_type=None, projections=False)
     with torch.no_grad():
         single.k[0, 0].copy_(swiglu.gate_proj.weight)
         single.u[0, 0].copy_(swiglu.up_proj.weight)
@@ -185,9 +189,9 @@ def test_scaled_initialisation_does_not_depend_on_the_cut():
 
 
 def test_extra_repr_names_the_sizes():
-    text = repr(FlashMHF(32, 4, 3, 20, num_kv_heads=2, gate="softmax", q_norm=True, init="scaled"))
+    text = repr(FlashMHF(32, 4, 3, 20, num_kv_heads=2, gate_type="softmax", q_norm=True, init="scaled"))
     for part in (
-        "hidden_size=32, num_heads=4, num_subnetworks=3, subnetwork_size=20, gate='softmax'",
+        "hidden_size=32, num_heads=4, num_subnetworks=3, subnetwork_size=20, gate_type='softmax'",
         "num_kv_heads=2",
         "score_scale=4, gate_scale=4, output_scale=3",
         "(q_norm): HeadRMSNorm((4, 8), eps=1e-06)",
@@ -199,7 +203,7 @@ BAD = {
     "hidden_size: expected a multiple of num_heads 5, got 32": lambda: FlashMHF(32, 5, 1, 8),
     "num_heads: expected a multiple of num_kv_heads 3, got 4": lambda: FlashMHF(32, 4, 1, 8, num_kv_heads=3),
     "num_subnetworks: expected at least 1, got 0": lambda: FlashMHF(32, 4, 0, 8),
-    "gate: expected one of sigmoid, softmax, None, got 'relu'": lambda: FlashMHF(32, 4, 1, 8, gate="relu"),
+    "gate_type: expected one of sigmoid, softmax, None, got 'relu'": lambda: FlashMHF(32, 4, 1, 8, gate_type="relu"),
     "init: expected one of reference, scaled, got 'zero'": lambda: FlashMHF(32, 4, 1, 8, init="zero"),
     "backend: expected one of auto, .*, got 'cuda'": lambda: FlashMHF(32, 4, 1, 8, backend="cuda"),
     "num_slots: expected at least 1, got 0": lambda: PKV(32, 4, 0),

@@ -65,9 +65,18 @@ def test_defaults_are_resolved_and_saved(tmp_path):
     assert FlashMHFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+def test_the_name_of_the_gate_before_version_0_2_is_still_read(tmp_path):
+    config = FlashMHFConfig.from_preset("flashmhf-tiny", gate_type="softmax")
+    old = {name: value for name, value in config.to_dict().items() if name != "gate_type"} | {"gate": "softmax"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    read = FlashMHFConfig.from_pretrained(tmp_path)
+    assert read.to_dict() == config.to_dict()
+    assert FlashMHFConfig(**{k: v for k, v in old.items() if k != "model_type"}).gate_type == "softmax"
+
+
 BAD = {
     "ffn_type: expected one of flashmhf, .*, got 'moe'": {"ffn_type": "moe"},
-    "gate: expected one of sigmoid, softmax, None, got 'relu'": {"gate": "relu"},
+    "gate_type: expected one of sigmoid, softmax, None, got 'relu'": {"gate_type": "relu"},
     "init: expected one of reference, scaled, got 'zero'": {"init": "zero"},
     "backend: expected one of auto, .*, got 'cuda'": {"backend": "cuda"},
     "intermediate_size: expected a multiple of num_subnetworks 3, got 100": {

@@ -198,7 +198,7 @@ def test_without_the_norm_before_the_ffn():
 def test_options_reach_the_layer():
     config = make_config(
         num_ffn_kv_heads=1,
-        gate="softmax",
+        gate_type="softmax",
         q_norm=True,
         mlp_bias=True,
         score_scale=3.0,
@@ -206,6 +206,6 @@ def test_options_reach_the_layer():
         rms_norm_eps=1e-4,
     )
     layer = FlashMHFForCausalLM(config).model.layers[0].mlp
-    assert (layer.num_kv_heads, layer.gate, layer.score_scale, layer.output_scale) == (1, "softmax", 3.0, 0.5)
+    assert (layer.num_kv_heads, layer.gate_type, layer.score_scale, layer.output_scale) == (1, "softmax", 3.0, 0.5)
     assert layer.q_norm.eps == 1e-4
     assert layer.in_proj.bias is not None

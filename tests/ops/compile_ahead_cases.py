@@ -40,7 +40,7 @@ NEEDS = (EVERYTHING, (True,) + (False,) * 4, (False, True, False, False, False),
 # T, H, H_kv, E, F: a split decode step; stacked heads and tails; E, F and GROUP of one; sizes divisible by 16.
 SIZES = ((16, 4, 4, 3, 384), (3, 4, 2, 3, 200), (300, 2, 2, 1, 1), (512, 16, 1, 16, 64))
 PROLOGUES = (Prologue("sigmoid", 1.0, 1e-6), Prologue("softmax", 2.0, 1e-6))
-ONE_PASS = Tile(32, 64, 4, 2)
+FUSED = Tile(32, 64, 4, 2)
 TABLE: list[Case] = [
     *((name, SIZES[0], 64, torch.bfloat16, Tile(16, 32, 4, 2)) for name in tiles.KERNELS),
     ("forward", SIZES[3], 64, torch.float32, Tile(32, 32, 4, 2)),
@@ -128,7 +128,7 @@ def everything(device: str) -> Iterator[tuple[str, list[Launch]]]:
         for name, some in prologue_launches(size, D, dtype, device):
             yield f"{size} {D} {dtype} {name}", some
     mended = patch.object(tiles, "miscompiles_transposed_results", lambda name: False)
-    with mended, patch.object(tiles, "ONE_PASS_FASTER", {(CLASS, 64)}):
+    with mended, patch.object(tiles, "FUSED_FASTER", {(CLASS, 64)}):
         for name, some in backend_launches(portable, SIZES[0], 64, torch.bfloat16, device):
             yield f"one pass {name}", some
     for size, D, dtype in itertools.product(SIZES, (64, 96, 128, 256), (torch.bfloat16, torch.float16)):

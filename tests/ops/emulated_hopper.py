@@ -49,7 +49,7 @@ def start(launch: Launch) -> None:
 def emulate_hopper(monkeypatch) -> None:
     """Lets the backend take CPU tensors; its conditions on dtype and head dim stay."""
 
-    def why_not(problem: Problem | None) -> str | None:
+    def unsupported_reason(problem: Problem | None) -> str | None:
         if problem is not None and problem.dtype not in (torch.bfloat16, torch.float16):
             return "not for the kernels"
         if problem is not None and (problem.D % tiles.HEAD_DIM_MULTIPLE != 0 or tiles.BLOCK_DS[-1] < problem.D):
@@ -58,7 +58,7 @@ def emulate_hopper(monkeypatch) -> None:
 
     monkeypatch.setattr(Launch, "start", start)
     (real,) = (row for row in backends.BACKENDS if row.name == "hopper")
-    emulated = dataclasses.replace(real, why_not=why_not)
+    emulated = dataclasses.replace(real, unsupported_reason=unsupported_reason)
     table = tuple(emulated if row.name == "hopper" else row for row in backends.BACKENDS)
     monkeypatch.setattr(backends, "BACKENDS", table)
 

@@ -12,7 +12,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashmhf.ops.hopper.added_dq import add_tile
+from flashmhf.ops.hopper.dq_accum import add_tile
 
 THREADS = 256
 ARGUMENTS = {"t": 128, "head": 1, "H": 3}

@@ -60,7 +60,7 @@ def backend(request, monkeypatch) -> str:
 def interpret_triton(monkeypatch) -> None:
     """Lets the backend `triton` take CPU tensors, for Triton's interpreter; its other conditions stay."""
 
-    def why_not(problem: Problem | None) -> str | None:
+    def unsupported_reason(problem: Problem | None) -> str | None:
         if problem is None:
             return None
         if problem.dtype == torch.bfloat16:
@@ -70,7 +70,7 @@ def interpret_triton(monkeypatch) -> None:
         return None
 
     (real,) = (row for row in backends.BACKENDS if row.name == "triton")
-    interpreted = dataclasses.replace(real, why_not=why_not)
+    interpreted = dataclasses.replace(real, unsupported_reason=unsupported_reason)
     table = tuple(interpreted if row.name == "triton" else row for row in backends.BACKENDS)
     monkeypatch.setattr(backends, "BACKENDS", table)
 
@@ -117,47 +117,47 @@ def test_triton_backward_with_tokens_first(shape, dtype, gate, monkeypatch, pois
 
 
 @pytest.fixture(params=[False, True], ids=["rows_first", "tokens_first"])
-def one_pass(request, monkeypatch):
-    """Lets the backend `triton` run its one-pass backward on the CPU."""
+def fused(request, monkeypatch):
+    """Lets the backend `triton` run its fused backward on the CPU."""
     if not torch.cuda.is_available():
         interpret_triton(monkeypatch)
-    rows = itertools.product(tiles.ONE_PASS, tiles.BLOCK_DS)
-    monkeypatch.setattr(tiles, "ONE_PASS_FASTER", frozenset(rows))
+    rows = itertools.product(tiles.FUSED, tiles.BLOCK_DS)
+    monkeypatch.setattr(tiles, "FUSED_FASTER", frozenset(rows))
     turned = {
         name: tuple(tile and tile._replace(tokens_first=request.param) for tile in row)
-        for name, row in tiles.ONE_PASS.items()
+        for name, row in tiles.FUSED.items()
     }
-    monkeypatch.setattr(tiles, "ONE_PASS", turned)
+    monkeypatch.setattr(tiles, "FUSED", turned)
     return request.param
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
 @pytest.mark.parametrize("shape", [*SHAPES, Shape((70,), 4, 2, 1, 70, 64)], ids=str)
-def test_triton_backward_in_one_pass(shape, gate, one_pass):
+def test_triton_backward_in_fused(shape, gate, fused):
     check("triton", make_inputs(shape, torch.float16, gate))
 
 
-def test_one_pass_gives_way(one_pass, monkeypatch, caplog):
-    device, row = torch.device("cpu"), tiles.ONE_PASS["sm_80"][2]
-    assert tiles.one_pass_tile(device, torch.float16, 128) == row
-    assert tiles.one_pass_tile(device, torch.float32, 128) is None
+def test_fused_gives_way(fused, monkeypatch, caplog):
+    device, row = torch.device("cpu"), tiles.FUSED["sm_80"][2]
+    assert tiles.fused_tile(device, torch.float16, 128) == row
+    assert tiles.fused_tile(device, torch.float32, 128) is None
     torch.use_deterministic_algorithms(True)
     try:
-        assert tiles.one_pass_tile(device, torch.float16, 128) is None
+        assert tiles.fused_tile(device, torch.float16, 128) is None
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
     for version, right in (("3.3.1", True), ("3.4.0", False), ("3.7.0+git1", False), ("3.7.1", True)):
         monkeypatch.setattr(tiles.triton, "__version__", version)
         tiles.miscompiles_transposed_results.cache_clear()
-        assert (tiles.one_pass_tile(device, torch.float16, 128) is not None) == (right or one_pass), version
+        assert (tiles.fused_tile(device, torch.float16, 128) is not None) == (right or fused), version
     tiles.miscompiles_transposed_results.cache_clear()
-    assert [record.args for record in caplog.records] == ([] if one_pass else [("3.4.0",), ("3.7.0+git1",)])
+    assert [record.args for record in caplog.records] == ([] if fused else [("3.4.0",), ("3.7.0+git1",)])
 
 
 def test_hopper_rows_never_transpose_a_products_result():
     """Tokens first has no such product, so that one pass runs on Hopper with every Triton."""
-    assert all(tile is None or tile.tokens_first for tile in tiles.ONE_PASS["sm_90a"])
+    assert all(tile is None or tile.tokens_first for tile in tiles.FUSED["sm_90a"])
 
 
 def test_no_hopper_row_that_triton_is_known_to_miscompile():
@@ -210,7 +210,7 @@ def test_device_class(capability, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     tiles.device_class.cache_clear()
     assert tiles.device_class(torch.device("cuda", 0)) == name
-    assert {name} <= set(tiles.TABLE) & set(tiles.ONE_PASS) & set(tiles.RESIDENT) & set(tiles.PROCESSORS)
+    assert {name} <= set(tiles.TABLE) & set(tiles.FUSED) & set(tiles.RESIDENT) & set(tiles.PROCESSORS)
     tiles.device_class.cache_clear()
 
 
@@ -246,7 +246,7 @@ def test_odd_shapes_triton(T, group, E, F, D, dtype, monkeypatch, poisoned_memor
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("T", "group", "E", "F", "D"), ODD)
-def test_odd_shapes_in_one_pass(T, group, E, F, D, one_pass):
+def test_odd_shapes_in_fused(T, group, E, F, D, fused):
     check("triton", make_inputs(Shape((T,), group, 1, E, F, D), torch.float16))
 
 

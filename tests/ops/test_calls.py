@@ -121,7 +121,9 @@ def test_other_strides_of_the_input():
     check(layer, torch.randn(3, 4, 16))
 
 
-@pytest.mark.parametrize("options", [{"gate": None}, {"q_norm": False}, {"gate": "softmax"}, {"output_scale": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{"gate_type": None}, {"q_norm": False}, {"gate_type": "softmax"}, {"output_scale": 3.0}]
+)
 def test_layers_of_the_same_sizes_that_differ_in_an_option(options):
     x = torch.randn(5, 16)
     check(make_layer(), x)
@@ -216,7 +218,7 @@ def test_no_tensor_is_kept():
 
 
 def test_the_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(calls, "MOST_CALLS", 3)
+    monkeypatch.setattr(calls, "MAX_CALLS", 3)
     for T in (*range(1, 8), 1, 2):
         flash_mhf(*inputs(T))
         assert 1 <= len(calls._calls) <= 3

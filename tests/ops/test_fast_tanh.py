@@ -62,12 +62,12 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("one_pass", [False, True], ids=["two_kernels", "one_pass"])
+@pytest.mark.parametrize("fused", [False, True], ids=["two_kernels", "fused"])
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_within_the_budget(shape, gate, one_pass, fast_tanh, monkeypatch):
-    if one_pass:
-        monkeypatch.setattr(backward_module, "one_pass_tile", lambda *_: tiles.Tile(16, 16, 4, 1))
+def test_within_the_budget(shape, gate, fused, fast_tanh, monkeypatch):
+    if fused:
+        monkeypatch.setattr(backward_module, "fused_tile", lambda *_: tiles.Tile(16, 16, 4, 1))
     check(make_inputs(shape, torch.float16, gate))
     assert fast_tanh
 

@@ -31,7 +31,7 @@ def triton_runs_here(monkeypatch):
 
 
 def compare(inputs, backend, kind="sigmoid", tolerance=None):
-    out = gated_mhf(*inputs, gate=kind, backend=backend, **OPTIONS)
+    out = gated_mhf(*inputs, gate_type=kind, backend=backend, **OPTIONS)
     expected = formula(*inputs, kind=kind)
     torch.testing.assert_close(out, expected, **(tolerance or {}))
     wanted = [x for x in inputs if x is not None]
@@ -132,5 +132,5 @@ def test_bad_weights(changes, message):
 
 
 def test_unknown_gate():
-    with pytest.raises(ValueError, match="gate: expected one of sigmoid, softmax, got 'relu'"):
-        gated_mhf(*leaves(), gate="relu")
+    with pytest.raises(ValueError, match="gate_type: expected one of sigmoid, softmax, got 'relu'"):
+        gated_mhf(*leaves(), gate_type="relu")

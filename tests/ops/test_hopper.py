@@ -89,19 +89,19 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     (hopper,) = (row for row in backends.BACKENDS if row.name == "hopper")
-    assert hopper.why_not(gpu) is None
-    assert "has not been measured" in hopper.why_not_auto(gpu)
+    assert hopper.unsupported_reason(gpu) is None
+    assert "has not been measured" in hopper.auto_skip_reason(gpu)
     for change, reason in (
         ({"dtype": torch.float32}, "runs bfloat16 and float16, got torch.float32"),
         ({"D": 36}, "runs head dims that are multiples of 8, got 36"),
         ({"D": 264}, "runs head dims up to 256, got 264"),
     ):
-        assert hopper.why_not(dataclasses.replace(gpu, **change)) == reason
+        assert hopper.unsupported_reason(dataclasses.replace(gpu, **change)) == reason
     with monkeypatch.context() as patch:
         patch.setattr(backends, "_triton_version", lambda: "3.5.1")
-        assert hopper.why_not(gpu) == "needs Triton 3.6 or later, got 3.5.1"
+        assert hopper.unsupported_reason(gpu) == "needs Triton 3.6 or later, got 3.5.1"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
-    assert hopper.why_not(gpu) == "needs compute capability 9.0, got (10, 0)"
+    assert hopper.unsupported_reason(gpu) == "needs compute capability 9.0, got (10, 0)"
 
 
 def test_auto_takes_it_where_it_measured_faster(monkeypatch):

@@ -13,7 +13,7 @@ from problems import NAMES, Shape, assert_within_budget, eager_results, exact_re
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import backend as backend_module
 from flashmhf.ops.hopper import backward as backward_module
-from flashmhf.ops.hopper import backward_tokens as tokens_module
+from flashmhf.ops.hopper import backward_dq as tokens_module
 from flashmhf.ops.hopper import splits as splits_module
 from flashmhf.ops.hopper import tiles
 
@@ -71,8 +71,8 @@ def test_head_dim_256_takes_the_portable_backward(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the portable kernels, on the CPU")
     emulate_hopper(monkeypatch)
-    monkeypatch.setattr(backend_module, "one_pass_backward", None)
-    monkeypatch.setattr(backend_module, "backward_tokens", None)
+    monkeypatch.setattr(backend_module, "fused_backward", None)
+    monkeypatch.setattr(backend_module, "backward_dq", None)
     within_budget(make_inputs(Shape((20,), 2, 1, 1, 20, 256), torch.float16))
 
 
@@ -187,7 +187,7 @@ def tokens_launch(inputs: list):
     """The launch of the kernel for dQ and dR alone, and where it writes them."""
     q, k, u, v, gate, dout = inputs
     dq, dgate = (torch.full_like(x, torch.nan) for x in (q, gate))
-    return tokens_module.plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate), dq, dgate
+    return tokens_module.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate), dq, dgate
 
 
 @pytest.mark.parametrize("change", TOKENS_MUTATIONS.values(), ids=TOKENS_MUTATIONS.keys())
@@ -213,7 +213,7 @@ def test_a_backward_of_tokens_that_errs_is_noticed(change):
 
 
 def backward_launch(inputs: list, tile: tiles.BackwardTile):
-    """The launch of the one-pass backward, and the memory that dQ is added to."""
+    """The launch of the fused backward, and the memory that dQ is added to."""
     q, k, u, v, gate, dout = inputs
     weights = (torch.empty_like(x) for x in (k, u, v))
     added = backward_module.dq_buffer(q, tile)

@@ -26,7 +26,7 @@ ENTRIES = [
         "claim": "triton tile",
         "device": "sm_90a",
         "element_bytes": 2,
-        "kernel": "backward_one_pass",
+        "kernel": "backward_fused",
         "D": 64,
         "tile": [32, 32, 4, 2, True],
     },
@@ -58,15 +58,15 @@ def test_the_tables_follow_what_is_measured(reload_tables):
     assert hopper_tiles.FASTER_FROM == {(128, "bfloat16"): 4096}
     rows = {(kernel, D): tile for kernel, D, tile in triton_tiles.table_rows("sm_90a", 2)}
     assert rows["forward", 64] == triton_tiles.Tile(64, 32, 4, 2)
-    assert rows["backward_one_pass", 64] == triton_tiles.Tile(32, 32, 4, 2, tokens_first=True)
-    assert {("sm_90a", 64)} == triton_tiles.ONE_PASS_FASTER
+    assert rows["backward_fused", 64] == triton_tiles.Tile(32, 32, 4, 2, tokens_first=True)
+    assert {("sm_90a", 64)} == triton_tiles.FUSED_FASTER
 
 
 def test_without_entries_nothing_is_verified_or_faster(reload_tables):
     reload_tables([])
     assert not hopper_tiles.VERIFIED
     assert not hopper_tiles.FASTER_FROM
-    assert not triton_tiles.ONE_PASS_FASTER
+    assert not triton_tiles.FUSED_FASTER
 
 
 @pytest.mark.parametrize(

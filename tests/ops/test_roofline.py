@@ -8,8 +8,8 @@ from flashmhf.ops.roofline import (
     GPUS,
     Gpu,
     Work,
-    backward_tokens_work,
-    backward_weights_work,
+    backward_dkuv_work,
+    backward_dq_work,
     backward_work,
     forward_work,
 )
@@ -26,8 +26,8 @@ PRODUCT = 2 * 100 * 4 * 16 * 120
 
 def test_each_tensor_once():
     assert forward_work(problem()) == Work(3 * PRODUCT, Q + GATE + 3 * WEIGHT, Q)
-    assert backward_tokens_work(problem()) == Work(5 * PRODUCT, 2 * Q + GATE + 3 * WEIGHT, Q + GATE)
-    assert backward_weights_work(problem()) == Work(6 * PRODUCT, 2 * Q + GATE + 3 * WEIGHT, 3 * WEIGHT)
+    assert backward_dq_work(problem()) == Work(5 * PRODUCT, 2 * Q + GATE + 3 * WEIGHT, Q + GATE)
+    assert backward_dkuv_work(problem()) == Work(6 * PRODUCT, 2 * Q + GATE + 3 * WEIGHT, 3 * WEIGHT)
     assert backward_work(problem()).flops == 11 * PRODUCT
     assert forward_work(problem(has_gate=False)).read_bytes == Q + 3 * WEIGHT
     assert forward_work(problem(dtype=torch.float32)).written_bytes == 2 * Q

@@ -34,7 +34,7 @@ import json
 import torch
 from compile_kernels import TARGETS, Source, plan
 from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, TABLE
-from flashmhf.ops.triton.backward import plan_backward_tokens, plan_backward_weights
+from flashmhf.ops.triton.backward import plan_backward_dq, plan_backward_dkuv
 from flashmhf.ops.triton.forward import plan_forward
 
 def launches(B, L, H, D):
@@ -43,11 +43,11 @@ def launches(B, L, H, D):
     gate, dgate = (torch.empty(B, L, H, 3, device="meta") for _ in range(2))
     out, dq = (torch.empty(B, L, H, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
     yield "forward", plan_forward(q, k, u, v, gate, out)
-    yield "backward_tokens", plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate)
-    yield "backward_weights", plan_backward_weights(dout, q, k, u, v, gate, k, u, v)
+    yield "backward_dq", plan_backward_dq(dout, q, k, u, v, gate, dq, dgate)
+    yield "backward_dkuv", plan_backward_dkuv(dout, q, k, u, v, gate, k, u, v)
     for tile in FORWARD_CANDIDATES[64 if D < 64 else 128][1:3]:
         yield f"hopper_forward {tile}", plan("hopper_forward", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
-    for kernel in ("backward", "backward_tokens"):
+    for kernel in ("backward", "backward_dq"):
         tile = TABLE[kernel][0 if D < 64 else 1]
         yield f"hopper_{kernel}", plan(f"hopper_{kernel}", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
 
@@ -58,9 +58,9 @@ for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
             variants.setdefault(kernel, set()).add(Source.of(launch, TARGETS["sm_90a"]).key)
     print(json.dumps({kernel: len(keys) for kernel, keys in variants.items()}))
 """
-KERNELS = {"decode", "forward", "backward_tokens", "backward_weights"}
-ONE_PASS = {"backward_one_pass"}  # 16-bit only, where a tile fits
-HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_tokens"}
+KERNELS = {"decode", "forward", "backward_dq", "backward_dkuv"}
+FUSED = {"backward_fused"}  # 16-bit only, where a tile fits
+HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_dq"}
 HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
 KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of that depth want more registers
@@ -77,18 +77,18 @@ def run(script: str, *arguments: object) -> list:
 
 def check(target: str, element_bytes: int, block_d: int) -> None:
     rows = dict(run(COMPILE, target, element_bytes, block_d))
-    assert set(rows) - ONE_PASS - HOPPER == KERNELS | PROLOGUE_KERNELS
+    assert set(rows) - FUSED - HOPPER == KERNELS | PROLOGUE_KERNELS
     assert ("hopper_forward" in rows) == (target == "sm_90a" and element_bytes == 2 and block_d > 32)
     has_backward = target == "sm_90a" and element_bytes == 2 and block_d in (64, 128)
     assert HOPPER_BACKWARDS & set(rows) == (HOPPER_BACKWARDS if has_backward else set())
-    assert "backward_one_pass" in rows or element_bytes == 4 or block_d == 256
+    assert "backward_fused" in rows or element_bytes == 4 or block_d == 256
     for kernel, compiled in rows.items():
         assert isinstance(compiled, dict), (kernel, compiled)
         assert compiled["spilled"] == 0 or (kernel, element_bytes, block_d) in KNOWN_TO_SPILL, (kernel, compiled)
         assert compiled["shared_bytes"] <= compiled["shared_limit"], (kernel, compiled)
         if kernel in ("decode", "forward"):
             assert 1 <= compiled["resident"] <= compiled["fit"], (kernel, compiled)
-        if element_bytes == 2 and kernel in KERNELS | ONE_PASS | HOPPER:
+        if element_bytes == 2 and kernel in KERNELS | FUSED | HOPPER:
             assert compiled["matrix_instructions"] > 0, (kernel, compiled)
 
 
@@ -107,7 +107,7 @@ def test_every_row(target, element_bytes, block_d):
 
 def test_fifty_lengths_share_one_compiled_kernel():
     for counts in run(COUNT):
-        assert {"forward", "backward_tokens", "backward_weights"} < set(counts)
+        assert {"forward", "backward_dq", "backward_dkuv"} < set(counts)
         assert set(counts.values()) == {1}
 
 

@@ -25,7 +25,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-sync",
 )
-LEAST_TEXT_PIXELS = 6.0
+MIN_TEXT_PIXELS = 6.0
 
 PLOTS = """
 return Array.from(document.querySelectorAll('figure')).map(figure => {
@@ -86,5 +86,5 @@ def test_reports_are_drawn_and_legible(browser, pages, tmp_path, width):
             assert plot["height"] > 60, plot
             assert plot["right"] <= width, plot
             assert plot["paths"] >= 4, plot
-            assert plot["text"] >= LEAST_TEXT_PIXELS, plot
+            assert plot["text"] >= MIN_TEXT_PIXELS, plot
         browser.save_screenshot(str(tmp_path / f"{name}-{width}.png"))

@@ -123,7 +123,7 @@ def test_the_table_is_sorted_by_loss():
 
 def test_ablations_are_judged_against_what_they_change(tmp_path):
     ablated = results()
-    mine = dict(ablated["variants"][1]) | {"variant": "flashmhf-gate-none", "ablation": ["gate", "none"]}
+    mine = dict(ablated["variants"][1]) | {"variant": "flashmhf-gate-type-none", "ablation": ["gate-type", "none"]}
     ablated["variants"].append(mine | {"effect": {"nats_per_token": {"mean": 0.02, "interval": (0.01, 0.03)}}})
     ablated["variants"].append(mine | {"ablation": ["q-norm", "off"], "effect": None})
     assert markdown_table(ablated).splitlines()[-2:] == [

@@ -91,7 +91,7 @@ def run(corpus_folder, model_file) -> TrainConfig:
 def compare_with_eager(run: TrainConfig, folder: Path) -> None:
     flags = ("--eval-steps", "2", "--per-device-eval-batch-size", "4")  # ten blocks: a last batch of two
     start(run, folder / "eager", *flags)
-    start(run, folder / "compiled", *flags, compile_blocks=True)
+    start(run, folder / "compiled", *flags, regional_compilation=True)
     assert counters["stats"]["unique_graphs"] > 0
     assert losses(folder / "compiled") == pytest.approx(losses(folder / "eager"), rel=1e-5)
     names, compiled_names = (set(tensor_names(folder / one / WEIGHTS)) for one in ("eager", "compiled"))
@@ -114,18 +114,18 @@ def test_training_with_code_by_inductor_is_as_without(run, tmp_path):
 @pytest.mark.distributed
 def test_two_processes_with_compiled_blocks(run, tmp_path):
     flags = ("--max-steps", "4", "--report-to", "none")
-    for folder, more in (("eager", ()), ("compiled", ("--compile-blocks",))):
+    for folder, more in (("eager", ()), ("compiled", ("--regional-compilation",))):
         ended = torchrun(run, tmp_path / folder, 2, *flags, *more)
         assert ended.returncode == 0, ended.stderr
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
 
 
 def test_not_beside_the_trainers_own_compilation(run, tmp_path):
-    with pytest.raises(InputError, match="compile-blocks: expected no --torch-compile beside it, got both"):
-        start(run, tmp_path / "run", "--torch-compile", "true", compile_blocks=True)
+    with pytest.raises(InputError, match="regional-compilation: expected no --torch-compile beside it, got both"):
+        start(run, tmp_path / "run", "--torch-compile", "true", regional_compilation=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_layers_is_refused():
-    with pytest.raises(InputError, match="compile-blocks: expected a model with a list of layers, got GPT2LMHeadModel"):
+    with pytest.raises(InputError, match="regional-compilation: expected a model with a list of layers"):
         compile_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))

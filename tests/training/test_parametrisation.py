@@ -116,7 +116,7 @@ def test_a_run_with_scaled_learning_rates_resumes(corpus_folder, model_file, tmp
     run = TrainConfig(
         model=str(model_file),
         data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048),
-        width_scaled_learning_rate=8,
+        mup_base_width=8,
     )
     start(run, tmp_path / "whole")
     start(run, tmp_path / "cut")
@@ -127,8 +127,8 @@ def test_a_run_with_scaled_learning_rates_resumes(corpus_folder, model_file, tmp
     start(run, tmp_path / "cut", resume=True)
     first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = replace(run, width_scaled_learning_rate=None)
-    with pytest.raises(InputError, match="width_scaled_learning_rate of the earlier run, 8, got None"):
+    other = replace(run, mup_base_width=None)
+    with pytest.raises(InputError, match="mup_base_width of the earlier run, 8, got None"):
         start(other, tmp_path / "cut", resume=True)
 
 
@@ -136,9 +136,9 @@ def test_a_base_width_must_be_positive(corpus_folder, model_file, tmp_path):
     run = TrainConfig(
         model=str(model_file),
         data=DataConfig(source=str(corpus_folder), context_length=32),
-        width_scaled_learning_rate=0,
+        mup_base_width=0,
     )
-    with pytest.raises(InputError, match="width-scaled-learning-rate: expected a hidden size of at least 1, got 0"):
+    with pytest.raises(InputError, match="mup-base-width: expected a hidden size of at least 1, got 0"):
         start(run, tmp_path / "run")
 
 

@@ -16,7 +16,7 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST, check, write_manifest
-from flashmhf.training.pickles import why_unsafe
+from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.resuming import last_good_checkpoint, only_writer, prepare_output_dir
 from flashmhf.training.run import parse_arguments, train
 from flashmhf.training.saving import UNFINISHED, checkpoints, recover, rotate
@@ -106,7 +106,7 @@ def test_no_whole_checkpoint_is_one_line(run, folder):
 
 
 def test_nothing_of_a_run_is_pickled_but_tensors(folder):
-    assert why_unsafe(folder) is None
+    assert unsafe_reason(folder) is None
     assert not list(folder.rglob("training_args.bin"))
     assert json.loads((folder / "checkpoint-6/training_args.json").read_text())["max_steps"] == 6
 
@@ -147,7 +147,7 @@ def test_a_malicious_pickle_is_named_and_never_run(run, folder, caplog, name, fo
 
 def test_the_trainer_itself_runs_no_pickle(run, folder, monkeypatch):
     """Were the look at the pickles to miss one, loading would still refuse it."""
-    monkeypatch.setattr("flashmhf.training.resuming.why_unsafe", lambda folder: None)
+    monkeypatch.setattr("flashmhf.training.resuming.unsafe_reason", lambda folder: None)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         file, trace = folder / "checkpoint-6" / name, folder.parent / "executed"
         whole = file.read_bytes()

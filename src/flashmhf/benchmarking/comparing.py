@@ -11,7 +11,7 @@ IDENTITY = (
     "measured_pass", "hidden_size", "num_heads", "num_subnetworks", "subnetwork_size", "device",
 )  # fmt: skip
 SURROUNDINGS = ("machine", "processor", "cores", "threads", "python", "flashmhf", "torch", "triton")
-LEAST_CHANGE = 1.03  # machines drift by a few percent from one run to the next, which no run by itself can see
+MIN_CHANGE = 1.03  # machines drift by a few percent from one run to the next, which no run by itself can see
 VERDICTS = ("faster", "slower", "within noise", "unknown", "new", "gone", "failed")
 
 
@@ -71,9 +71,9 @@ def _compare_rows(old: Row | None, new: Row | None) -> Row:
 
 
 def _verdict(least: float, most: float) -> str:
-    if most <= 1 / LEAST_CHANGE:
+    if most <= 1 / MIN_CHANGE:
         return "faster"
-    if least >= LEAST_CHANGE:
+    if least >= MIN_CHANGE:
         return "slower"
     return "within noise"
 

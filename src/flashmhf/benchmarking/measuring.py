@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 Row = dict[str, Any]
 PASSES = ("forward", "forward+backward")
-LEAST_REPEATS = 3  # fewer say nothing of how far apart they are
-LEAST_BUSY_MS, MOST_BUSY_MS = 0.2, 200.0  # how long the device is kept busy while the host queues a call
+MIN_REPEATS = 3  # fewer say nothing of how far apart they are
+MIN_BUSY_MS, MAX_BUSY_MS = 0.2, 200.0  # how long the device is kept busy while the host queues a call
 CYCLES_PER_MS = 2e6  # of the GPU's clock, until it is measured
 SLIGHT = 0.01  # share of a time that may be the host's
 
@@ -30,7 +30,7 @@ class Times:
     """
 
     median_ms: float
-    lower_quartile_ms: float | None  # None for fewer than LEAST_REPEATS
+    lower_quartile_ms: float | None  # None for fewer than MIN_REPEATS
     upper_quartile_ms: float | None
     repeats: int
     host_ms: float | None = None  # None on a CPU, whose time is the host's
@@ -40,7 +40,7 @@ class Times:
     def of(cls, milliseconds: list[float], host_ms: float | None = None, device_alone: bool | None = None) -> "Times":
         """Summarises the calls; with three of them the quartiles are the least and the most."""
         lower = upper = None
-        if len(milliseconds) >= LEAST_REPEATS:
+        if len(milliseconds) >= MIN_REPEATS:
             lower, _, upper = statistics.quantiles(milliseconds, n=4)
         return cls(statistics.median(milliseconds), lower, upper, len(milliseconds), host_ms, device_alone)
 
@@ -122,17 +122,17 @@ class _GpuStopwatch:
         self._host_ms: list[float] = []
         self._device_alone = True
         self._cycles_per_ms = CYCLES_PER_MS
-        self._busy_ms = LEAST_BUSY_MS
+        self._busy_ms = MIN_BUSY_MS
         self._chances = 2  # the second, should something that happens once have slowed the first
 
     def take(self, before: Callable[[], Any] | None) -> None:
         while True:
             elapsed_ms, host_ms, queued = self._measure(before)
-            wanted_ms = max(2 * host_ms, LEAST_BUSY_MS)
+            wanted_ms = max(2 * host_ms, MIN_BUSY_MS)
             alone = queued or host_ms <= SLIGHT * elapsed_ms
             if not alone:
                 wanted_ms = max(wanted_ms, 2 * self._busy_ms)
-            hopeless = wanted_ms > MOST_BUSY_MS  # the call waits for the device, or fills its queue
+            hopeless = wanted_ms > MAX_BUSY_MS  # the call waits for the device, or fills its queue
             if alone or self._busy_ms == 0 or (hopeless and self._busy_ms <= SLIGHT * elapsed_ms):
                 break
             self._chances -= hopeless
@@ -140,7 +140,7 @@ class _GpuStopwatch:
         self._taken_ms.append(elapsed_ms)
         self._host_ms.append(host_ms)
         self._device_alone &= alone
-        self._busy_ms = 0 if self._chances <= 0 else LEAST_BUSY_MS if hopeless else wanted_ms
+        self._busy_ms = 0 if self._chances <= 0 else MIN_BUSY_MS if hopeless else wanted_ms
 
     def times(self) -> Times:
         return Times.of(self._taken_ms, statistics.median(self._host_ms), self._device_alone)

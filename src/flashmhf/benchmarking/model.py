@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from flashmhf.benchmarking.measuring import Row, interleaved_times, matmul_call, peak_bytes
 from flashmhf.benchmarking.variants import backend_of
 from flashmhf.errors import InputError
-from flashmhf.estimates.cost import account
+from flashmhf.estimates.cost import model_cost
 from flashmhf.models.loading import load_config
 from flashmhf.ops.roofline import GPUS, Gpu
 
@@ -29,7 +29,7 @@ def bench_training(
     *,
     backend: str | None = None,
 ) -> list[Row]:
-    """Forward, loss, backward and AdamW: tokens a second, utilisation of the measured and the maker's peak, memory.
+    """Forward, loss, backward and AdamW: tokens/s, utilisation of the measured and the maker's peak, memory.
 
     Model FLOPs are three times those of the forward pass; what a backward pass computes again does not count.
 
@@ -46,7 +46,7 @@ def bench_training(
     rows = []
     for name, step in steps.items():
         tokens = batch_size * context_length
-        tflops = tokens * account(step.config, context_length)["training_flops_per_token"] / times[name].median_ms / 1e9
+        tflops = tokens * model_cost(step.config, context_length).training_flops_per_token / times[name].median_ms / 1e9
         rows.append(
             {
                 **_common("training", name, batch_size, context_length, dtype),
@@ -76,7 +76,7 @@ def bench_generation(
     cache: str = "dynamic",
     backend: str | None = None,
 ) -> list[Row]:
-    """The likeliest continuation of random prompts: new tokens a second, the prompt's pass included, and peak memory.
+    """The likeliest continuation of random prompts: new tokens/s, the prompt's pass included, and peak memory.
 
     Args:
         names: presets, JSON files or folders; the first is what ratios refer to.

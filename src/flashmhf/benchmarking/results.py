@@ -50,13 +50,13 @@ def read_result(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
     else:
-        reason = _why_not(result)
+        reason = _invalid_reason(result)
         if reason is None:
             return cast(dict[str, Any], result)
     raise InputError(f"compare: expected the results.json of a benchmark, got {str(file)!r}: {reason}")
 
 
-def _why_not(result: Any) -> str | None:
+def _invalid_reason(result: Any) -> str | None:
     """The first thing that keeps an object from being a result."""
     if not isinstance(result, dict) or not isinstance(result.get("kind"), str):
         return "it has no 'kind'"

@@ -134,6 +134,6 @@ def backend_of(module: nn.Module, tokens: int, dtype: torch.dtype) -> str | None
     if layer is None or isinstance(module, NaiveMHF):
         return None
     H_kv, E, F, D = layer.k.shape
-    problem = Problem(tokens, layer.num_heads, H_kv, E, F, D, dtype, layer.k.device, layer.gate is not None)
+    problem = Problem(tokens, layer.num_heads, H_kv, E, F, D, dtype, layer.k.device, layer.gate_type is not None)
     chosen = select(problem, layer.backend).__name__
     return next(backend.name for backend in BACKENDS if backend.module == chosen)

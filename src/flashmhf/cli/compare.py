@@ -34,7 +34,7 @@ def compare(
     variants: Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")] = "swiglu,flashmhf",
     model: Annotated[
         str,
-        typer.Option(metavar="PRESET|FILE|DIR,...", help="Gives trunk and size to match; several: of each."),
+        typer.Option(metavar="PRESET|FILE|DIR,...", help="Gives backbone and size to match; several: of each."),
     ] = "flashmhf-tiny",
     data: Data = DataConfig.source,
     tokenizer: Tokenizer = DataConfig.tokenizer,
@@ -43,7 +43,7 @@ def compare(
     learning_rate: Annotated[
         str, typer.Option(metavar="RATES", help="1e-3,2e-3: each variant its best of these; or VARIANT=RATE/RATE,...")
     ] = "",
-    gate: Annotated[str, typer.Option(help="Ablations of flashmhf: some of sigmoid,softmax,none.")] = "",
+    gate_type: Annotated[str, typer.Option(help="Ablations of flashmhf: some of sigmoid,softmax,none.")] = "",
     q_norm: Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")] = "",
     projections: Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")] = "",
     head_dim: Annotated[str, typer.Option(help="Ablations of flashmhf, such as 32,64,128.")] = "",
@@ -69,7 +69,7 @@ def compare(
         _check_flags(flags, output_dir)
         names = _split(variants)
         ablations = {
-            "gate": gate,
+            "gate-type": gate_type,
             "q-norm": q_norm,
             "projections": projections,
             "head-dim": head_dim,
@@ -100,7 +100,7 @@ def compare(
     report = Path(output_dir) / "report.html"
     samples = results["samples"]
     text = [markdown_table(results), ""]
-    text += [f"unigram entropy: {results['unigram_entropy_nats']:.3f} nats a token", ""]
+    text += [f"unigram entropy: {results['unigram_entropy_nats']:.3f} nats/token", ""]
     for variant, continuation in samples["continuations"].items():
         text += [f"--- {variant}, continuing a held-out document", samples["prompt"] + continuation, ""]
     emit({**results, "report": str(report)}, "\n".join([*text, f"report: {report}"]), json)

@@ -29,7 +29,7 @@ def evaluate(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Loss in nats a token, perplexity and bits a byte, over windows within each document."""
+    """Loss in nats/token, perplexity and bits/byte, over windows within each document."""
     with results_only():
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
@@ -48,11 +48,11 @@ def evaluate(
             )
             result["tasks"], text = measures, _tasks_text(measures)
         else:
-            from flashmhf.data.splits import beginnings, load_documents
+            from flashmhf.data.splits import load_documents, truncate_documents
 
             documents = load_documents(data, split=split, text_column=text_column, bad_data=bad_data)
             if document_bytes is not None:
-                documents = beginnings(documents, document_bytes)
+                documents = truncate_documents(documents, document_bytes)
             result |= {"data": data, "split": split}
             result |= _language_modelling(loaded, own_tokenizer, documents, context_length, stride)
             text = _text(result)
@@ -80,8 +80,8 @@ def _language_modelling(model, tokenizer, documents, context_length: int | None,
 
 def _text(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['nats_per_token']:.4f} nats a token, perplexity {result['perplexity']:,.2f}, "
-        f"{result['bits_per_byte']:.4f} bits a byte",
+        f"{result['nats_per_token']:.4f} nats/token, perplexity {result['perplexity']:,.2f}, "
+        f"{result['bits_per_byte']:.4f} bits/byte",
         f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['documents']:,} documents; "
         f"windows of {result['context_length']}, stride {result['stride']}",
     ]
@@ -90,10 +90,10 @@ def _text(result: dict[str, Any]) -> str:
     else:
         ends = {name: f"{low:,.4f} to {high:,.4f}" for name, (low, high) in result["intervals"].items()}
         lines.append(
-            f"95 % intervals, by a bootstrap over documents: {ends['nats_per_token']} nats a token, "
-            f"perplexity {ends['perplexity']}, {ends['bits_per_byte']} bits a byte"
+            f"95 % intervals, by a bootstrap over documents: {ends['nats_per_token']} nats/token, "
+            f"perplexity {ends['perplexity']}, {ends['bits_per_byte']} bits/byte"
         )
-    lines += ["", "| tokens of context | nats a token | tokens |", "|---|---:|---:|"]
+    lines += ["", "| tokens of context | nats/token | tokens |", "|---|---:|---:|"]
     for one in result["by_position"]:
         context = f"{one['first']} to {one['last']}" if one["last"] > one["first"] else one["first"]
         lines.append(f"| {context} | {one['nats_per_token']:.4f} | {one['tokens']:,} |")

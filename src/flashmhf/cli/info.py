@@ -1,5 +1,6 @@
 """flashmhf info: what a model costs, and which backends run here."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ def info(
     gpu: Annotated[str, typer.Option(help="Of the estimates: a100, h100, h200, b200 or mi300x.")] = "h200",
     json: Json = False,
 ) -> None:
-    """Parameters, FLOPs and activation bytes a token, backends and why not. Without a model: presets, backends."""
+    """Parameters, FLOPs and activation bytes/token, backends and why not. Without a model: presets, backends."""
     with results_only():
         from flashmhf.models import preset_names
         from flashmhf.ops.backends import backends
@@ -28,12 +29,12 @@ def info(
         if model is None:
             report["presets"] = preset_names()
         else:
-            from flashmhf.estimates.cost import account, operator_work
+            from flashmhf.estimates.cost import model_cost, operator_work
             from flashmhf.models import FlashMHFConfig
             from flashmhf.models.loading import load_config
 
             config = load_config(model)
-            report |= account(config, context_length)
+            report |= asdict(model_cost(config, context_length))
             if gpus is not None:
                 from flashmhf.estimates.memory import plan
 
@@ -60,10 +61,10 @@ def _text(report: dict) -> str:
         lines += [
             f"{report['model']}: {report['parameters']:,} parameters, "
             f"{report['parameters_without_embeddings']:,} without embeddings",
-            f"FLOPs a token at context {report['context_length']}: {report['forward_flops_per_token']:,.0f} forward, "
+            f"FLOPs/token at context {report['context_length']}: {report['forward_flops_per_token']:,.0f} forward, "
             f"{report['training_flops_per_token']:,.0f} in training",
             f"each FFN: {report['parameters_per_ffn']:,} parameters; training keeps "
-            f"{report['ffn_saved_bytes_per_token']:,.0f} bytes a token of it (bfloat16, its input included)",
+            f"{report['ffn_saved_bytes_per_token']:,.0f} bytes/token of it (bfloat16, its input included)",
         ]
     if "operator" in report:
         operator = report["operator"]

@@ -31,4 +31,4 @@ def tokenizer(
         sample = corpus.validation[0]["text"][:100_000]
         bytes_per_token = len(sample.encode()) / max(len(trained(sample)["input_ids"]), 1)
     result = {"folder": folder, "vocab_size": len(trained), "validation_bytes_per_token": bytes_per_token}
-    emit(result, f"{folder}: {len(trained):,} tokens, {bytes_per_token:.2f} bytes a token on validation text", json)
+    emit(result, f"{folder}: {len(trained):,} tokens, {bytes_per_token:.2f} bytes/token on validation text", json)

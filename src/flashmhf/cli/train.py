@@ -43,16 +43,17 @@ def train(
         bool, typer.Option("--document-mask", help="No attention from one document to another in a block.")
     ] = False,
     bad_data: BadData = DataConfig.bad_data,
-    width_scaled_learning_rate: Annotated[
+    mup_base_width: Annotated[
         int | None,
         typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given one is for this width."),
-    ] = TrainConfig.width_scaled_learning_rate,
+    ] = TrainConfig.mup_base_width,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    max_bad_steps: Annotated[
+    max_non_finite_steps: Annotated[
         int, typer.Option(help="So many in a row without a finite loss end the run.")
-    ] = TrainConfig.max_bad_steps,
-    compile_blocks: Annotated[
-        bool, typer.Option("--compile-blocks", help="torch.compile every decoder layer; not with --torch-compile.")
+    ] = TrainConfig.max_non_finite_steps,
+    regional_compilation: Annotated[
+        bool,
+        typer.Option("--regional-compilation", help="Compile each decoder layer by itself; not with --torch-compile."),
     ] = False,
     fused_loss: Annotated[
         str,
@@ -82,9 +83,9 @@ def train(
                 document_mask=document_mask,
                 bad_data=bad_data,
             ),
-            width_scaled_learning_rate=width_scaled_learning_rate,
-            max_bad_steps=max_bad_steps,
-            compile_blocks=compile_blocks,
+            mup_base_width=mup_base_width,
+            max_non_finite_steps=max_non_finite_steps,
+            regional_compilation=regional_compilation,
             fused_loss=fused_loss,
             tensor_parallel=tensor_parallel,
         )
@@ -120,7 +121,7 @@ def _text(result: dict) -> str:
     lines += [result["bad_data"]] if result["bad_data"] else []
     return (
         f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['elapsed_s']:,.0f} s; "
-        f"validation loss {result['validation_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte\n"
+        f"validation loss {result['validation_loss']:.4f} nats/token, {result['bits_per_byte']:.4f} bits/byte\n"
         + "".join(f"{line}\n" for line in lines)
         + f"model: {result['output_dir']}"
     )

@@ -1,4 +1,4 @@
-"""Feed-forward layers against each other: same trunk, matched size, same data order, same seeds."""
+"""Feed-forward layers against each other: same backbone, matched size, same data order, same seeds."""
 
 from flashmhf.comparison.run import compare
 from flashmhf.comparison.settings import Comparison

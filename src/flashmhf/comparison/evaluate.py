@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.settings import Comparison
-from flashmhf.data.splits import beginnings
+from flashmhf.data.splits import truncate_documents
 from flashmhf.errors import RunError
 from flashmhf.evaluation import Evaluation, evaluate
 from flashmhf.evaluation.differences import paired_difference
@@ -32,11 +32,11 @@ def evaluate_runs(
     tokenizer: PreTrainedTokenizerBase,
     progress: Callable[[str], None],
 ) -> dict[str, dict[int, Evaluation]]:
-    """By entry and seed, each finished run's loss on the beginnings of held-out documents; kept in its folder.
+    """By entry and seed, each finished run's loss on truncated held-out documents; kept in its folder.
 
     A run whose loss is not finite there has none.
     """
-    documents = beginnings(documents, settings.document_bytes)
+    documents = truncate_documents(documents, settings.document_bytes)
     found: dict[str, dict[int, Evaluation]] = {}
     for run in runs:
         if not run.trial.finished:

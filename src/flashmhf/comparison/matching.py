@@ -1,10 +1,10 @@
-"""Contenders of equal size: the width of the feed-forward layer that matches a trunk's parameters or FLOPs."""
+"""Contenders of equal size: the width of the feed-forward layer that matches a backbone's parameters or FLOPs."""
 
 from collections.abc import Callable
 from typing import Any
 
 from flashmhf.comparison.settings import Contender
-from flashmhf.estimates.cost import account, count_parameters
+from flashmhf.estimates.cost import count_parameters, model_cost
 from flashmhf.models import FlashMHFConfig
 
 WIDTH_MULTIPLE = 8
@@ -24,7 +24,7 @@ def match(
     """`base` with another feed-forward layer, whose width brings the size of the model closest to that of `base`.
 
     Args:
-        base: gives the trunk and the size.
+        base: gives the backbone and the size.
         contender: gives the layer.
         by: "parameters", or "flops" of a forward pass a token.
         depth: "same" or "paper", see `Comparison`.
@@ -48,7 +48,7 @@ def match(
     if by == "flops":
 
         def size(config: FlashMHFConfig) -> float:
-            return account(config, context_length)["forward_flops_per_token"]
+            return model_cost(config, context_length).forward_flops_per_token
 
     at_one, at_two = (size(with_width(steps)) for steps in (1, 2))
     return with_width(max(1, round(1 + (size(base) - at_one) / (at_two - at_one))))

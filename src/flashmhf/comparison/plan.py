@@ -17,7 +17,7 @@ from flashmhf.training.resuming import read_result
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender on one trunk."""
+    """One contender on one backbone."""
 
     model: str
     contender: Contender
@@ -54,7 +54,7 @@ class Plan:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Contenders on every trunk, each matched to the trunk's size."""
+        """Contenders on every backbone, each matched to the backbone's size."""
         several = len(self._bases) > 1
         return [
             Entry(

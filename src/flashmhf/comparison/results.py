@@ -15,7 +15,7 @@ from flashmhf.comparison.settings import ABLATED, Comparison, Contender
 from flashmhf.data.corpus import load_corpus
 from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.data.tokens import tokenize
-from flashmhf.estimates.cost import account
+from flashmhf.estimates.cost import model_cost
 from flashmhf.evaluation import Evaluation
 from flashmhf.evaluation.generation import generate
 from flashmhf.training.resuming import read_result
@@ -33,8 +33,8 @@ def collect(
     """Everything that tables and report show, as plain values.
 
     "variants" has a row for each entry; what died is in "runs" with "status" "failed" and in no mean. "documents" in a
-    row is the loss on the beginnings of the held-out documents, "difference" what it is above that of the first
-    variant on the same trunk, and "effect" what an ablation's is above that of the layer it changes.
+    row is the loss on truncated the held-out documents, "difference" what it is above that of the first
+    variant on the same backbone, and "effect" what an ablation's is above that of the layer it changes.
     """
     entries = list({run.entry.name: run.entry for run in runs}.values())
     described = [_describe(run) for run in runs]
@@ -103,14 +103,14 @@ def _describe(run: Run) -> dict[str, Any]:
 
 def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     finished = [run for run in runs if run["status"] == "finished"]
-    cost = account(entry.config, settings.data.context_length)
+    cost = model_cost(entry.config, settings.data.context_length)
     summary: dict[str, Any] = {
         "variant": entry.name,
         "ffn_type": entry.contender.ffn_type,
         "model": entry.model,
         "ablation": entry.contender.ablation,
-        "parameters": cost["parameters"],
-        "forward_flops_per_token": cost["forward_flops_per_token"],
+        "parameters": cost.parameters,
+        "forward_flops_per_token": cost.forward_flops_per_token,
         "layers": entry.config.num_hidden_layers,
         "intermediate_size": entry.config.intermediate_size,
         "learning_rate": runs[0]["learning_rate"],
@@ -141,7 +141,7 @@ def _first_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def _unigram_entropy(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Nats a token of the best model without context: what any of the variants must beat."""
+    """Nats/token of the best model without context: what any of the variants must beat."""
     tokens = tokenize(documents, tokenizer)
     counts = np.bincount(np.concatenate([np.asarray(ids) for ids in tokens["input_ids"]]))
     shares = counts[counts > 0] / counts.sum()

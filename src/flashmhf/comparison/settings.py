@@ -1,4 +1,4 @@
-"""What a comparison is about: which layers, on which trunks, trained how."""
+"""What a comparison is about: which layers, on which backbones, trained how."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,12 +33,12 @@ class Contender:
         return self.ffn_type if self.ablation is None else f"{self.ffn_type}-{'-'.join(self.ablation)}"
 
     def changes(self, base: FlashMHFConfig) -> dict[str, Any]:
-        """Values of the configuration, for a trunk like that of `base`."""
+        """Values of the configuration, for a backbone like that of `base`."""
         if self.ablation is None:
             return {}
         option, value = self.ablation
-        if option == "gate":
-            return {"gate": None if value == "none" else value}
+        if option == "gate-type":
+            return {"gate_type": None if value == "none" else value}
         if option in ("q-norm", "projections"):
             return {"q_norm" if option == "q-norm" else "ffn_projections": SWITCH[value]}
         if option == "subnetworks":
@@ -55,16 +55,16 @@ class Comparison:
 
     Args:
         variants: values of `ffn_type`; differences are taken to the first.
-        models: presets, files or folders whose configuration gives the trunk and the size to match.
+        models: presets, files or folders whose configuration gives the backbone and the size to match.
         data: what every run is trained and validated on, one SOURCE.
         seeds: each contender is trained once a seed; a seed fixes the initial weights and the order of the data.
         learning_rates: of each variant; of several the one with the lowest validation loss with the first seed goes on
             to the others. Ablations take that of `flashmhf`. Without any, that of training_flags.
         training_flags: further flags of `flashmhf train`, the same for every run; none that a comparison gives itself.
-        ablations: options (`gate`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each is a contender
-            of its own, `flashmhf` with that one change.
+        ablations: options (`gate-type`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each is a
+            contender of its own, `flashmhf` with that one change.
         document_bytes: of each held-out document at most so many are scored at the end.
-        match: the trunk's "parameters" or its "flops" a token.
+        match: the backbone's "parameters" or its "flops" a token.
         depth: "same" for all, or the "paper"'s: 5 layers with several heads for 6 without.
     """
 
@@ -107,7 +107,7 @@ class Comparison:
         self._check_ablations()
 
     def _check_ablations(self) -> None:
-        choices = {"gate": (*GATES, "none"), "q-norm": tuple(SWITCH), "projections": tuple(SWITCH)}
+        choices = {"gate-type": (*GATES, "none"), "q-norm": tuple(SWITCH), "projections": tuple(SWITCH)}
         for option, values in self.ablations.items():
             if values and ABLATED not in self.variants:
                 raise InputError(f"{option}: expected {ABLATED} among the variants, got {', '.join(self.variants)}")

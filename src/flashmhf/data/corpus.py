@@ -14,9 +14,9 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from flashmhf.data.faults import REFUSE, SKIP, BadData
+from flashmhf.data.corrupt_records import REFUSE, SKIP, CorruptRecords
 from flashmhf.data.files import PART_BYTES, content_key, list_files, missing_column, read_rows, row
-from flashmhf.data.workers import MOST_ROWS, count_rows, count_workers, rows_at_once
+from flashmhf.data.workers import MAX_ROWS, count_rows, count_workers, rows_at_once
 from flashmhf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Corpus:
     train: Dataset | IterableDataset
     validation: Dataset
     description: str
-    bad_data: BadData
+    bad_data: CorruptRecords
 
 
 def load_corpus(source: str, *, text_column: str = "text", streaming: bool = False, bad_data: str = REFUSE) -> Corpus:
@@ -62,7 +62,7 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     Raises:
         InputError: there is no such source, or it holds no usable text; names the file.
     """
-    bad = BadData(bad_data)
+    bad = CorruptRecords(bad_data)
     if source == STDLIB:
         bad.policy = SKIP  # the user cannot mend it
         train, validation = read_files(_stdlib_files(), STDLIB, "text", streaming), None
@@ -182,11 +182,11 @@ def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str)
         made = [row(text, f"{where}, row {index + 1}") for index, text in zip(indices, batch[text_column], strict=True)]
         return {name: [one[name] for one in made] for name in ROW}
 
-    options = {"batched": True, "batch_size": MOST_ROWS, "with_indices": True, "remove_columns": columns}
+    options = {"batched": True, "batch_size": MAX_ROWS, "with_indices": True, "remove_columns": columns}
     return documents.map(rows, features=ROW, **options)
 
 
-def good_rows(rows: Dataset | IterableDataset, where: str, bad: BadData) -> Dataset | IterableDataset:
+def good_rows(rows: Dataset | IterableDataset, where: str, bad: CorruptRecords) -> Dataset | IterableDataset:
     """The rows without fault; the others are counted or refused."""
     if isinstance(rows, IterableDataset):
 

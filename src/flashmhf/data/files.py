@@ -15,7 +15,7 @@ import pyarrow.parquet
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from flashmhf.data.faults import BINARY, BROKEN_LINE, EMPTY, ENCODING, NO_TEXT, UNREADABLE
+from flashmhf.data.corrupt_records import BINARY, BROKEN_LINE, EMPTY, ENCODING, NO_TEXT, UNREADABLE
 from flashmhf.errors import InputError
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -66,7 +66,7 @@ def content_key(files: Iterable[Path]) -> str:
 
 
 def read_rows(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
-    """Rows {"text", "origin", "fault", "problem"}: `fault` is empty, or one of the kinds in `flashmhf.data.faults`."""
+    """Rows {"text", "origin", "fault", "problem"}: `fault` is empty or a kind in `flashmhf.data.corrupt_records`."""
     readers = {"text": _read_text, "json": _read_json, "parquet": _read_parquet}
     for name in files:
         path = Path(name)

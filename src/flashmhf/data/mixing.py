@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from flashmhf.data.blocks import TokenBlocks, iterate_blocks
 from flashmhf.data.config import DataConfig
 from flashmhf.data.corpus import Corpus, load_corpus
-from flashmhf.data.faults import BadData
+from flashmhf.data.corrupt_records import CorruptRecords
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
@@ -31,7 +31,7 @@ class TrainingData:
     sources: tuple[str, ...]
     weights: tuple[float, ...]
     block_length: int
-    bad_data: tuple[BadData, ...]
+    bad_data: tuple[CorruptRecords, ...]
 
     def tokens_used(self, tokens: int) -> dict[str, int]:
         """Of each source, how many of the first `tokens` tokens of training."""
@@ -109,7 +109,7 @@ def _blocks(
 def _validation(
     corpora: Sequence[Corpus], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[torch.utils.data.Dataset, float]:
-    """The first held-out blocks of each source by its weight, and their bytes a token."""
+    """The first held-out blocks of each source by its weight, and their bytes/token."""
     parts: list[torch.utils.data.Dataset] = []
     num_blocks, num_bytes = 0, 0.0
     for corpus, weight in zip(corpora, weights, strict=True):

@@ -18,7 +18,7 @@ from flashmhf.data.corpus import (
     load_corpus,
     read_files,
 )
-from flashmhf.data.faults import REFUSE, BadData
+from flashmhf.data.corrupt_records import REFUSE, CorruptRecords
 from flashmhf.data.files import list_files
 from flashmhf.errors import InputError
 
@@ -48,7 +48,7 @@ def load_documents(
             read = _folder_split if Path(source).exists() else _hub_split
             rows = read(source, split, text_column)
         if rows is not None:
-            return _good_documents(rows, source, BadData(bad_data))
+            return _good_documents(rows, source, CorruptRecords(bad_data))
         if split != VALIDATION:
             raise InputError(f"split: expected {VALIDATION}, {TRAIN} or {ALL}, got {split!r}, which {source} lacks")
     corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
@@ -58,7 +58,7 @@ def load_documents(
     return corpus.train if split == TRAIN else datasets.concatenate_datasets([corpus.train, corpus.validation])
 
 
-def beginnings(documents: Dataset, most_bytes: int) -> Dataset:
+def truncate_documents(documents: Dataset, most_bytes: int) -> Dataset:
     """Each document's first bytes as UTF-8, at most `most_bytes` and without a character cut in two.
 
     Raises:
@@ -70,7 +70,7 @@ def beginnings(documents: Dataset, most_bytes: int) -> Dataset:
     return documents.remove_columns("text").add_column("text", texts)
 
 
-def _good_documents(rows: Dataset | IterableDataset, source: str, bad: BadData) -> Dataset:
+def _good_documents(rows: Dataset | IterableDataset, source: str, bad: CorruptRecords) -> Dataset:
     good = good_rows(rows, source, bad)
     assert isinstance(good, Dataset)
     if bad.counts:

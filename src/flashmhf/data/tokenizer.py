@@ -23,7 +23,7 @@ VOCABULARY_MULTIPLE = 64  # of a new model
 SPECIAL_TOKENS = [SEPARATOR, PADDING]
 # GPT-2's words, as the tokenizers library's ByteLevel cuts them
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-MOST_KNOWN_WORDS = 2**18  # some 60 MB
+MAX_KNOWN_WORDS = 2**18  # some 60 MB
 _known_words: WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, list[int]]] = WeakKeyDictionary()
 
 
@@ -153,7 +153,7 @@ def _encode_words(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[
     known = _known_words.setdefault(tokenizer, {})
     encoded = []
     for text in texts:
-        if len(known) > MOST_KNOWN_WORDS:
+        if len(known) > MAX_KNOWN_WORDS:
             known.clear()
         if any(token in text for token in special):
             encoded.append(np.asarray(backend.encode(text, add_special_tokens=False).ids, dtype=np.int32))

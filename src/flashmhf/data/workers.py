@@ -7,7 +7,7 @@ from datasets import Dataset
 WORKER_BYTES = 16 * 2**20  # of text; for less a process costs more than it saves
 
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 ROWS_BYTES = 2**25  # of text, held at once
 
 
@@ -19,7 +19,7 @@ def count_workers(num_bytes: int, most: int) -> int:
 
 def count_rows(bytes_per_row: float) -> int:
     """Documents to hold at once: 1 to 64, fewer of long ones."""
-    return max(1, min(MOST_ROWS, int(ROWS_BYTES // max(bytes_per_row, 1))))
+    return max(1, min(MAX_ROWS, int(ROWS_BYTES // max(bytes_per_row, 1))))
 
 
 def rows_at_once(documents: Dataset) -> int:

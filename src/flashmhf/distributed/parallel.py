@@ -49,7 +49,7 @@ class Replicated(ParallelStyle):
 
 
 def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
-    """Splits a layer, or a causal language model on a Llama trunk, over the ranks of a mesh, in place.
+    """Splits a layer, or a causal language model on a Llama backbone, over the ranks of a mesh, in place.
 
     Every rank calls this with a module of its own; the values are those of the mesh's first rank. Inputs and outputs
     are whole on every rank, and the same on all of them.
@@ -71,14 +71,14 @@ def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
     if not hasattr(module, "model"):
         _split_ffn(module, mesh)
         return module
-    trunk: Any = module.model
-    for layer in trunk.layers:
+    backbone: Any = module.model
+    for layer in backbone.layers:
         _split_attention(layer.self_attn, mesh)
         _split_ffn(layer.mlp, mesh)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             parallelize_module(norm, mesh, Replicated())
-    parallelize_module(trunk.norm, mesh, Replicated())
-    _split_vocabulary(module, trunk, mesh)
+    parallelize_module(backbone.norm, mesh, Replicated())
+    _split_vocabulary(module, backbone, mesh)
     return module
 
 
@@ -87,14 +87,14 @@ def check_split(module: nn.Module, ranks: int) -> None:
     if not hasattr(module, "model"):
         _check_ffn(module, ranks)
         return
-    trunk: Any = module.model
-    for layer in trunk.layers:
+    backbone: Any = module.model
+    for layer in backbone.layers:
         _check_attention(layer.self_attn, ranks)
         _check_ffn(layer.mlp, ranks)
 
 
 def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
-    """FSDP2's `fully_shard` of each layer and of the rest of a model on a Llama trunk, in place.
+    """FSDP2's `fully_shard` of each layer and of the rest of a model on a Llama backbone, in place.
 
     K, U and V, and what else has fewer heads than there are ranks, are cut along their rows or columns where the mesh
     divides these: FSDP2 would leave the ranks beyond with nothing.
@@ -106,8 +106,8 @@ def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
     """
     options["mesh"] = mesh
     options["shard_placement_fn"] = lambda parameter: _shard_placement(parameter, mesh.size())
-    trunk: Any = model.model
-    for layer in trunk.layers:
+    backbone: Any = model.model
+    for layer in backbone.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     return model
@@ -169,21 +169,21 @@ def _split_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
     )
 
 
-def _split_vocabulary(model: Any, trunk: Any, mesh: DeviceMesh) -> None:
+def _split_vocabulary(model: Any, backbone: Any, mesh: DeviceMesh) -> None:
     """The logits by vocabulary, the embeddings by width; tied ones are whole everywhere.
 
     Embeddings by vocabulary are avoided: DTensor (torch 2.13) compares padding_idx with the row within the shard.
     """
-    tied = model.lm_head.weight is trunk.embed_tokens.weight
+    tied = model.lm_head.weight is backbone.embed_tokens.weight
     styles: tuple[ParallelStyle, ParallelStyle] = (
         (Replicated(), Replicated())
         if tied
         else (ColwiseParallel(output_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate()))
     )
-    parallelize_module(trunk.embed_tokens, mesh, styles[0])
+    parallelize_module(backbone.embed_tokens, mesh, styles[0])
     parallelize_module(model.lm_head, mesh, styles[1])
     if tied:
-        model.lm_head.weight = trunk.embed_tokens.weight
+        model.lm_head.weight = backbone.embed_tokens.weight
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Shard | Replicate) -> None:

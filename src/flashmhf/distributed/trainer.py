@@ -76,7 +76,7 @@ def check_layout(model: nn.Module, arguments: TrainingArguments, *, compiled: bo
     """
     if head_processes(arguments) == 1:
         return
-    for name, wanted in (("compile-blocks", compiled), ("fused-loss", fused_loss)):
+    for name, wanted in (("regional-compilation", compiled), ("fused-loss", fused_loss)):
         if wanted:
             raise InputError(f"{name}: expected none beside tensor-parallel, got it")
     try:

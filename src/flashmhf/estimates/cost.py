@@ -1,6 +1,7 @@
 """What a model costs, counted on tensors without data: parameters, FLOPs, and what training keeps of each token."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,21 @@ from flashmhf.ops.roofline import GPUS, backward_work, forward_work
 TOKENS = 128  # enough that what does not depend on tokens vanishes in the division
 
 
-def account(config: PreTrainedConfig, context_length: int | None = None) -> dict[str, Any]:
-    """Parameters, FLOPs a token, and the bytes that one FFN layer keeps of each token for its backward pass.
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """Parameters, FLOPs/token, and the bytes that one FFN layer saves per token for its backward pass."""
+
+    parameters: int
+    parameters_without_embeddings: int
+    context_length: int
+    forward_flops_per_token: float
+    training_flops_per_token: float
+    parameters_per_ffn: int
+    ffn_saved_bytes_per_token: float
+
+
+def model_cost(config: PreTrainedConfig, context_length: int | None = None) -> ModelCost:
+    """Counts what a model costs, without allocating it.
 
     Args:
         config: of a causal language model shaped like Llama.
@@ -38,15 +52,15 @@ def account(config: PreTrainedConfig, context_length: int | None = None) -> dict
     parameters = count_parameters(config)
     embeddings = model.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
     forward_flops = counter.get_total_flops() / context_length
-    return {
-        "parameters": parameters,
-        "parameters_without_embeddings": parameters - embeddings,
-        "context_length": context_length,
-        "forward_flops_per_token": forward_flops,
-        "training_flops_per_token": 3 * forward_flops,
-        "parameters_per_ffn": sum(parameter.numel() for parameter in ffn.parameters()),
-        "ffn_saved_bytes_per_token": ffn_bytes,
-    }
+    return ModelCost(
+        parameters=parameters,
+        parameters_without_embeddings=parameters - embeddings,
+        context_length=context_length,
+        forward_flops_per_token=forward_flops,
+        training_flops_per_token=3 * forward_flops,
+        parameters_per_ffn=sum(parameter.numel() for parameter in ffn.parameters()),
+        ffn_saved_bytes_per_token=ffn_bytes,
+    )
 
 
 def operator_work(config: FlashMHFConfig, tokens: int, gpu: str) -> dict[str, Any]:
@@ -69,7 +83,7 @@ def operator_work(config: FlashMHFConfig, tokens: int, gpu: str) -> dict[str, An
         D=config.hidden_size // heads,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
-        has_gate=config.gate is not None and config.ffn_type != "mhffn",
+        has_gate=config.gate_type is not None and config.ffn_type != "mhffn",
     )
     passes = {"forward": forward_work(problem), "backward": backward_work(problem)}
     return {

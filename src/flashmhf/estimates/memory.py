@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flashmhf.errors import InputError
-from flashmhf.estimates.cost import account, saved_bytes
+from flashmhf.estimates.cost import model_cost, saved_bytes
 from flashmhf.layers import PKV, FlashMHF
 from flashmhf.ops.roofline import GPUS
 
@@ -51,7 +51,7 @@ def plan(
         raise InputError(f"utilisation: expected more than 0, at most 1, got {utilisation}")
     length = config.max_position_embeddings if context_length is None else context_length
     peak_tflops = GPUS[gpu].tflops_16bit if bf16 else GPUS[gpu].tflops_32bit
-    flops = tokens * account(config, length)["training_flops_per_token"]
+    flops = tokens * model_cost(config, length).training_flops_per_token
     hours = flops / (gpus * peak_tflops * 1e12 * utilisation) / 3600
     return {
         "gpus": gpus,

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of ratios of sums over documents, such as nats a token and bits a byte."""
+"""Bootstrap intervals of ratios of sums over documents, such as nats/token and bits/byte."""
 
 import math
 

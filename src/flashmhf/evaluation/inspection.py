@@ -174,7 +174,7 @@ def _query_and_gate(layer: FlashMHF, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Q (T, H, D) and the gate (T, H, E) as the operator gets them."""
     norm_weight = None if layer.q_norm is None else layer.q_norm.weight * layer.score_scale
     eps = 0.0 if layer.q_norm is None else layer.q_norm.eps
-    options = Prologue(layer.gate or "sigmoid", layer.output_scale, eps)
+    options = Prologue(layer.gate_type or "sigmoid", layer.output_scale, eps)
     return prologue.forward(layer._query(x), layer._gate_weight(), norm_weight, options)
 
 

@@ -16,7 +16,7 @@ from flashmhf.layers.initialisation import (
     check_positive,
     init_projections,
 )
-from flashmhf.layers.local import local
+from flashmhf.layers.multi_head import local
 
 
 class PKV(nn.Module):

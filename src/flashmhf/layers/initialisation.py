@@ -21,7 +21,7 @@ class Scales(NamedTuple):
     output: float
 
 
-def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | None) -> Scales:
+def default_scales(init: str, num_heads: int, num_subnetworks: int, gate_type: str | None) -> Scales:
     """The scales of a FlashMHF layer that was given none.
 
     A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score, or a logit of the
@@ -30,7 +30,7 @@ def default_scales(init: str, num_heads: int, num_subnetworks: int, gate: str | 
     """
     if init == "reference":
         return Scales(1.0, 1.0, 1.0)
-    if gate is None:
+    if gate_type is None:
         return Scales(float(num_heads), 1.0, 1.0)
     return Scales(float(num_heads), float(num_heads), float(num_subnetworks))
 

@@ -21,10 +21,17 @@ from flashmhf.layers.initialisation import (
     default_scales,
     init_projections,
 )
-from flashmhf.layers.local import local
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.prologue import GATES
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter that tensor parallelism has distributed; else the parameter itself.
+
+    DTensor is known by its method, so that a layer on one device does not import torch.distributed.
+    """
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 class HeadRMSNorm(nn.Module):
@@ -53,7 +60,7 @@ class FlashMHF(nn.Module):
         num_subnetworks: sub-networks E of each head; every one serves every token.
         subnetwork_size: width F of a sub-network; about 8/3 of the head dim, rounded up to a multiple of 64.
         num_kv_heads: heads that have parameters K, U, V of their own; num_heads is a multiple. Default: num_heads.
-        gate: "sigmoid" (of the logits, divided by its sum), "softmax", or None for a plain sum over sub-networks.
+        gate_type: "sigmoid" (of the logits, divided by its sum), "softmax", or None for a plain sum over sub-networks.
         q_norm: RMSNorm each head of the projected input.
         norm_eps: its epsilon.
         projections: False leaves out in_proj and out_proj.
@@ -83,7 +90,7 @@ class FlashMHF(nn.Module):
         subnetwork_size: int,
         *,
         num_kv_heads: int | None = None,
-        gate: str | None = "sigmoid",
+        gate_type: str | None = "sigmoid",
         q_norm: bool = False,
         norm_eps: float = 1e-6,
         projections: bool = True,
@@ -108,7 +115,7 @@ class FlashMHF(nn.Module):
         )
         check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
         check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        check_choice("gate", gate, (*GATES, None))
+        check_choice("gate_type", gate_type, (*GATES, None))
         check_choice("init", init, INITS)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -116,11 +123,11 @@ class FlashMHF(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.num_subnetworks = num_subnetworks
         self.subnetwork_size = subnetwork_size
-        self.gate = gate
+        self.gate_type = gate_type
         self.init = init
         self.recompute_q = recompute_q
         self.backend = check_name(backend)
-        scales = default_scales(init, num_heads, num_subnetworks, gate)
+        scales = default_scales(init, num_heads, num_subnetworks, gate_type)
         self.score_scale = scales.score if score_scale is None else score_scale
         self.gate_scale = scales.gate if gate_scale is None else gate_scale
         self.output_scale = scales.output if output_scale is None else output_scale
@@ -132,7 +139,7 @@ class FlashMHF(nn.Module):
         shape = (num_kv_heads, num_subnetworks, subnetwork_size, self.head_dim)
         self.k, self.u, self.v = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(3))
         gate_shape = (num_heads, self.head_dim, num_subnetworks)
-        self.gate_weight = None if gate is None else nn.Parameter(torch.empty(gate_shape, **factory))
+        self.gate_weight = None if gate_type is None else nn.Parameter(torch.empty(gate_shape, **factory))
         self.q_norm = HeadRMSNorm(num_heads, self.head_dim, norm_eps, **factory) if q_norm else None
         self.reset_parameters()
 
@@ -175,12 +182,12 @@ class FlashMHF(nn.Module):
             self._weight("v"),
             self._gate_weight(),
             norm_weight,
-            gate=self.gate or "sigmoid",
+            gate_type=self.gate_type or "sigmoid",
             gate_total=self.output_scale,
             norm_eps=norm_eps,
             backend=self.backend,
         )
-        return out * self.output_scale if self.gate is None and self.output_scale != 1.0 else out
+        return out * self.output_scale if self.gate_type is None and self.output_scale != 1.0 else out
 
     def _query(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that; H of this rank."""
@@ -191,7 +198,7 @@ class FlashMHF(nn.Module):
 
     def _gate_weight(self) -> Tensor | None:
         """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
-        if self.gate is None:
+        if self.gate_type is None:
             return None
         weight, factor = self._weight("gate_weight"), self.gate_scale / self.score_scale
         return weight if factor == 1.0 else weight * factor
@@ -204,7 +211,7 @@ class FlashMHF(nn.Module):
     def extra_repr(self) -> str:
         parts = [
             f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, num_subnetworks={self.num_subnetworks}",
-            f"subnetwork_size={self.subnetwork_size}, gate={self.gate!r}",
+            f"subnetwork_size={self.subnetwork_size}, gate_type={self.gate_type!r}",
         ]
         if self.num_kv_heads != self.num_heads:
             parts.append(f"num_kv_heads={self.num_kv_heads}")
@@ -218,7 +225,7 @@ class MHFFN(FlashMHF):
     """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows a head and no gate."""
 
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, **options) -> None:
-        super().__init__(hidden_size, num_heads, 1, intermediate_size, gate=None, **options)
+        super().__init__(hidden_size, num_heads, 1, intermediate_size, gate_type=None, **options)
 
 
 class DenseMoE(FlashMHF):

@@ -1,4 +1,4 @@
-"""Configuration of the FlashMHF model family: a Llama trunk whose feed-forward layer is chosen by `ffn_type`."""
+"""Configuration of the FlashMHF model family: a Llama backbone whose feed-forward layer is chosen by `ffn_type`."""
 
 import json
 from importlib.resources import files
@@ -25,7 +25,7 @@ class FlashMHFConfig(LlamaConfig):
         num_subnetworks: E; intermediate_size is a multiple of it. For "flashmhf" and "dense_moe".
         num_ffn_heads: H of "flashmhf", "mhffn" and "pkv"; hidden_size is a multiple of it.
         num_ffn_kv_heads: heads with K, U, V of their own. Default: num_ffn_heads.
-        gate: "sigmoid", "softmax" or None. For "flashmhf" and "dense_moe".
+        gate_type: "sigmoid", "softmax" or None. For "flashmhf" and "dense_moe".
         q_norm: RMSNorm on each head of the projected input. For "flashmhf" and "mhffn".
         ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
         ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
@@ -52,7 +52,7 @@ class FlashMHFConfig(LlamaConfig):
     num_subnetworks: int = 1
     num_ffn_heads: int | None = None
     num_ffn_kv_heads: int | None = None
-    gate: str | None = "sigmoid"
+    gate_type: str | None = "sigmoid"
     q_norm: bool = False
     ffn_projections: bool = True
     ffn_norm: bool = True
@@ -65,14 +65,16 @@ class FlashMHFConfig(LlamaConfig):
     reference_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "gate" in kwargs:  # its name before version 0.2
+            self.gate_type = kwargs.pop("gate")
         if self.num_ffn_heads is None:
             self.num_ffn_heads = self.num_attention_heads
         if self.num_ffn_kv_heads is None:
             self.num_ffn_kv_heads = self.num_ffn_heads
         self._check_ffn()
-        gate = self.gate if self.ffn_type in ("flashmhf", "dense_moe") else None
+        gate_type = self.gate_type if self.ffn_type in ("flashmhf", "dense_moe") else None
         heads = 1 if self.ffn_type == "dense_moe" else self.num_ffn_heads
-        scales = default_scales(self.init, heads, self.num_subnetworks, gate)
+        scales = default_scales(self.init, heads, self.num_subnetworks, gate_type)
         self.score_scale = scales.score if self.score_scale is None else float(self.score_scale)
         self.gate_scale = scales.gate if self.gate_scale is None else float(self.gate_scale)
         self.output_scale = scales.output if self.output_scale is None else float(self.output_scale)
@@ -108,7 +110,7 @@ class FlashMHFConfig(LlamaConfig):
     def _check_ffn(self) -> None:
         for name, value, choices in (
             ("ffn_type", self.ffn_type, FFN_TYPES),
-            ("gate", self.gate, (*GATES, None)),
+            ("gate_type", self.gate_type, (*GATES, None)),
             ("init", self.init, INITS),
         ):
             if value not in choices:

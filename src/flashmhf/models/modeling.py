@@ -44,7 +44,8 @@ def build_ffn(config: FlashMHFConfig) -> nn.Module:
         "backend": config.backend,
     }
     if config.ffn_type == "dense_moe":
-        return DenseMoE(config.hidden_size, config.num_subnetworks, config.subnetwork_size, gate=config.gate, **options)
+        options |= {"gate_type": config.gate_type}
+        return DenseMoE(config.hidden_size, config.num_subnetworks, config.subnetwork_size, **options)
     options |= {
         "num_kv_heads": H_kv,
         "q_norm": config.q_norm,
@@ -58,7 +59,7 @@ def build_ffn(config: FlashMHFConfig) -> nn.Module:
         H,
         config.num_subnetworks,
         config.subnetwork_size,
-        gate=config.gate,
+        gate_type=config.gate_type,
         **options,
     )
 
@@ -94,7 +95,7 @@ class FlashMHFPreTrainedModel(LlamaPreTrainedModel):
 
 
 class FlashMHFModel(FlashMHFPreTrainedModel, LlamaModel):
-    """The trunk: token ids to hidden states. See `transformers.LlamaModel`."""
+    """The backbone: token ids to hidden states. See `transformers.LlamaModel`."""
 
     def __init__(self, config: FlashMHFConfig) -> None:
         FlashMHFPreTrainedModel.__init__(self, config)
@@ -120,12 +121,12 @@ class FlashMHFForCausalLM(FlashMHFPreTrainedModel, LlamaForCausalLM, GenerationM
 
 
 class FlashMHFForSequenceClassification(GenericForSequenceClassification, FlashMHFPreTrainedModel):
-    """The trunk with a linear head on each sequence's last token."""
+    """The backbone with a linear head on each sequence's last token."""
 
 
 class FlashMHFForTokenClassification(GenericForTokenClassification, FlashMHFPreTrainedModel):
-    """The trunk with a linear head on every token."""
+    """The backbone with a linear head on every token."""
 
 
 class FlashMHFForQuestionAnswering(GenericForQuestionAnswering, FlashMHFPreTrainedModel):
-    """The trunk with a linear head for the start and the end of a span."""
+    """The backbone with a linear head for the start and the end of a span."""

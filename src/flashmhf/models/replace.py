@@ -35,7 +35,7 @@ def replace_ffn(
         num_subnetworks: Default: what brings the parameters closest to the old layer's.
         subnetwork_size: Default: 8/3 of the head dim, rounded up to a multiple of 64.
         layers: which layers, counted from 0 in the model's order. Default: all.
-        options: further arguments of `FlashMHF`, such as gate, q_norm or init.
+        options: further arguments of `FlashMHF`, such as gate_type, q_norm or init.
 
     Returns:
         The same model.

@@ -27,15 +27,15 @@ HOPPER_MIN_TRITON = (3, 6)
 class Backend:
     """One implementation: a module with `forward`, `backward` and both of the prologue, and why it cannot run, if so.
 
-    `why_not(problem)` answers from torch and find_spec alone, without importing the module; without a problem it speaks
-    of this machine in general. `why_not_auto(problem)` is why `auto` leaves a problem to another backend although this
-    one can run it; `unproven(problem)` is what a user should know who names it.
+    `unsupported_reason(problem)` needs only torch and find_spec, not the module; without a problem it answers for this
+    machine in general. `auto_skip_reason(problem)` is why `auto` leaves a problem to another backend although this one
+    can run it; `unproven(problem)` is what a user who names the backend should know.
     """
 
     name: str
     module: str
-    why_not: Callable[[Problem | None], str | None]
-    why_not_auto: Callable[[Problem], str | None] = lambda problem: None
+    unsupported_reason: Callable[[Problem | None], str | None]
+    auto_skip_reason: Callable[[Problem], str | None] = lambda problem: None
     unproven: Callable[[Problem], str | None] = lambda problem: None
 
 
@@ -84,7 +84,7 @@ def _triton_version() -> str | None:
     return None
 
 
-def _hopper_why_not_auto(problem: Problem) -> str | None:
+def _hopper_auto_skip_reason(problem: Problem) -> str | None:
     tokens = hopper_tiles.FASTER_FROM.get(hopper_tiles.configuration(problem.D, problem.dtype))
     if tokens is None:
         return "has not been measured on a GPU to be right and faster for this head dim and dtype"
@@ -102,7 +102,7 @@ def _runs_everywhere(problem: Problem | None) -> None:
 
 
 BACKENDS = (
-    Backend("hopper", "flashmhf.ops.hopper.backend", _hopper_why_not, _hopper_why_not_auto, _hopper_unproven),
+    Backend("hopper", "flashmhf.ops.hopper.backend", _hopper_why_not, _hopper_auto_skip_reason, _hopper_unproven),
     Backend("triton", "flashmhf.ops.triton.backend", _triton_why_not),
     Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
     Backend("reference", "flashmhf.ops.reference", _runs_everywhere),
@@ -115,7 +115,7 @@ def backends(problem: Problem | None = None) -> dict[str, str | None]:
     Args:
         problem: `Problem.of(q, k, u, v, gate)`, or None to ask about this machine in general.
     """
-    return {backend.name: backend.why_not(problem) for backend in BACKENDS}
+    return {backend.name: backend.unsupported_reason(problem) for backend in BACKENDS}
 
 
 def check_name(name: str) -> str:
@@ -135,14 +135,14 @@ def select(problem: Problem, name: str) -> ModuleType:
     check_name(name)
     if name != "auto":
         (backend,) = (backend for backend in BACKENDS if backend.name == name)
-        if reason := backend.why_not(problem):
+        if reason := backend.unsupported_reason(problem):
             raise ValueError(f"backend: {name!r} cannot run here: {reason}")
         if warning := backend.unproven(problem):
             _warn_once(name, warning)
         return _load(backend.module)
     passed_over: list[str] = []
     for backend in BACKENDS:
-        reason = backend.why_not(problem) or backend.why_not_auto(problem)
+        reason = backend.unsupported_reason(problem) or backend.auto_skip_reason(problem)
         if reason is None:
             _log_choice(backend.name, problem.device.type, tuple(passed_over))
             return _load(backend.module)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashmhf.ops.recording import Program, record
 
 ALIGNMENT = 16  # bytes: Triton compiles other code for a pointer that has it, and TMA needs it
-MOST_CALLS = 1024  # then all are forgotten, so that ever new numbers of tokens do not fill the memory
+MAX_CALLS = 1024  # then all are forgotten, so that ever new numbers of tokens do not fill the memory
 
 Compute = Callable[[ModuleType, tuple[Any, ...], tuple[Any, ...]], Any]
 
@@ -60,7 +60,7 @@ def run(
     call = _calls.get(found)
     if call is None:
         call = Call(select(tensors, options), tensors)
-        if len(_calls) >= MOST_CALLS:
+        if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[found] = call
     program = call.program

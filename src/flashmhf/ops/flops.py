@@ -6,7 +6,7 @@ A module of its own, because the counter imports triton wherever it is installed
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmhf.ops import custom_op, gated_mhf  # noqa: F401  (registers the operators)
+from flashmhf.ops import flash_mhf, gated_mhf  # noqa: F401  (registers the operators)
 
 
 @register_flop_formula(torch.ops.flashmhf.flash_mhf)

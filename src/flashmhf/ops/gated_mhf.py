@@ -1,7 +1,7 @@
 """The operator together with what precedes it: per-head norm, gate, `flash_mhf`, as one operator that keeps only Q.
 
 Between forward and backward it saves its inputs and nothing else: the normed Q and the gate are computed again. Like
-`custom_op.py` it runs whichever backend `backends.select` gives; second derivatives go through the reference.
+`flash_mhf` it runs whichever backend `backends.select` gives; second derivatives go through the reference.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from flashmhf.ops.second_derivatives import differentiate_gradients
 
 _LIBRARY = torch.library.Library("flashmhf", "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate_weight, Tensor? norm_weight"
-_OPTIONS = "str gate, float gate_total, float norm_eps, str backend"
+_OPTIONS = "str gate_type, float gate_total, float norm_eps, str backend"
 _LIBRARY.define(f"gated_mhf({_TENSORS}, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     f"gated_mhf_backward(Tensor dout, {_TENSORS}, bool[] needs, {_OPTIONS}) -> Tensor[]",
@@ -38,7 +38,7 @@ def gated_mhf(
     gate_weight: Tensor | None = None,
     norm_weight: Tensor | None = None,
     *,
-    gate: str = "sigmoid",
+    gate_type: str = "sigmoid",
     gate_total: float = 1.0,
     norm_eps: float = 1e-6,
     backend: str = "auto",
@@ -49,7 +49,7 @@ def gated_mhf(
         q, k, u, v, backend: as in `flash_mhf`; q is the projected input before its norm.
         gate_weight: (H, D, E), the weight of the gate's logits, or None for a plain sum over sub-networks.
         norm_weight: (H, D), the weight of an RMSNorm of each head, or None for no norm.
-        gate: "sigmoid" (of the logits, divided by its sum over E) or "softmax".
+        gate_type: "sigmoid" (of the logits, divided by its sum over E) or "softmax".
         gate_total: what the gate sums to over E.
         norm_eps: epsilon of the norm.
 
@@ -61,20 +61,22 @@ def gated_mhf(
     """
     if autocast_dtype(q.device.type) is not None:
         q, k, u, v = cast_inputs(q, k, u, v)
-    return _GATED_MHF(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend)
+    return _GATED_MHF(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend)
 
 
 @torch.library.impl(_LIBRARY, "gated_mhf", "CompositeExplicitAutograd")
-def _forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend) -> Tensor:
+def _forward(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend) -> Tensor:
     tensors = (q, k, u, v, gate_weight, norm_weight)
-    return calls.run(_select, _compute_forward, tensors, (gate, gate_total, norm_eps, backend))
+    return calls.run(_select, _compute_forward, tensors, (gate_type, gate_total, norm_eps, backend))
 
 
 @torch.library.impl(_LIBRARY, "gated_mhf_backward", "CompositeExplicitAutograd")
-def _backward(dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_total, norm_eps, backend) -> list[Tensor]:
+def _backward(
+    dout, q, k, u, v, gate_weight, norm_weight, needs, gate_type, gate_total, norm_eps, backend
+) -> list[Tensor]:
     """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
     tensors = (q, k, u, v, gate_weight, norm_weight, dout)
-    return calls.run(_select, _compute_backward, tensors, (gate, gate_total, norm_eps, backend, *needs))
+    return calls.run(_select, _compute_backward, tensors, (gate_type, gate_total, norm_eps, backend, *needs))
 
 
 def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
@@ -104,28 +106,28 @@ def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[
 
 def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
     q, k, u, v, gate_weight, norm_weight, *_ = tensors
-    gate, _, _, backend, *_ = options
-    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate), backend)
+    gate_type, _, _, backend, *_ = options
+    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate_type), backend)
 
 
 @torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)
-def _forward_fake(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps, backend) -> Tensor:
-    _check(q, k, u, v, gate_weight, norm_weight, gate)
+def _forward_fake(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend) -> Tensor:
+    _check(q, k, u, v, gate_weight, norm_weight, gate_type)
     return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("flashmhf::gated_mhf_backward", lib=_LIBRARY)
 def _backward_fake(
-    dout, q, k, u, v, gate_weight, norm_weight, needs, gate, gate_total, norm_eps, backend
+    dout, q, k, u, v, gate_weight, norm_weight, needs, gate_type, gate_total, norm_eps, backend
 ) -> list[Tensor]:
     inputs = (q, k, u, v, gate_weight, norm_weight)
     return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
 
 
-def _check(q, k, u, v, gate_weight, norm_weight, gate) -> Problem:
+def _check(q, k, u, v, gate_weight, norm_weight, gate_type) -> Problem:
     problem = replace(Problem.of(q, k, u, v), has_gate=gate_weight is not None)
-    if gate not in GATES:
-        raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {gate!r}")
+    if gate_type not in GATES:
+        raise ValueError(f"gate_type: expected one of {', '.join(GATES)}, got {gate_type!r}")
     shapes = {"gate_weight": (problem.H, problem.D, problem.E), "norm_weight": (problem.H, problem.D)}
     for name, weight in (("gate_weight", gate_weight), ("norm_weight", norm_weight)):
         if weight is not None and weight.shape != shapes[name]:
@@ -141,7 +143,7 @@ def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor
 
 
 def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed, gate, gate_total, norm_eps, _ = options
+    needed, gate_type, gate_total, norm_eps, _ = options
 
     def gradients(inputs: list[Any]) -> tuple[Tensor, ...]:
         dout, *arguments = inputs
@@ -150,7 +152,7 @@ def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None)
                 arguments[i] = arguments[i].detach().requires_grad_()
         differentiated = [x for x, need in zip(arguments, needed, strict=True) if need]
         q, k, u, v, gate_weight, norm_weight = arguments
-        out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, gate, gate_total, norm_eps)
+        out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps)
         return torch.autograd.grad(out, differentiated, dout, create_graph=True)
 
     return differentiate_gradients(tensors, needs, grad_grads, gradients)

@@ -76,7 +76,7 @@ def triton_tiles() -> dict[tuple[str, int, str, int], tuple[int, ...]]:
     }
 
 
-def one_pass_faster() -> frozenset[tuple[str, int]]:
+def fused_faster() -> frozenset[tuple[str, int]]:
     """(device class, padded head dim)."""
     return frozenset((entry["device"], entry["D"]) for entry in _of("one pass faster"))
 

@@ -71,13 +71,13 @@ def forward_work(problem: Problem) -> Work:
     return Work(3 * _product_flops(problem), tokens + gate + 3 * weights, tokens)
 
 
-def backward_tokens_work(problem: Problem) -> Work:
+def backward_dq_work(problem: Problem) -> Work:
     """Five products; reads q, dout, the gate, K, U and V, and writes dq and the gate's gradient."""
     tokens, gate, weights = _bytes(problem)
     return Work(5 * _product_flops(problem), 2 * tokens + gate + 3 * weights, tokens + gate)
 
 
-def backward_weights_work(problem: Problem) -> Work:
+def backward_dkuv_work(problem: Problem) -> Work:
     """Six products; reads q, dout, the gate, K, U and V, and writes dK, dU and dV."""
     tokens, gate, weights = _bytes(problem)
     return Work(6 * _product_flops(problem), 2 * tokens + gate + 3 * weights, 3 * weights)
@@ -85,7 +85,7 @@ def backward_weights_work(problem: Problem) -> Work:
 
 def backward_work(problem: Problem) -> Work:
     """Both kernels of the backward pass: eleven products, of which three are M, N and dA once more."""
-    return backward_tokens_work(problem) + backward_weights_work(problem)
+    return backward_dq_work(problem) + backward_dkuv_work(problem)
 
 
 def _product_flops(problem: Problem) -> int:

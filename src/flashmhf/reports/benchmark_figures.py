@@ -32,7 +32,7 @@ LABELS = {
     "ratio": "time / SwiGLU's",
     "median_ms": "time, ms",
     "peak_mib": "peak memory, MiB",
-    "tokens_per_s": "tokens a second",
+    "tokens_per_s": "tokens/s",
     "ratio_to_copy": "rate of reading weights / of copying",
 }
 LOGARITHMIC = ("peak_mib", "median_ms")

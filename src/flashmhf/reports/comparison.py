@@ -9,15 +9,15 @@ from flashmhf.reports.page import figures, html_table, markdown_rows, write_page
 
 COLUMNS = (
     "FFN",
-    "validation loss (nats a token)",
+    "validation loss (nats/token)",
     "held-out documents",
     "to the first (95 %)",
-    "bits a byte",
+    "bits/byte",
     "parameters",
-    "MFLOP a token",
+    "MFLOP/token",
     "layers",
     "d_ff",
-    "tokens a second",
+    "tokens/s",
     "peak memory (MiB)",
 )
 EFFECT_COLUMNS = ("ablation", "held-out documents, to flashmhf (95 %)", "reading")
@@ -58,13 +58,13 @@ def _sections(results: dict[str, Any]) -> list[str]:
         figures(
             (loss_against(results, "parameters", "parameters"), "Validation loss against parameters, mean over seeds"),
             (
-                loss_against(results, "forward_flops_per_token", "FLOPs a token, forward"),
-                "Validation loss against FLOPs a token, mean over seeds",
+                loss_against(results, "forward_flops_per_token", "FLOPs/token, forward"),
+                "Validation loss against FLOPs/token, mean over seeds",
             ),
         ),
         f"<h2>Speed and memory</h2><p>{_machine(results)}</p>",
         figures(
-            (bars(results, "tokens_per_second"), "Tokens a second of training"),
+            (bars(results, "tokens_per_second"), "Tokens/s of training"),
             (bars(results, "peak_memory_mib"), "Peak memory of the training process, MiB"),
         ),
         "<h2>Samples</h2>",
@@ -85,7 +85,7 @@ def _introduction(results: dict[str, Any]) -> str:
         f"{html.escape(data['tokenizer'])}), {tokens:,} tokens each in blocks of {data['context_length']}, "
         f"seeds {seeds}; matched {settings['match']} at {DEPTHS[settings['depth']]}, all else alike, and of each seed "
         f"the same order of the data. Lowest validation loss here: <b>{html.escape(best['variant'])}</b>. A model "
-        f"without context could reach {results['unigram_entropy_nats']:.3f} nats a token (the unigram entropy).</p>"
+        f"without context could reach {results['unigram_entropy_nats']:.3f} nats/token (the unigram entropy).</p>"
     )
 
 
@@ -180,7 +180,7 @@ def _note(results: dict[str, Any]) -> str:
     runs = max((found["runs"] for found in compared), default=1)
     over = f"Student's t over {runs} seeds" if runs > 1 else "nothing else: one seed says nothing of another"
     return (
-        f"±: standard deviation over seeds. Held-out documents: nats a token on {documents} of them, of each the first "
+        f"±: standard deviation over seeds. Held-out documents: nats/token on {documents} of them, of each the first "
         f"{settings['document_bytes']:,} bytes. Differences are paired by document and seed; their 95 % intervals "
         f"cover a bootstrap over documents and {over}. Of twenty such intervals around no difference one excludes 0."
     )

@@ -13,18 +13,18 @@ from flashmhf.reports.page import BLUE, FIGURE_INCHES, GREEN, GREY, ORANGE, PURP
 COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "mhffn": GREEN, "pkv": PURPLE, "dense_moe": ORANGE}
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 UNIGRAM_COLOUR = GREY
-LEAST_SIZES = 3  # for a power law
+MIN_SIZES = 3  # for a power law
 DARK = 0.6  # of the map's colours
-MOST_POINTS = 60  # of a curve
-MOST_NUMBERS = 64  # written into the fields of a map
+MAX_POINTS = 60  # of a curve
+MAX_NUMBERS = 64  # written into the fields of a map
 
 
 def curves(results: dict[str, Any], name: str, against: int, marker: str | None) -> Figure:
     """One line a run, one colour a variant, one dash an ablation, and what a model without context could reach.
 
-    Of more than `MOST_POINTS` points there are means of as many in a row as bring them below it.
+    Of more than `MAX_POINTS` points there are means of as many in a row as bring them below it.
     """
-    figure, axes = new_axes("step" if against == 0 else "seconds of training", "nats a token")
+    figure, axes = new_axes("step" if against == 0 else "seconds of training", "nats/token")
     labelled: set[str] = set()
     for run in results["runs"]:
         if not run[name]:
@@ -44,7 +44,7 @@ def curves(results: dict[str, Any], name: str, against: int, marker: str | None)
 
 
 def _means(points: np.ndarray) -> np.ndarray:
-    together = -(-len(points) // MOST_POINTS)
+    together = -(-len(points) // MAX_POINTS)
     return np.array([points[begin : begin + together].mean(0) for begin in range(0, len(points), together)])
 
 
@@ -56,7 +56,7 @@ def _style(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 def loss_against(results: dict[str, Any], measure: str, name: str) -> Figure:
     """Loss against a size, with a power law for each variant that has enough sizes."""
-    figure, axes = new_axes(name, "nats a token")
+    figure, axes = new_axes(name, "nats/token")
     rows = [row for row in results["variants"] if row["validation_loss"]["mean"] is not None]
     for ffn_type, colour in COLOURS.items():
         mine = sorted(
@@ -68,12 +68,12 @@ def loss_against(results: dict[str, Any], measure: str, name: str) -> Figure:
             continue
         sizes, losses = np.array(mine).T
         axes.scatter(sizes, losses, color=colour, label=ffn_type, zorder=3)
-        if len(set(sizes)) >= LEAST_SIZES:
+        if len(set(sizes)) >= MIN_SIZES:
             exponent, log_scale = np.polyfit(np.log(sizes), np.log(losses), 1)
             axes.plot(
                 sizes, np.exp(log_scale) * sizes**exponent, color=colour, label=f"{ffn_type}: size^{exponent:.3f}"
             )
-    if len({row[measure] for row in rows}) >= LEAST_SIZES:
+    if len({row[measure] for row in rows}) >= MIN_SIZES:
         axes.set(xscale="log", yscale="log")
     axes.margins(0.1)
     axes.legend(frameon=False, fontsize=9)
@@ -103,7 +103,7 @@ def gate_maps(heads: list[dict[str, Any]]) -> Figure:
         for head in heads:
             values[head["layer"], head["head"]] = head[key]
         image = draw_map(axis, values, title, vmin=0, vmax=1)
-        for (layer, head), value in np.ndenumerate(values) if values.size <= MOST_NUMBERS else ():
+        for (layer, head), value in np.ndenumerate(values) if values.size <= MAX_NUMBERS else ():
             shade = "white" if value < DARK else "black"
             axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
     figure.colorbar(image, ax=axes)

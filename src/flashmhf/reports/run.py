@@ -77,7 +77,7 @@ def _sections(run: dict[str, Any], log: RunLog, summary: dict[str, Any]) -> list
         ),
     ]
     for name, label, caption in (
-        ("tokens_per_second", "tokens a second", "Speed, without validation and saving"),
+        ("tokens_per_second", "tokens/s", "Speed, without validation and saving"),
         ("grad_norm", "gradient norm", "Gradient norm before clipping"),
         ("learning_rate", "learning rate", "Learning rate"),
         ("memory_mib", "MiB", "Most memory so far, of the process under way"),
@@ -109,7 +109,7 @@ def _sections(run: dict[str, Any], log: RunLog, summary: dict[str, Any]) -> list
 
 
 def _losses(log: RunLog, against: str, label: str) -> Figure:
-    figure, axes = new_axes(label, "nats a token")
+    figure, axes = new_axes(label, "nats/token")
     x, y = zip(*log.curve("loss", against), strict=True)
     axes.plot(x, y, color=TRAINING, alpha=0.3, linewidth=0.8)
     axes.plot(x, _smoothed(y), color=TRAINING, linewidth=1.5, label="training, smoothed")

@@ -18,7 +18,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     """
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise InputError(f"compile-blocks: expected a model with a list of layers, got {type(model).__name__}")
+        raise InputError(f"regional-compilation: expected a model with a list of layers, got {type(model).__name__}")
     # DDP would have dynamo cut graphs where its buckets end; blocks are cuts enough, and cannot hold a checkpoint's cut
     torch._dynamo.config.optimize_ddp = False
     for layer in layers:
@@ -28,4 +28,4 @@ def compile_layers(model: PreTrainedModel) -> None:
 def check_not_compiled_whole(arguments: TrainingArguments) -> None:
     """Raises InputError where the Trainer is asked to compile the model, too."""
     if arguments.torch_compile:
-        raise InputError("compile-blocks: expected no --torch-compile beside it, got both; one of them is enough")
+        raise InputError("regional-compilation: expected no --torch-compile beside it, got both; one of them is enough")

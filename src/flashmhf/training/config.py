@@ -13,18 +13,18 @@ class TrainConfig:
     Args:
         model: a preset, a JSON configuration (both start from new weights) or a model's folder (goes on from its).
         data: what it is trained on.
-        width_scaled_learning_rate: a hidden size for which the learning rate is; see `learning_rates`.
-        max_bad_steps: so many in a row without a finite loss and gradient end the run.
-        compile_blocks: every decoder layer goes through torch.compile, see `flashmhf.training.compilation`.
+        mup_base_width: a hidden size for which the learning rate is; see `learning_rates`.
+        max_non_finite_steps: so many in a row without a finite loss and gradient end the run.
+        regional_compilation: every decoder layer goes through torch.compile, see `flashmhf.training.compilation`.
         fused_loss: "auto", "on" or "off", see `flashmhf.models.fused_loss`.
         tensor_parallel: over so many processes the heads are split, see `flashmhf.distributed.trainer`.
     """
 
     model: str
     data: DataConfig = field(default_factory=DataConfig)
-    width_scaled_learning_rate: int | None = None
-    max_bad_steps: int = 5
-    compile_blocks: bool = False
+    mup_base_width: int | None = None
+    max_non_finite_steps: int = 5
+    regional_compilation: bool = False
     fused_loss: str = "auto"
     tensor_parallel: int = 1
 
@@ -35,5 +35,5 @@ class TrainConfig:
             "model": self.model,
             "data": data.pop("source"),
             **data,
-            "width_scaled_learning_rate": self.width_scaled_learning_rate,
+            "mup_base_width": self.mup_base_width,
         }

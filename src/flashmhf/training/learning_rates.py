@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from flashmhf.errors import InputError
 from flashmhf.layers import PKV, FlashMHF
 
-OPTION = "width-scaled-learning-rate"
+OPTION = "mup-base-width"
 
 
 def check_base_width(base_width: int | None, arguments: TrainingArguments) -> None:

@@ -8,7 +8,7 @@ from transformers.trainer_pt_utils import safe_globals
 SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
 
-def why_unsafe(folder: Path) -> str | None:
+def unsafe_reason(folder: Path) -> str | None:
     """The first file below `folder` that holds more than tensors and plain values, and what it would call, or None.
 
     `torch.load(weights_only=True)`, which the Trainer uses, refuses the same files, in the middle of loading.

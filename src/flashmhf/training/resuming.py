@@ -14,7 +14,7 @@ from transformers import TrainerState, TrainingArguments
 from flashmhf.errors import InputError
 from flashmhf.files import read_json
 from flashmhf.training.manifest import check
-from flashmhf.training.pickles import why_unsafe
+from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
 
 if sys.platform != "win32":
@@ -111,7 +111,7 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
     """
     passed_over = []
     for folder in checkpoints(output_dir):
-        reason = check(folder) or why_unsafe(folder)
+        reason = check(folder) or unsafe_reason(folder)
         if reason is None:
             logger.info("going on from %s", folder.name)
             return folder

@@ -24,15 +24,15 @@ from flashmhf.data.mixing import TrainingData, load_blocks
 from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_tokenizer
 from flashmhf.distributed.trainer import check_layout, split_heads
 from flashmhf.errors import InputError
-from flashmhf.estimates.cost import account
+from flashmhf.estimates.cost import model_cost
 from flashmhf.files import write_json
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
-from flashmhf.training.bad_steps import check_limit, numbered
 from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import check_base_width
+from flashmhf.training.non_finite_steps import check_limit, numbered
 from flashmhf.training.resuming import (
     RESULT_FILE,
     RUN_FILE,
@@ -112,19 +112,19 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
         resume: go on from the last checkpoint in the folder that is whole.
 
     Returns:
-        "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats a token), "bits_per_byte",
+        "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats/token), "bits_per_byte",
         "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "skipped_steps", "interrupted_by" (a
         signal's number or None), "tokens_used" (of each source), "bad_data" (a line on what was skipped, or empty). The
         folder of a run that has ended well holds it as result.json.
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
-        RunError: `config.max_bad_steps` in a row had no finite loss and gradient; a checkpoint is saved.
+        RunError: `config.max_non_finite_steps` in a row had no finite loss and gradient; a checkpoint is saved.
     """
-    check_limit(config.max_bad_steps)
-    if config.compile_blocks:
+    check_limit(config.max_non_finite_steps)
+    if config.regional_compilation:
         check_not_compiled_whole(arguments)
-    check_base_width(config.width_scaled_learning_rate, arguments)
+    check_base_width(config.mup_base_width, arguments)
     split_heads(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))
     with only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext():
@@ -174,8 +174,8 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
 
 def _prepare_model(model: PreTrainedModel, config: TrainConfig, arguments: TrainingArguments) -> None:
     """How the model computes, beside what it is: compiled, with a fused loss."""
-    check_layout(model, arguments, compiled=config.compile_blocks, fused_loss=config.fused_loss == "on")
-    if config.compile_blocks:
+    check_layout(model, arguments, compiled=config.regional_compilation, fused_loss=config.fused_loss == "on")
+    if config.regional_compilation:
         compile_layers(model)
     fused_loss = "off" if config.tensor_parallel > 1 else config.fused_loss
     use_fused_loss(model, fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
@@ -196,9 +196,9 @@ def _trainer(
         eval_dataset=data.validation,
         processing_class=tokenizer,
         callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
-        max_bad_steps=config.max_bad_steps,
-        flops_per_token=account(model.config, data.block_length)["training_flops_per_token"],
-        base_width=config.width_scaled_learning_rate,
+        max_non_finite_steps=config.max_non_finite_steps,
+        flops_per_token=model_cost(model.config, data.block_length).training_flops_per_token,
+        base_width=config.mup_base_width,
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:

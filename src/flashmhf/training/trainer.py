@@ -15,8 +15,8 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from flashmhf.ops.roofline import peak_tflops
-from flashmhf.training.bad_steps import GuardedTrainer
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
+from flashmhf.training.non_finite_steps import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class SpeedTrainer(GuardedTrainer):
     of training alone, without validation and saving.
 
     Args:
-        flops_per_token: of a training step, as `accounting.account` counts them.
+        flops_per_token: of a training step, as `estimates.cost.model_cost` counts them.
         base_width: scales learning rates by fan-in, see `flashmhf.training.learning_rates`.
     """
 

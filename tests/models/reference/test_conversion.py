@@ -243,7 +243,7 @@ def test_a_full_destination_is_left_alone(tmp_path):
 
 INEXPRESSIBLE = {
     "gate_scale: the reference code can express 1.0, got 2.0": {"gate_scale": 2.0},
-    "gate: the reference code can express sigmoid, got 'softmax'": {"gate": "softmax"},
+    "gate_type: the reference code can express sigmoid, got 'softmax'": {"gate_type": "softmax"},
     "ffn_type: the reference code can express flashmhf, mhffn, got 'pkv'": {"ffn_type": "pkv"},
     "score_scale: the reference code can express .*, got 3.0": {"score_scale": 3.0},
     "output_scale: the reference code can express .*, got 0.5": {"output_scale": 0.5},

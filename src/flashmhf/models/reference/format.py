@@ -71,21 +71,23 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
     if family not in ARCHITECTURES:
         raise InputError(f"config.json: expected model_type {' or '.join(ARCHITECTURES)}, got {family!r}")
     flags = {key.removeprefix(f"{family}_"): value for key, value in theirs.items() if key.startswith(f"{family}_")}
-    trunk = {key: value for key, value in theirs.items() if not key.startswith(f"{family}_")}
+    backbone = {key: value for key, value in theirs.items() if not key.startswith(f"{family}_")}
     known = set(LlamaConfig().to_dict()) | set(PreTrainedConfig().to_dict()) | OLDER_KEYS
     unknown = [f"{family}_{flag}" for flag in flags.keys() - FUNCTION_FLAGS - OTHER_FLAGS]
-    unknown += [key for key in trunk if key not in known]
+    unknown += [key for key in backbone if key not in known]
     if unknown:
         raise InputError(
             f"config.json: expected flags of the reference code, got the unknown {', '.join(sorted(unknown))}"
         )
-    if trunk.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: expected hidden_act 'silu', got {trunk['hidden_act']!r}")
+    if backbone.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: expected hidden_act 'silu', got {backbone['hidden_act']!r}")
     heads = flags.get("num_heads", 1)
     score_scale = 1.0
     if flags.get("apply_dot_scaling", False):
         score_scale = float(heads) if flags.get("apply_dot_scaling_theory", False) else math.sqrt(heads)
-    kept = {key: value for key, value in trunk.items() if key not in ("model_type", "architectures", "_name_or_path")}
+    kept = {
+        key: value for key, value in backbone.items() if key not in ("model_type", "architectures", "_name_or_path")
+    }
     try:
         return FlashMHFConfig(
             **{key: value for key, value in kept.items() if value is not None or key.endswith("_token_id")},
@@ -93,7 +95,7 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
             num_ffn_heads=heads,
             num_ffn_kv_heads=flags.get("num_kuv_heads") or heads,
             num_subnetworks=flags.get("num_experts", 1) if family == "mhffnmoe" else 1,
-            gate="sigmoid",
+            gate_type="sigmoid",
             q_norm=flags.get("apply_rmsnorm", False),
             ffn_projections=not flags.get("skip_linear", False),
             ffn_norm=not flags.get("disable_original_mlp_rmsnorm", False),
@@ -121,7 +123,7 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
     output_flags = {1.0: False, OUTPUT_SCALE: True}
     for name, value, choices in (
         ("ffn_type", ours.ffn_type, tuple(FFN_TYPES.values())),
-        ("gate", ours.gate if ours.ffn_type == "flashmhf" else "sigmoid", ("sigmoid",)),
+        ("gate_type", ours.gate_type if ours.ffn_type == "flashmhf" else "sigmoid", ("sigmoid",)),
         ("score_scale", scales.score, tuple(score_flags)),
         ("gate_scale", scales.gate, (1.0,)),
         ("output_scale", scales.output, tuple(output_flags)),
@@ -142,17 +144,17 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
     }
     if family == "mhffnmoe":
         flags["num_experts"] = ours.num_subnetworks
-    trunk = LlamaConfig(
+    backbone = LlamaConfig(
         **{key: value for key, value in ours.to_dict().items() if key in LlamaConfig().to_dict()}
     ).to_dict()
-    rope = trunk.pop("rope_parameters")
+    rope = backbone.pop("rope_parameters")
     if rope.get("rope_type", "default") != "default":
         raise InputError(
             f"rope_parameters: the reference code can express rope_type default, got {rope['rope_type']!r}"
         )
-    trunk |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": trunk.pop("dtype", None)}
-    trunk |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
-    return trunk | {f"{family}_{flag}": value for flag, value in flags.items()}
+    backbone |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": backbone.pop("dtype", None)}
+    backbone |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    return backbone | {f"{family}_{flag}": value for flag, value in flags.items()}
 
 
 def our_name(name: str) -> str:

@@ -6,8 +6,8 @@ The rest is norm and gate, and the backward for head dims above 128.
 import torch
 from torch import Tensor
 
-from flashmhf.ops.hopper.backward import backward as one_pass_backward
-from flashmhf.ops.hopper.backward_tokens import backward_tokens
+from flashmhf.ops.hopper.backward import backward as fused_backward
+from flashmhf.ops.hopper.backward_dq import backward_dq
 from flashmhf.ops.hopper.forward import forward
 from flashmhf.ops.hopper.tiles import backward_tile
 from flashmhf.ops.triton.backward import backward as portable_backward
@@ -30,9 +30,9 @@ def backward(
         return portable_backward(dout, q, k, u, v, gate, needs)
     of_weights = any(needs[1:4])
     if of_weights and not torch.are_deterministic_algorithms_enabled():
-        return one_pass_backward(dout, q, k, u, v, gate, needs)
-    dq, dgate = backward_tokens(dout, q, k, u, v, gate, needs)
+        return fused_backward(dout, q, k, u, v, gate, needs)
+    dq, dgate = backward_dq(dout, q, k, u, v, gate, needs)
     if not of_weights:
         return dq, None, None, None, dgate
-    _, dk, du, dv, _ = one_pass_backward(dout, q, k, u, v, gate, (False, *needs[1:4], False))
+    _, dk, du, dv, _ = fused_backward(dout, q, k, u, v, gate, (False, *needs[1:4], False))
     return dq, dk, du, dv, dgate

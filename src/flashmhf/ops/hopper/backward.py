@@ -25,11 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashmhf.ops.hopper.added_dq import add_dq, dq_argument, dq_buffer, rounded_dq
+from flashmhf.ops.hopper.dq_accum import add_dq, dq_argument, dq_buffer, rounded_dq
 from flashmhf.ops.hopper.launch import flat, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.splits import row_tiles, splits_for, token_tiles
-from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, low_and_high
-from flashmhf.ops.hopper.vocabulary import (
+from flashmhf.ops.hopper.primitives import (
     PRODUCER_REGISTERS,
     allocate_barriers,
     columns,
@@ -45,6 +43,8 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_full,
     zero,
 )
+from flashmhf.ops.hopper.splits import row_tiles, splits_for, token_tiles
+from flashmhf.ops.hopper.tiles import BackwardTile, backward_tile, low_and_high
 from flashmhf.ops.triton.forward import plan_combine
 from flashmhf.ops.triton.launch import Launch
 
@@ -142,7 +142,7 @@ def consume(
     LOW: gl.constexpr, HIGH: gl.constexpr,
     HAS_GATE: gl.constexpr, ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr,
     FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr,
-    s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, added_dq, dk_ptr, du_ptr, dv_ptr,
+    s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_accum, dk_ptr, du_ptr, dv_ptr,
     t, head, first_head, end_head, tiles, e, T, H, E, F, D, stride_split,
 ):  # fmt: skip
     """Two warpgroups: dK, dU and dV of the program's rows, and its share of dQ and dR."""
@@ -161,7 +161,7 @@ def consume(
     s_dmn = gl.allocate_shared_memory(dtype, [1, BLOCK_T, 2 * BLOCK_F], dmn_layout)
     s_dq = s_ku
     if ADDS_Q and BY_TMA:
-        s_dq = gl.allocate_shared_memory(gl.float32, [1, BLOCK_T, 1, BLOCK_D], added_dq.layout)
+        s_dq = gl.allocate_shared_memory(gl.float32, [1, BLOCK_T, 1, BLOCK_D], dq_accum.layout)
     nothing = gl.zeros([BLOCK_T, BLOCK_F], dtype, score)
     share(nothing, nothing, nothing, s_p, s_dmn, 0, pair)
     offs_t = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, score))
@@ -188,7 +188,7 @@ def consume(
         release(empty, before, STAGES, i > 0)  # synchronises the warpgroups, so P, dM and dN have been read
         share(p, dm, dn, s_p, s_dmn, i, pair)
         if ADDS_Q:
-            add_dq(dm, dn, s_ku, s_dq, added_dq, i, t, head, H, whole, FRAGMENTS, BY_TMA)
+            add_dq(dm, dn, s_ku, s_dq, dq_accum, i, t, head, H, whole, FRAGMENTS, BY_TMA)
         t, head = next_tile(t, head, T, first_head, end_head, BLOCK_T)
     dv, dku = issue_weights(s_p, s_dmn, s_q, s_dout, dv, dku, tiles - 1, STAGES)
     dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])
@@ -200,7 +200,7 @@ def consume(
 
 @gluon.jit(do_not_specialize=["T", "tiles_per_split"])
 def backward_kernel(
-    q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, added_dq, dk_ptr, du_ptr, dv_ptr,
+    q_desc, dout_desc, k_desc, u_desc, v_desc, gate_ptr, dgate_ptr, dq_accum, dk_ptr, du_ptr, dv_ptr,
     T, H, E, F, D, GROUP, tiles_per_split, stride_split, LOW: gl.constexpr, HIGH: gl.constexpr,
     STAGES: gl.constexpr, HAS_GATE: gl.constexpr,
     ADDS_Q: gl.constexpr, ADDS_GATE: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr,
@@ -235,7 +235,7 @@ def backward_kernel(
     t = (first_tile % tiles_t) * BLOCK_T
     head = first_head + first_tile // tiles_t % GROUP
     consumer_arguments = (  # no constexpr among them: an assignment makes a run-time value of it
-        s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, added_dq, dk_ptr, du_ptr, dv_ptr,
+        s_ku, s_v, s_q, s_dout, q_full, dout_full, empty, gate_ptr, dgate_ptr, dq_accum, dk_ptr, du_ptr, dv_ptr,
         t, head, first_head, first_head + GROUP, tiles, sub_network % E, T, H, E, F, D, stride_split,
     )  # fmt: skip
     producer_arguments = (
@@ -254,7 +254,7 @@ def backward_kernel(
 
 def plan_backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
-    dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None,
+    dk: Tensor, du: Tensor, dv: Tensor, dq_accum: Tensor | None, added_dgate: Tensor | None,
     tile: BackwardTile | None = None, splits: int = 1,
 ) -> Launch:  # fmt: skip
     """The launch that writes dk, du and dv and adds to dq (of `dq_buffer`) and dgate (T, H, E).
@@ -271,13 +271,13 @@ def plan_backward(
         **{f"{name}_desc": weight_descriptor(x, tile.block_f) for name, x in (("k", k), ("u", u), ("v", v))},
         "gate_ptr": q if gate is None else gate.contiguous(),
         "dgate_ptr": q if added_dgate is None else added_dgate,
-        "added_dq": q if added_dq is None else dq_argument(added_dq, tile),
+        "dq_accum": q if dq_accum is None else dq_argument(dq_accum, tile),
         "dk_ptr": dk, "du_ptr": du, "dv_ptr": dv,
         **dict(zip(("LOW", "HIGH"), low_and_high(D), strict=True)),
         "T": T, "H": H, "E": E, "F": F, "D": D, "GROUP": H // H_kv,
         "tiles_per_split": tiles_per_split, "stride_split": k.numel(),
         "STAGES": tile.stages, "HAS_GATE": gate is not None,
-        "ADDS_Q": added_dq is not None, "ADDS_GATE": added_dgate is not None,
+        "ADDS_Q": dq_accum is not None, "ADDS_GATE": added_dgate is not None,
         "FRAGMENTS": tile.dq == "fragments", "BY_TMA": tile.dq == "tma",
     }  # fmt: skip
     return Launch(backward_kernel, (row_tiles(k, tile), splits), arguments, num_warps=8, num_stages=1)
@@ -285,14 +285,14 @@ def plan_backward(
 
 def plan_backward_split(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
-    dk: Tensor, du: Tensor, dv: Tensor, added_dq: Tensor | None, added_dgate: Tensor | None, tile: BackwardTile,
+    dk: Tensor, du: Tensor, dv: Tensor, dq_accum: Tensor | None, added_dgate: Tensor | None, tile: BackwardTile,
 ) -> list[Launch]:  # fmt: skip
     """As `plan_backward`, in as many splits as the tile and the sizes want; further launches add their sums."""
     weights, splits = (dk, du, dv), splits_for(q, k, tile)
     if splits == 1:
-        return [plan_backward(dout, q, k, u, v, gate, *weights, added_dq, added_dgate, tile)]
+        return [plan_backward(dout, q, k, u, v, gate, *weights, dq_accum, added_dgate, tile)]
     sums = [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in weights]
-    launch = plan_backward(dout, q, k, u, v, gate, sums[0], sums[1], sums[2], added_dq, added_dgate, tile, splits)
+    launch = plan_backward(dout, q, k, u, v, gate, sums[0], sums[1], sums[2], dq_accum, added_dgate, tile, splits)
     return [launch, *map(plan_combine, sums, weights)]
 
 

@@ -28,8 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashmhf.ops.hopper.launch import flat, gate_arguments, processors, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import ForwardTile, forward_tile, low_and_high
-from flashmhf.ops.hopper.vocabulary import (
+from flashmhf.ops.hopper.primitives import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     allocate_barriers,
@@ -45,6 +44,7 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_empty,
     wait_full,
 )
+from flashmhf.ops.hopper.tiles import ForwardTile, forward_tile, low_and_high
 from flashmhf.ops.triton.launch import Launch
 
 

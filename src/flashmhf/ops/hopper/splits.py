@@ -1,6 +1,6 @@
 """Over how many programs the backward splits the tokens that meet one tile of rows: a pure function of the sizes.
 
-A program of the one-pass backward fills a processor, so the last wave of a launch may leave most of the device idle:
+A program of the fused backward fills a processor, so the last wave of a launch may leave most of the device idle:
 336 programs on 132 processors are three waves, 0.85 of the device. Splitting the tokens makes more and shorter waves.
 It costs float32 partial sums of dK, dU and dV, which a second kernel adds in fixed order, and a start for each program.
 """

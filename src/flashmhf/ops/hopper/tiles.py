@@ -32,7 +32,7 @@ class ForwardTile(NamedTuple):
 class BackwardTile(NamedTuple):
     """Tokens and parameter rows of one tile, stages of the rings, and two options.
 
-    dq: how it is added up in memory (added_dq.py): in "fragments" it takes half as many reductions as by "rows", and a
+    dq: how it is added up in memory (dq_accum.py): in "fragments" it takes half as many reductions as by "rows", and a
     warp's meet four cache lines instead of eight; by "tma" it needs room in shared memory. splits_tokens: over several
     programs, where more of the device is then busy (splits.py), at the price of float32 partial sums.
     """
@@ -67,11 +67,11 @@ FORWARD = _measured(
     "forward", ForwardTile, (ForwardTile(64, 64, 4, True), ForwardTile(64, 64, 4, True), ForwardTile(64, 32, 3))
 )
 BACKWARD = _measured("backward", BackwardTile, (BackwardTile(128, 64, 2), BackwardTile(128, 64, 2), None))
-BACKWARD_TOKENS = _measured("backward_tokens", TokensTile, (TokensTile(64, 64, 4), TokensTile(64, 64, 3), None))
+BACKWARD_TOKENS = _measured("backward_dq", TokensTile, (TokensTile(64, 64, 4), TokensTile(64, 64, 3), None))
 TABLE: dict[str, tuple[HopperTile | None, ...]] = {
     "forward": FORWARD,
     "backward": BACKWARD,
-    "backward_tokens": BACKWARD_TOKENS,
+    "backward_dq": BACKWARD_TOKENS,
 }
 
 # One of BLOCK_DS -> the configurations among which a GPU is to choose, the most promising first; each compiles without
@@ -130,7 +130,7 @@ BACKWARD_TOKENS_CANDIDATES: dict[int, tuple[TokensTile, ...]] = {
 CANDIDATES = {
     "forward": FORWARD_CANDIDATES,
     "backward": BACKWARD_CANDIDATES,
-    "backward_tokens": BACKWARD_TOKENS_CANDIDATES,
+    "backward_dq": BACKWARD_TOKENS_CANDIDATES,
 }
 # (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget.
 VERIFIED = measured.hopper_verified()

@@ -4,7 +4,7 @@ With A = SiLU(M) * N and dA = dO V^T:  dR_e = rowsum(dA * A), dN = R dA SiLU(M),
 dQ = dM K + dN U, dK = dM^T Q, dU = dN^T Q, dV = (R A)^T dO. No atomics: the same inputs give the same bits.
 
 That is eleven products. One pass does all of it in eight: it adds to dQ and to the gate's gradient in float32 buffers,
-atomically, so that sums are rounded in another order each time. `tiles.one_pass_tile` says where that is worth it;
+atomically, so that sums are rounded in another order each time. `tiles.fused_tile` says where that is worth it;
 `torch.use_deterministic_algorithms(True)` rules it out.
 """
 
@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.backward_weights import backward_one_pass_kernel, backward_weights_kernel
+from flashmhf.ops.triton.backward_dkuv import backward_dkuv_kernel, backward_fused_kernel
 from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, load_tokens, silu_and_slope_of, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
-from flashmhf.ops.triton.tiles import Tile, one_pass_tile, tile_for
+from flashmhf.ops.triton.tiles import Tile, fused_tile, tile_for
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def backward_tokens_kernel(
+def backward_dq_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
     dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
@@ -89,7 +89,7 @@ def backward_tokens_kernel(
         )
 
 
-def plan_backward_tokens(
+def plan_backward_dq(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -105,7 +105,7 @@ def plan_backward_tokens(
     tokens = Tokens.of(q, dout, gate, dq, dgate)
     q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
     if tile is None:
-        tile = tile_for("backward_tokens", q.device, q.dtype, D, tokens.T)
+        tile = tile_for("backward_dq", q.device, q.dtype, D, tokens.T)
     arguments = {
         **token_arguments("q", q_view),
         **token_arguments("dout", dout_view),
@@ -117,10 +117,10 @@ def plan_backward_tokens(
         "NEEDS_Q": dq is not None, "NEEDS_GATE": dgate is not None,
     }  # fmt: skip
     grid = (triton.cdiv(tokens.T, tile.block_t) * H,)
-    return Launch(backward_tokens_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    return Launch(backward_dq_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
-def plan_backward_weights(
+def plan_backward_dkuv(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -131,19 +131,19 @@ def plan_backward_weights(
     du: Tensor | None,
     dv: Tensor | None,
     tile: Tile | None = None,
-    added_dq: Tensor | None = None,
+    dq_accum: Tensor | None = None,
     added_dgate: Tensor | None = None,
 ) -> Launch:
     """The launch that writes dk, du and dv, each contiguous or None.
 
-    With added_dq it is the one-pass kernel's, which wants all three and adds to float32 added_dq and, unless that is
+    With dq_accum it is the fused kernel's, which wants all three and adds to float32 dq_accum and, unless that is
     None, added_dgate.
     """
     H_kv, E, F, D = k.shape
-    tokens = Tokens.of(q, dout, gate, added_dq, added_dgate)
+    tokens = Tokens.of(q, dout, gate, dq_accum, added_dgate)
     q_view, dout_view, gate_view, dq_view, dgate_view = tokens.tensors
     if tile is None:
-        tile = tile_for("backward_weights", q.device, q.dtype, D, tokens.T)
+        tile = tile_for("backward_dkuv", q.device, q.dtype, D, tokens.T)
     arguments = {
         **token_arguments("q", q_view),
         **token_arguments("dout", dout_view),
@@ -153,13 +153,13 @@ def plan_backward_weights(
         **size_arguments(tokens, q, k, gate, tile), "TOKENS_FIRST": tile.tokens_first,
     }  # fmt: skip
     grid = (H_kv * E * triton.cdiv(F, tile.block_f),)
-    if added_dq is None:
+    if dq_accum is None:
         arguments |= {"NEEDS_K": dk is not None, "NEEDS_U": du is not None, "NEEDS_V": dv is not None}
-        return Launch(backward_weights_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+        return Launch(backward_dkuv_kernel, grid, arguments, tile.num_warps, tile.num_stages)
     assert all(x is not None for x in (dk, du, dv))
     arguments |= token_arguments("dq", dq_view) | token_arguments("dgate", dgate_view)
     arguments["ADDS_GATE"] = dgate_view is not None
-    return Launch(backward_one_pass_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+    return Launch(backward_fused_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def backward(
@@ -175,16 +175,16 @@ def backward(
     of_tokens = dq is not None or dgate is not None
     of_weights = dk is not None or du is not None or dv is not None
     all_but_gate = all(x is not None for x in (dq, dk, du, dv))
-    if all_but_gate and (tile := one_pass_tile(q.device, q.dtype, q.shape[-1])):
-        added_dq, added_dgate = (
+    if all_but_gate and (tile := fused_tile(q.device, q.dtype, q.shape[-1])):
+        dq_accum, added_dgate = (
             None if x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dq, dgate)
         )
-        plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv, tile, added_dq, added_dgate).run()
-        return _rounded(added_dq, dq), dk, du, dv, _rounded(added_dgate, dgate)
+        plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile, dq_accum, added_dgate).run()
+        return _rounded(dq_accum, dq), dk, du, dv, _rounded(added_dgate, dgate)
     if of_tokens:
-        plan_backward_tokens(dout, q, k, u, v, gate, dq, dgate).run()
+        plan_backward_dq(dout, q, k, u, v, gate, dq, dgate).run()
     if of_weights:
-        plan_backward_weights(dout, q, k, u, v, gate, dk, du, dv).run()
+        plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv).run()
     return dq, dk, du, dv, dgate
 
 

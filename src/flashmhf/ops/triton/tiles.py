@@ -18,7 +18,7 @@ from flashmhf.ops import measured
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("decode", "forward", "backward_tokens", "backward_weights", "backward_one_pass")
+KERNELS = ("decode", "forward", "backward_dq", "backward_dkuv", "backward_fused")
 BLOCK_DS = (32, 64, 128, 256)
 FEW_TOKENS = 16  # up to here the forward kernel takes the row named `decode`
 SPLIT_TOKENS = 128  # up to here the forward splits the parameter rows over programs
@@ -29,7 +29,7 @@ PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100": 
 class Tile(NamedTuple):
     """Tokens and parameter rows of one tile, warps of a program, stages of the software pipeline.
 
-    tokens_first: which way the scores of `backward_weights` and `backward_one_pass` lie (backward_weights.py says why).
+    tokens_first: which way the scores of `backward_dkuv` and `backward_fused` lie (backward_dkuv.py says why).
     """
 
     block_t: int
@@ -45,36 +45,36 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+            "backward_dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 2)),
+            "backward_dkuv": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
-            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+            "backward_dq": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+            "backward_dkuv": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_86": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 32, 4, 2)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+            "backward_dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
+            "backward_dkuv": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
-            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+            "backward_dq": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
+            "backward_dkuv": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
         },
     },
     "sm_90a": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-            "backward_tokens": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 16, 8, 2)),
-            "backward_weights": (
+            "backward_dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 16, 8, 2)),
+            "backward_dkuv": (
                 Tile(64, 128, 8, 2),
                 Tile(128, 64, 8, 2, True),
                 Tile(128, 32, 8, 2, True),
@@ -84,16 +84,16 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
-            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+            "backward_dq": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+            "backward_dkuv": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
         },
     },
     "sm_100": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
-            "backward_tokens": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-            "backward_weights": (
+            "backward_dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+            "backward_dkuv": (
                 Tile(64, 128, 8, 2),
                 Tile(64, 128, 8, 2),
                 Tile(64, 64, 8, 2),
@@ -103,30 +103,30 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
-            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+            "backward_dq": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+            "backward_dkuv": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         },
     },
     "sm_120": {
         2: {
             "decode": (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
             "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
-            "backward_tokens": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
-            "backward_weights": (Tile(64, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+            "backward_dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
+            "backward_dkuv": (Tile(64, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
         },
         4: {
             "decode": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
             "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
-            "backward_tokens": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
-            "backward_weights": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
+            "backward_dq": (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 2)),
+            "backward_dkuv": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
         },
     },
     "gfx942": {
         2: {
             "decode": (Tile(16, 64, 1, 2), Tile(16, 32, 1, 2), Tile(16, 32, 1, 2), Tile(16, 16, 1, 2)),
             "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 32, 4, 1)),
-            "backward_tokens": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 2), Tile(128, 32, 4, 1), Tile(64, 16, 4, 1)),
-            "backward_weights": (
+            "backward_dq": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 2), Tile(128, 32, 4, 1), Tile(64, 16, 4, 1)),
+            "backward_dkuv": (
                 Tile(32, 128, 4, 1),
                 Tile(32, 128, 4, 1),
                 Tile(128, 32, 4, 1, True),
@@ -136,15 +136,15 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
         4: {
             "decode": (Tile(16, 32, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1)),
             "forward": (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1), Tile(128, 32, 4, 1), Tile(64, 16, 4, 1)),
-            "backward_tokens": (Tile(64, 32, 2, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1)),
-            "backward_weights": (Tile(32, 32, 1, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 16, 4, 1)),
+            "backward_dq": (Tile(64, 32, 2, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1)),
+            "backward_dkuv": (Tile(32, 32, 1, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 16, 4, 1)),
         },
     },
 }
 
 
-# Device class -> one tile for each of BLOCK_DS of the one-pass backward with 2-byte elements; None: all of them spill.
-ONE_PASS: dict[str, tuple[Tile | None, ...]] = {
+# Device class -> one tile for each of BLOCK_DS of the fused backward with 2-byte elements; None: all of them spill.
+FUSED: dict[str, tuple[Tile | None, ...]] = {
     "sm_80": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 1), None),
     "sm_86": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), None),
     "sm_90a": (Tile(32, 32, 2, 2, True), Tile(128, 32, 8, 2, True), Tile(128, 32, 8, 1, True), None),
@@ -181,19 +181,17 @@ RESIDENT: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
     },
 }
 # As much shared memory and as many registers as sm_86, but measured tiles of its own.
-TABLE["sm_89"], ONE_PASS["sm_89"], RESIDENT["sm_89"] = copy.deepcopy(
-    (TABLE["sm_86"], ONE_PASS["sm_86"], RESIDENT["sm_86"])
-)
+TABLE["sm_89"], FUSED["sm_89"], RESIDENT["sm_89"] = copy.deepcopy((TABLE["sm_86"], FUSED["sm_86"], RESIDENT["sm_86"]))
 # (device class, one of BLOCK_DS) where one pass measured faster than the two kernels.
-ONE_PASS_FASTER = measured.one_pass_faster()
+FUSED_FASTER = measured.fused_faster()
 
 
 def _put_measured_tiles() -> None:
     """A tile that measured faster takes the place of the table's."""
     sizes: Any
     for (device, element_bytes, kernel, block_d), sizes in measured.triton_tiles().items():
-        tiles: dict[str, Any] = ONE_PASS if kernel == "backward_one_pass" else TABLE[device][element_bytes]
-        row = device if kernel == "backward_one_pass" else kernel
+        tiles: dict[str, Any] = FUSED if kernel == "backward_fused" else TABLE[device][element_bytes]
+        row = device if kernel == "backward_fused" else kernel
         column = BLOCK_DS.index(block_d)
         tiles[row] = (*tiles[row][:column], Tile(*sizes), *tiles[row][column + 1 :])
 
@@ -202,7 +200,7 @@ _put_measured_tiles()
 
 
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: int) -> Tile:
-    """The tile of `kernel` ("forward", "backward_tokens" or "backward_weights") at head dim D and T tokens."""
+    """The tile of `kernel` ("forward", "backward_dq" or "backward_dkuv") at head dim D and T tokens."""
     if kernel == "forward" and T <= FEW_TOKENS:
         kernel = "decode"
     return TABLE[device_class(device)][dtype.itemsize][kernel][_column(D)]
@@ -212,12 +210,12 @@ def _column(D: int) -> int:
     return next(index for index, block_d in enumerate(BLOCK_DS) if block_d >= D)
 
 
-def one_pass_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | None:
-    """The tile of the one-pass backward, or None where the two kernels are to run."""
+def fused_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | None:
+    """The tile of the fused backward, or None where the two kernels are to run."""
     name, column = device_class(device), _column(D)
-    if dtype.itemsize != 2 or (name, BLOCK_DS[column]) not in ONE_PASS_FASTER:
+    if dtype.itemsize != 2 or (name, BLOCK_DS[column]) not in FUSED_FASTER:
         return None
-    tile = ONE_PASS[name][column]
+    tile = FUSED[name][column]
     if tile is None or torch.are_deterministic_algorithms_enabled():
         return None
     return None if not tile.tokens_first and miscompiles_transposed_results(name) else tile
@@ -225,7 +223,7 @@ def one_pass_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | No
 
 @functools.cache
 def miscompiles_transposed_results(name: str) -> bool:
-    """Whether this Triton may compile the one-pass kernel with rows first wrongly; says so once if it does.
+    """Whether this Triton may compile the fused kernel with rows first wrongly; says so once if it does.
 
     It multiplies the transpose of another product's result (fla-org/flash-linear-attention issue 640, pull 983), which
     no other kernel here does, nor it itself with tokens first.
@@ -233,7 +231,7 @@ def miscompiles_transposed_results(name: str) -> bool:
     affected = name == "sm_90a" and (3, 4, 0) <= triton_version() < (3, 7, 1)
     if affected:
         logger.warning(
-            "Triton %s can miscompile the one-pass backward for Hopper: two kernels run in its place. Triton 3.7.1 or "
+            "Triton %s can miscompile the fused backward for Hopper: two kernels run in its place. Triton 3.7.1 or "
             "later mends it.",
             triton.__version__,
         )
@@ -273,7 +271,7 @@ def table_rows(device: str, element_bytes: int) -> Iterator[tuple[str, int, Tile
     """Every (kernel, head dim, tile) that ships for a device class."""
     kernels: dict[str, tuple[Tile | None, ...]] = {**TABLE[device][element_bytes]}
     if element_bytes == 2:
-        kernels["backward_one_pass"] = ONE_PASS[device]
+        kernels["backward_fused"] = FUSED[device]
     for kernel, tiles in kernels.items():
         for block_d, tile in zip(BLOCK_DS, tiles, strict=True):
             if tile is not None:

@@ -1,6 +1,6 @@
 """dQ and dR on their own: one program owns 2 x BLOCK_T tokens of one head, a warpgroup each, and walks over the rows.
 
-Nothing is added to memory, so the same inputs give the same bits; with the one-pass kernel for dK, dU and dV alone that
+Nothing is added to memory, so the same inputs give the same bits; with the fused kernel for dK, dU and dV alone that
 makes a deterministic backward of eleven products. A producer warp feeds K, U and V. With A = SiLU(M) * N, each of two
 consumer warpgroups does for every tile i
 
@@ -24,8 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashmhf.ops.hopper.launch import flat, gate_arguments, token_descriptor, weight_descriptor
-from flashmhf.ops.hopper.tiles import TokensTile, low_and_high, tokens_tile
-from flashmhf.ops.hopper.vocabulary import (
+from flashmhf.ops.hopper.primitives import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     allocate_barriers,
@@ -40,6 +39,7 @@ from flashmhf.ops.hopper.vocabulary import (
     wait_empty,
     wait_full,
 )
+from flashmhf.ops.hopper.tiles import TokensTile, low_and_high, tokens_tile
 from flashmhf.ops.triton.launch import Launch
 
 
@@ -157,7 +157,7 @@ def consume(
 
 
 @gluon.jit(do_not_specialize=["T", "stride_gatel"])
-def backward_tokens_kernel(
+def backward_dq_kernel(
     q_desc, dout_desc, k_desc, u_desc, v_desc, dq_desc, gate_ptr, stride_gatel, stride_gateh, stride_gatee, dgate_ptr,
     T, H, E, F, GROUP, LOW: gl.constexpr, HIGH: gl.constexpr,
     STAGES: gl.constexpr, HAS_GATE: gl.constexpr, NEEDS_GATE: gl.constexpr, NEEDS_Q: gl.constexpr,
@@ -204,7 +204,7 @@ def backward_tokens_kernel(
     )
 
 
-def plan_backward_tokens(
+def plan_backward_dq(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
     dq: Tensor | None, dgate: Tensor | None, tile: TokensTile | None = None,
 ) -> Launch:  # fmt: skip
@@ -221,10 +221,10 @@ def plan_backward_tokens(
         "T": T, "H": H, "E": E, "F": F, "GROUP": H // H_kv, "STAGES": tile.stages, "HAS_GATE": gate is not None,
         "NEEDS_GATE": dgate is not None, "NEEDS_Q": dq is not None,
     }  # fmt: skip
-    return Launch(backward_tokens_kernel, (H * -(-T // (2 * tile.block_t)),), arguments, num_warps=4, num_stages=1)
+    return Launch(backward_dq_kernel, (H * -(-T // (2 * tile.block_t)),), arguments, num_warps=4, num_stages=1)
 
 
-def backward_tokens(
+def backward_dq(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients for q and gate, None where `needs` (of q, k, u, v and gate) says so."""
@@ -234,5 +234,5 @@ def backward_tokens(
     )
     if q.numel() > 0 and (dq is not None or dgate is not None):
         gate_THE, dq_THD, dgate_THE = (None if x is None else flat(x) for x in (gate, dq, dgate))
-        plan_backward_tokens(flat(dout), flat(q), k, u, v, gate_THE, dq_THD, dgate_THE).run()
+        plan_backward_dq(flat(dout), flat(q), k, u, v, gate_THE, dq_THD, dgate_THE).run()
     return dq, dgate

@@ -17,7 +17,7 @@ NO_TEXT = "row without text column"
 NAMED = 3  # of each kind
 
 
-class BadData:
+class CorruptRecords:
     """What was bad in a source.
 
     Args:

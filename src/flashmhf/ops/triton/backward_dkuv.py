@@ -1,6 +1,6 @@
 """The kernels in which one program owns rows of the parameters and walks over the tokens: dK, dU and dV.
 
-`backward_weights_kernel` computes these alone, six products a tile. `backward_one_pass_kernel` also adds its share of
+`backward_dkuv_kernel` computes these alone, six products a tile. `backward_fused_kernel` also adds its share of
 dQ and of the gate's gradient to float32 buffers in memory, eight products a tile.
 
 Scores (M, N, dA and what follows from them) are (rows, tokens) tiles, or (tokens, rows) with TOKENS_FIRST; the sums are
@@ -92,7 +92,7 @@ def load_own_rows(
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def backward_weights_kernel(
+def backward_dkuv_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
     dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
@@ -152,7 +152,7 @@ def backward_weights_kernel(
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def backward_one_pass_kernel(
+def backward_fused_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
     dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
@@ -165,7 +165,7 @@ def backward_one_pass_kernel(
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     FAST_TANH: tl.constexpr, TOKENS_FIRST: tl.constexpr, ADDS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """As `backward_weights_kernel`; dq and dgate are float32 and get this program's share added."""
+    """As `backward_dkuv_kernel`; dq and dgate are float32 and get this program's share added."""
     kv_head, e, offs_f, k, u, v = load_own_rows(
         k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd, E, F, D, BLOCK_D, BLOCK_F, EVEN_F
     )

@@ -16,8 +16,8 @@ from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
-from flashmhf.training.bad_steps import GuardedTrainer, LossWindow, _told, numbered
 from flashmhf.training.config import TrainConfig
+from flashmhf.training.non_finite_steps import GuardedTrainer, LossWindow, _told, numbered
 from flashmhf.training.run import parse_arguments, train
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
@@ -165,21 +165,21 @@ def test_a_stream_has_blocks_without_documents(run, tmp_path, spoil, caplog):
 def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
     spoil({1: math.nan, 3: math.nan, 4: math.nan})
     message = (
-        r"max-bad-steps: expected a finite loss and gradient within 2 steps, got none in steps 3 to 4 "
+        r"max-non-finite-steps: expected a finite loss and gradient within 2 steps, got none in steps 3 to 4 "
         r"\(blocks \d+, \d+, \d+, \d+: documents .*\.txt.*\); checkpoint-4 holds the weights from before them"
     )
     with pytest.raises(RunError, match=message):
-        start(run, tmp_path / "run", max_bad_steps=2)
+        start(run, tmp_path / "run", max_non_finite_steps=2)
     saved = tmp_path / "run/checkpoint-4"
     rows = [row for row in json.loads((saved / "trainer_state.json").read_text())["log_history"] if "skipped" in row]
     assert [row["step"] for row in rows] == [1, 3, 4]
     spoil({})
-    again = start(run, tmp_path / "run", max_bad_steps=2, resume=True)  # goes on with the data after them
+    again = start(run, tmp_path / "run", max_non_finite_steps=2, resume=True)  # goes on with the data after them
     assert (again["steps"], again["skipped_steps"]) == (6, 3)
 
 
 def test_a_spike_is_named_and_learnt_from(run, tmp_path, spoil, caplog, monkeypatch):
-    monkeypatch.setattr("flashmhf.training.bad_steps.LEAST_LOSSES", 3)
+    monkeypatch.setattr("flashmhf.training.non_finite_steps.MIN_LOSSES", 3)
     sums = spoil({5: 50.0})
     with caplog.at_level(logging.WARNING, "flashmhf"):
         start(run, tmp_path / "run", "--learning-rate", "1e-9")
@@ -218,6 +218,6 @@ def iter_only(rows):
 
 
 def test_a_limit_below_one_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match="max-bad-steps: expected 1 or more, got 0"):
-        start(run, tmp_path / "run", max_bad_steps=0)
+    with pytest.raises(InputError, match="max-non-finite-steps: expected 1 or more, got 0"):
+        start(run, tmp_path / "run", max_non_finite_steps=0)
     assert not (tmp_path / "run").exists()

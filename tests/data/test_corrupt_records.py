@@ -9,7 +9,7 @@ from flashmhf.data import corpus as corpus_module
 from flashmhf.data import files
 from flashmhf.data.config import DataConfig
 from flashmhf.data.corpus import load_corpus
-from flashmhf.data.faults import BadData
+from flashmhf.data.corrupt_records import CorruptRecords
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
@@ -128,14 +128,14 @@ def test_nothing_but_bad_data(tmp_path):
 
 
 def test_the_summary_names_a_few_of_each_kind():
-    bad = BadData("skip")
+    bad = CorruptRecords("skip")
     for i in range(5):
         bad.add("broken line", f"line {i}")
     bad.add("broken line", "line 0")  # a stream comes by it again
     bad.add("binary file", "x.txt")
     assert bad.summary() == "bad data skipped: 1 binary file (x.txt); 5 broken lines (line 0, line 1, line 2, ...)"
     with pytest.raises(InputError, match="bad-data: expected skip or refuse, got 'ignore'"):
-        BadData("ignore")
+        CorruptRecords("ignore")
 
 
 def test_a_run_sums_up(folder):

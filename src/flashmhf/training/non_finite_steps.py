@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 BLOCK = "block"
 WINDOW = 100
-LEAST_LOSSES = 20  # before that many a loss is not judged
+MIN_LOSSES = 20  # before that many a loss is not judged
 SIGMAS = 6.0
-LEAST_DEVIATION = 0.01  # of the mean: losses that hardly differ make no spikes
+MIN_DEVIATION = 0.01  # of the mean: losses that hardly differ make no spikes
 NUMBERED, DESCRIBED = 16, 4  # blocks in a line that are told by number, and of these with their documents
 
 
@@ -34,12 +34,12 @@ class GuardedTrainer(CheckpointTrainer):
     tell of them: the blocks whose own loss is not finite or highest come first, "documents" describes these.
 
     Args:
-        max_bad_steps: so many in a row save a checkpoint and end training; `check_finite` then raises.
+        max_non_finite_steps: so many in a row save a checkpoint and end training; `check_finite` then raises.
     """
 
-    def __init__(self, *args: Any, max_bad_steps: int, **options: Any) -> None:
+    def __init__(self, *args: Any, max_non_finite_steps: int, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.max_bad_steps = max_bad_steps
+        self.max_non_finite_steps = max_non_finite_steps
         self._bad: list[dict[str, Any]] = []  # in a row, up to now
         self._window = LossWindow()
         self._losses: list[torch.Tensor] = []  # of the step under way, as are the blocks
@@ -83,7 +83,7 @@ class GuardedTrainer(CheckpointTrainer):
         self._bad.append(self._record(skipped=found))
         row = self._bad[-1]
         logger.warning("step %d skipped: %s; blocks %s", row["step"], found, _told([row]))
-        if len(self._bad) >= self.max_bad_steps:
+        if len(self._bad) >= self.max_non_finite_steps:
             self.control.should_save = self.control.should_training_stop = True
 
     def _record(self, **what: Any) -> dict[str, Any]:
@@ -99,12 +99,12 @@ class GuardedTrainer(CheckpointTrainer):
 
     def check_finite(self) -> None:
         """Raises RunError where training ended for want of finite steps."""
-        if len(self._bad) >= self.max_bad_steps:
+        if len(self._bad) >= self.max_non_finite_steps:
             first, last = self._bad[0]["step"], self._bad[-1]["step"]
             raise RunError(
-                f"max-bad-steps: expected a finite loss and gradient within {self.max_bad_steps} steps, got none in "
-                f"steps {first} to {last} (blocks {_told(self._bad)}); checkpoint-{last} holds the weights from before "
-                "them, and --resume goes on with the data after them"
+                f"max-non-finite-steps: expected a finite loss and gradient within {self.max_non_finite_steps} steps, "
+                f"got none in steps {first} to {last} (blocks {_told(self._bad)}); checkpoint-{last} holds the weights "
+                "from before them, and --resume goes on with the data after them"
             )
 
     def skipped_steps(self) -> int:
@@ -121,17 +121,17 @@ class LossWindow:
     def limit_passed(self, loss: float) -> float | None:
         """The limit where `loss` is above it, mean and six standard deviations of those before it, else None."""
         limit = math.inf
-        if len(self._losses) >= LEAST_LOSSES:
+        if len(self._losses) >= MIN_LOSSES:
             mean = statistics.fmean(self._losses)
-            limit = mean + SIGMAS * max(statistics.pstdev(self._losses, mean), LEAST_DEVIATION * abs(mean))
+            limit = mean + SIGMAS * max(statistics.pstdev(self._losses, mean), MIN_DEVIATION * abs(mean))
         self._losses.append(loss)
         return limit if loss > limit else None
 
 
-def check_limit(max_bad_steps: int) -> None:
+def check_limit(max_non_finite_steps: int) -> None:
     """Raises InputError below 1."""
-    if max_bad_steps < 1:
-        raise InputError(f"max-bad-steps: expected 1 or more, got {max_bad_steps}")
+    if max_non_finite_steps < 1:
+        raise InputError(f"max-non-finite-steps: expected 1 or more, got {max_non_finite_steps}")
 
 
 def numbered(blocks: Any) -> Any:

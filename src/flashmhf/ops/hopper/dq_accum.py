@@ -1,4 +1,4 @@
-"""dQ as the programs of the one-pass backward add it up in float32 memory, and what is returned of it.
+"""dQ as the programs of the fused backward add it up in float32 memory, and what is returned of it.
 
 The memory is in one of two orders. By rows it is (tokens, H, BLOCK_D): a thread adds two neighbours at a time, and the
 32 pairs of a warp lie in eight rows, 32 bytes in each. In fragments it is (tiles, H, BLOCK_T / 16, BLOCK_D / 8,
@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashmhf.ops.hopper.launch import token_descriptor
+from flashmhf.ops.hopper.primitives import halves, matrix, multiply, multiply_add, zero
 from flashmhf.ops.hopper.tiles import BackwardTile, block_d
-from flashmhf.ops.hopper.vocabulary import halves, matrix, multiply, multiply_add, zero
 
 
 @gluon.jit
@@ -106,7 +106,7 @@ def add_tile_by_tma(dq_desc, s_dq, dq, i, t, head):
 
 @gluon.jit
 def add_dq(
-    dm, dn, s_ku, s_dq, added_dq, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
+    dm, dn, s_ku, s_dq, dq_accum, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
 ):  # fmt: skip
     """dQ = dM K + dN U, added to float32 memory."""
     BLOCK_T: gl.constexpr = dm.shape[0]
@@ -119,9 +119,9 @@ def add_dq(
     dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     if BY_TMA:
-        add_tile_by_tma(added_dq, s_dq, dq, i, t, head)
+        add_tile_by_tma(dq_accum, s_dq, dq, i, t, head)
     else:
-        add_tile(added_dq, dq, i, t, head, H, FRAGMENTS)
+        add_tile(dq_accum, dq, i, t, head, H, FRAGMENTS)
 
 
 def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
