@@ -16,7 +16,7 @@ from flashmhf.ops.hopper import backward as hopper_backward
 from flashmhf.ops.hopper import backward_dq as hopper_tokens
 from flashmhf.ops.hopper import forward as hopper_forward
 from flashmhf.ops.hopper.dq_accum import dq_buffer, rounded_dq
-from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile, HopperTile, TokensTile
+from flashmhf.ops.hopper.tiles import BackwardTile, DqTile, ForwardTile, HopperTile
 from flashmhf.ops.prologue import Prologue
 from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.backward import plan_backward_dkuv, plan_backward_dq
@@ -105,7 +105,7 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     return Prepared(launches, results, {"dq": dq_accum, "dgate": added_dgate}, rounded)
 
 
-def _hopper_backward_dq(inputs: list[Tensor], tile: TokensTile) -> Prepared:
+def _hopper_backward_dq(inputs: list[Tensor], tile: DqTile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
     launch = hopper_tokens.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)

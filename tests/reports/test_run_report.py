@@ -127,7 +127,7 @@ def test_ablations_are_judged_against_what_they_change(tmp_path):
     ablated["variants"].append(mine | {"effect": {"nats_per_token": {"mean": 0.02, "interval": (0.01, 0.03)}}})
     ablated["variants"].append(mine | {"ablation": ["q-norm", "off"], "effect": None})
     assert markdown_table(ablated).splitlines()[-2:] == [
-        "| gate none | +0.020 [+0.010, +0.030] | worse than flashmhf |",
+        "| gate-type none | +0.020 [+0.010, +0.030] | worse than flashmhf |",
         "| q-norm off |  | not decided |",
     ]
     write_report(ablated, tmp_path / "report.html")

@@ -39,7 +39,7 @@ from flashmhf.ops.hopper.primitives import (
     wait_empty,
     wait_full,
 )
-from flashmhf.ops.hopper.tiles import TokensTile, low_and_high, tokens_tile
+from flashmhf.ops.hopper.tiles import DqTile, dq_tile, low_and_high
 from flashmhf.ops.triton.launch import Launch
 
 
@@ -206,11 +206,11 @@ def backward_dq_kernel(
 
 def plan_backward_dq(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None,
-    dq: Tensor | None, dgate: Tensor | None, tile: TokensTile | None = None,
+    dq: Tensor | None, dgate: Tensor | None, tile: DqTile | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that writes dq (T, H, D) and dgate (T, H, E), both contiguous, of which one may be None."""
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
-    tile = tile or tokens_tile(D)
+    tile = tile or dq_tile(D)
     assert tile is not None
     arguments = {
         "q_desc": token_descriptor(q, tile.block_t), "dout_desc": token_descriptor(dout, tile.block_t),

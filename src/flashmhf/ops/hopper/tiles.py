@@ -44,7 +44,7 @@ class BackwardTile(NamedTuple):
     splits_tokens: bool = False
 
 
-class TokensTile(NamedTuple):
+class DqTile(NamedTuple):
     """Tokens of a warpgroup and parameter rows of one tile, stages of the rings: of the kernel for dQ and dR alone."""
 
     block_t: int
@@ -52,8 +52,8 @@ class TokensTile(NamedTuple):
     stages: int
 
 
-HopperTile = ForwardTile | BackwardTile | TokensTile
-Tile = TypeVar("Tile", ForwardTile, BackwardTile | None, TokensTile | None)
+HopperTile = ForwardTile | BackwardTile | DqTile
+Tile = TypeVar("Tile", ForwardTile, BackwardTile | None, DqTile | None)
 
 
 def _measured(kernel: str, make: Callable[..., Tile], tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
@@ -67,11 +67,11 @@ FORWARD = _measured(
     "forward", ForwardTile, (ForwardTile(64, 64, 4, True), ForwardTile(64, 64, 4, True), ForwardTile(64, 32, 3))
 )
 BACKWARD = _measured("backward", BackwardTile, (BackwardTile(128, 64, 2), BackwardTile(128, 64, 2), None))
-BACKWARD_TOKENS = _measured("backward_dq", TokensTile, (TokensTile(64, 64, 4), TokensTile(64, 64, 3), None))
+BACKWARD_DQ = _measured("backward_dq", DqTile, (DqTile(64, 64, 4), DqTile(64, 64, 3), None))
 TABLE: dict[str, tuple[HopperTile | None, ...]] = {
     "forward": FORWARD,
     "backward": BACKWARD,
-    "backward_dq": BACKWARD_TOKENS,
+    "backward_dq": BACKWARD_DQ,
 }
 
 # One of BLOCK_DS -> the configurations among which a GPU is to choose, the most promising first; each compiles without
@@ -123,14 +123,14 @@ BACKWARD_CANDIDATES: dict[int, tuple[BackwardTile, ...]] = {
         BackwardTile(128, 64, 2, splits_tokens=True),
     ),
 }
-BACKWARD_TOKENS_CANDIDATES: dict[int, tuple[TokensTile, ...]] = {
-    64: tuple(TokensTile(64, 64, stages) for stages in (2, 4, 6)),
-    128: tuple(TokensTile(64, 64, stages) for stages in (2, 3)),
+BACKWARD_DQ_CANDIDATES: dict[int, tuple[DqTile, ...]] = {
+    64: tuple(DqTile(64, 64, stages) for stages in (2, 4, 6)),
+    128: tuple(DqTile(64, 64, stages) for stages in (2, 3)),
 }
 CANDIDATES = {
     "forward": FORWARD_CANDIDATES,
     "backward": BACKWARD_CANDIDATES,
-    "backward_dq": BACKWARD_TOKENS_CANDIDATES,
+    "backward_dq": BACKWARD_DQ_CANDIDATES,
 }
 # (padded head dim, name of the dtype) whose kernels a GPU has run within the error budget.
 VERIFIED = measured.hopper_verified()
@@ -164,6 +164,6 @@ def backward_tile(D: int) -> BackwardTile | None:
     return BACKWARD[BLOCK_DS.index(block_d(D))]
 
 
-def tokens_tile(D: int) -> TokensTile | None:
+def dq_tile(D: int) -> DqTile | None:
     """The configuration of the kernel for dQ and dR alone at head dim D, or None where it has none."""
-    return BACKWARD_TOKENS[BLOCK_DS.index(block_d(D))]
+    return BACKWARD_DQ[BLOCK_DS.index(block_d(D))]

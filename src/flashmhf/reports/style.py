@@ -1,0 +1,48 @@
+"""How figures look: one set of colours, told apart with any colour vision (Okabe and Ito's), and plain axes."""
+
+import itertools
+from collections.abc import Iterable
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"
+)  # fmt: skip
+PALETTE = (PURPLE, ORANGE, SKY, GREEN, GREY, VERMILION, BLUE, "black")
+COLOURS = {
+    "flashmhf": BLUE,
+    "swiglu": VERMILION,
+    "mhffn": GREEN,
+    "pkv": PURPLE,
+    "dense_moe": ORANGE,
+    "naive": GREEN,
+    "blockwise": BLUE,
+    "reference": GREY,
+}
+FIGURE_INCHES = (5.0, 3.4)
+
+
+def colours_of(names: Iterable[str]) -> list[str]:
+    """A layer's own colour, a model's by its layer (`flashmhf-tiny`), or one that is still free, again and again."""
+    names = list(names)
+    given = {name: COLOURS[name] for name in names if name in COLOURS}
+    for name in names:
+        own = COLOURS.get(name.partition("-")[0])
+        if name not in given and own is not None and own not in given.values():
+            given[name] = own
+    free = itertools.cycle([colour for colour in PALETTE if colour not in given.values()])
+    return [given.get(name) or next(free) for name in names]
+
+
+def new_axes(x: str, y: str, height: float = FIGURE_INCHES[1]) -> tuple[Figure, Axes]:
+    """An empty figure with named axes."""
+    figure, axes = plt.subplots(figsize=(FIGURE_INCHES[0], height), layout="constrained")
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    return figure, axes

@@ -1,0 +1,63 @@
+"""Tables: cells as people read them, shown as Markdown, HTML or CSV."""
+
+import csv
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names and rows of cells; the first column names the row, the others are numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]], *, empty_columns: bool = False) -> "Table":
+        """One column per key, in the order of first appearance.
+
+        Args:
+            records: keys to values; a missing key is an empty cell.
+            empty_columns: keep columns that are None throughout.
+        """
+        keys = dict.fromkeys(key for record in records for key in record)
+        columns = [key for key in keys if empty_columns or any(record.get(key) is not None for record in records)]
+        return cls(columns, [[record.get(column) for column in columns] for record in records])
+
+    def markdown(self) -> str:
+        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self._cells()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def html(self) -> str:
+        """Scrolls sideways where the screen is narrow."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in self._cells()
+        )
+        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+    def csv(self) -> str:
+        """Values as they are, with all their digits."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([self.columns, *self.rows])
+        return text.getvalue()
+
+    def _cells(self) -> Iterable[list[str]]:
+        return ([cell(value) for value in row] for row in self.rows)
+
+
+def cell(value: Any) -> str:
+    """Four digits of a float, thousands separators, nothing for None; text as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {cell(content)}" for key, content in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
