@@ -109,7 +109,7 @@ def run_trial(trial: Trial, data: str) -> dict:
         data_config = DataConfig(source=data, context_length=CONTEXT, validation_tokens=2**16)
         result = train(TrainConfig(model=str(file), data=data_config), parse_arguments(flags, f"{folder}/run"))
     kept = ("parameters", "validation_loss", "train_loss", "tokens_per_second", "elapsed_s")
-    return asdict(trial) | {name: result[name] for name in kept}
+    return asdict(trial) | {name: getattr(result, name) for name in kept}
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def run_trial(trial: Trial, data: str) -> dict[str, Any]:
             mup_base_width=base_width,
         )
         result = train(config, parse_arguments(flags, f"{folder}/run"))
-    return asdict(trial) | {name: result[name] for name in ("parameters", "validation_loss", "elapsed_s")}
+    return asdict(trial) | {name: getattr(result, name) for name in ("parameters", "validation_loss", "elapsed_s")}
 
 
 def sweep(data: str, output: Path, minutes: float) -> None:

@@ -43,12 +43,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object; anything else is an InputError that names the file."""
+def read_json(file: Path, *, version: int | None = None) -> dict[str, Any]:
+    """A JSON object; anything else is an InputError that names the file.
+
+    Args:
+        version: the newest format with a "version" that the caller reads; a file without one is older, version 0.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"expected a JSON object in {file}, got {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"expected a JSON object in {file}, got a {type(content).__name__}")
+    if version is not None:
+        found = content.get("version", 0)
+        if not isinstance(found, int) or found > version:
+            raise InputError(
+                f"{file}: expected a format version of at most {version}, got {found!r}; use a newer flashmhf"
+            )
     return content

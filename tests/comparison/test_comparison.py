@@ -20,6 +20,8 @@ from flashmhf.errors import InputError, RunError
 from flashmhf.estimates.cost import count_parameters, model_cost
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.configuration import FFN_TYPES
+from flashmhf.training.run_files import write_result
+from tiny import train_result
 
 FLAGS = ("--max-steps", "4", "--per-device-train-batch-size", "2", "--eval-steps", "2")
 
@@ -120,8 +122,7 @@ def test_a_run_that_died_is_said_and_in_no_mean(settings, tmp_path):
 
 
 def finish(run, loss: float) -> None:
-    run.trial.folder.mkdir(parents=True)
-    (run.trial.folder / "result.json").write_text(json.dumps({"validation_loss": loss}))
+    write_result(train_result(run.trial.folder, validation_loss=loss))
 
 
 def test_each_variant_goes_on_with_its_best_learning_rate(settings, tmp_path):

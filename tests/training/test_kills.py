@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from flashmhf.training.manifest import check
-from flashmhf.training.resuming import RUN_FILE
+from flashmhf.training.run_files import RUN_FILE
 from flashmhf.training.saving import UNFINISHED, checkpoints
 
 SAVE_STEPS = 3

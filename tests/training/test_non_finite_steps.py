@@ -66,8 +66,8 @@ def test_a_step_without_a_finite_loss_is_skipped(run, tmp_path, spoil, caplog, f
     sums = spoil({3: factor})
     with caplog.at_level(logging.WARNING, "flashmhf"):
         result = start(run, tmp_path / "run")
-    assert result["steps"] == 6
-    assert result["skipped_steps"] == 1
+    assert result.steps == 6
+    assert result.skipped_steps == 1
     assert sums[2] == sums[3]  # nothing was learnt from it, not even by weight decay
     assert len(set(sums)) == 5
     (row,) = history(tmp_path / "run", "skipped")

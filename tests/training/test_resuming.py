@@ -113,7 +113,7 @@ def test_nothing_of_a_run_is_pickled_but_tensors(folder):
 
 def test_a_run_killed_as_it_began_begins_again(tmp_path):
     (tmp_path / "run.json.tmp").write_text("{")
-    assert prepare_output_dir(tmp_path, {}, resume=False) is None
+    assert prepare_output_dir(tmp_path, TrainConfig(model="small"), resume=False) is None
 
 
 class Malicious:
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, ca
     for folder in checkpoints(small_disk / "run")[1:]:
         shutil.rmtree(folder)  # as a user would make room
     flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "2"]
-    assert train(run, parse_arguments(flags, str(small_disk / "run")), resume=True)["steps"] == 60
+    assert train(run, parse_arguments(flags, str(small_disk / "run")), resume=True).steps == 60
 
 
 def test_two_processes_never_train_into_one_folder(run, tmp_path):
@@ -244,4 +244,4 @@ def test_two_processes_never_train_into_one_folder(run, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/.lock").touch()  # of a process that was killed
     with only_writer(tmp_path / "torn"):
-        assert prepare_output_dir(tmp_path / "torn", {}, False) is None
+        assert prepare_output_dir(tmp_path / "torn", TrainConfig(model="small"), False) is None

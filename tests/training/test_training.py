@@ -46,14 +46,14 @@ def losses(folder: Path) -> dict[int, float]:
 
 def test_a_run_learns_and_leaves_a_whole_model(run, tmp_path):
     result = start(run, tmp_path / "run", "--max-steps", "30", "--eval-steps", "10", "--save-steps", "10")
-    assert result["steps"] == 30
-    assert result["tokens"] == 30 * 4 * 32
-    assert result["interrupted_by"] is None
+    assert result.steps == 30
+    assert result.tokens == 30 * 4 * 32
+    assert result.interrupted_by is None
     curve = losses(tmp_path / "run")
     assert curve[30] < curve[1] - 1
-    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / 0.6931, rel=0.01)
-    assert result["tokens_per_second"] > 0
-    assert result["peak_memory_mib"] > 10
+    assert result.bits_per_byte == pytest.approx(result.validation_loss / 0.6931, rel=0.01)
+    assert result.tokens_per_second > 0
+    assert result.peak_memory_mib > 10
     assert load_model(str(tmp_path / "run")).config.vocab_size == 320
     assert is_byte_tokenizer(load_tokenizer(str(tmp_path / "run")))
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-30"]
@@ -168,8 +168,8 @@ def test_streaming(tmp_path, model_file):
         data=DataConfig(source=str(tmp_path / "rows.jsonl"), context_length=32, streaming=True, validation_tokens=2048),
     )
     result = start(run, tmp_path / "run", "--max-steps", "5", "--eval-strategy", "no")
-    assert result["steps"] == 5
-    assert result["validation_loss"] > 0
+    assert result.steps == 5
+    assert result.validation_loss > 0
 
 
 def test_activation_checkpointing_and_compile_flags(run, tmp_path):

@@ -3,7 +3,7 @@
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from flashmhf.cli.output import (
 )
 from flashmhf.data.config import DataConfig
 from flashmhf.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from flashmhf.training.run_files import TrainResult
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a store of addresses for each start of the processes
@@ -66,9 +69,9 @@ def train(
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
-        from flashmhf.training.resuming import was_begun
         from flashmhf.training.run import parse_arguments
         from flashmhf.training.run import train as run_training
+        from flashmhf.training.run_files import was_begun
 
         arguments = parse_arguments([*context.meta.get(CONFIG_FLAGS, ()), *context.args], output_dir)
         train_config = TrainConfig(
@@ -91,15 +94,15 @@ def train(
         )
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
         result = run_training(train_config, arguments, resume=resume)
-    number = result["interrupted_by"]
+    number = result.interrupted_by
     if number is not None and arguments.process_index == 0:
         typer.echo(
-            f"flashmhf: {signal.Signals(number).name} after step {result['steps']}; the checkpoint is in "
+            f"flashmhf: {signal.Signals(number).name} after step {result.steps}; the checkpoint is in "
             f"{output_dir}, go on with --resume",
             err=True,
         )
     elif arguments.process_index == 0:
-        emit(result, _text(result), json)
+        emit(result.as_dict(), _text(result), json)
     raise typer.Exit(0 if number is None else 128 + number)
 
 
@@ -115,13 +118,13 @@ def _was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _text(result: dict) -> str:
-    used = ", ".join(f"{tokens:,} of {source}" for source, tokens in result["tokens_used"].items())
-    lines = [f"tokens used: {used}"] if len(result["tokens_used"]) > 1 else []
-    lines += [result["bad_data"]] if result["bad_data"] else []
+def _text(result: "TrainResult") -> str:
+    used = ", ".join(f"{tokens:,} of {source}" for source, tokens in result.tokens_used.items())
+    lines = [f"tokens used: {used}"] if len(result.tokens_used) > 1 else []
+    lines += [result.bad_data] if result.bad_data else []
     return (
-        f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['elapsed_s']:,.0f} s; "
-        f"validation loss {result['validation_loss']:.4f} nats/token, {result['bits_per_byte']:.4f} bits/byte\n"
+        f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s; "
+        f"validation loss {result.validation_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte\n"
         + "".join(f"{line}\n" for line in lines)
-        + f"model: {result['output_dir']}"
+        + f"model: {result.output_dir}"
     )

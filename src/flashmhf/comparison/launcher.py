@@ -17,7 +17,7 @@ import torch
 
 from flashmhf.errors import Interrupted
 from flashmhf.files import write_json
-from flashmhf.training.resuming import read_result, was_begun
+from flashmhf.training.run_files import read_result, was_begun
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from flashmhf.comparison.settings import ABLATED, Comparison, Contender
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.resuming import read_result
+from flashmhf.training.run_files import read_result
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
     def validation_loss(self) -> float | None:
         """None of a run that has not finished."""
         result = read_result(self.trial.folder)
-        return None if result is None else float(result["validation_loss"])
+        return None if result is None else result.validation_loss
 
 
 class Plan:
@@ -121,9 +121,7 @@ class Plan:
         if rate is not None:
             flags["learning_rate"] = rate
         label = f"{entry.name}, seed {seed}" + (f", learning rate {rate:g}" if swept else "")
-        return Run(
-            entry, seed, rate, Trial(label, folder, {**config.identity(), **flags}, self.settings.training_flags)
-        )
+        return Run(entry, seed, rate, Trial(label, folder, {**config.options(), **flags}, self.settings.training_flags))
 
 
 def _name(model: str) -> str:

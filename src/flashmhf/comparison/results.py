@@ -18,7 +18,7 @@ from flashmhf.data.tokens import tokenize
 from flashmhf.estimates.cost import model_cost
 from flashmhf.evaluation import Evaluation
 from flashmhf.evaluation.generation import generate
-from flashmhf.training.resuming import read_result
+from flashmhf.training.run_files import read_result
 from flashmhf.training.run_log import read_log
 
 PROMPT_TOKENS = 48
@@ -98,7 +98,7 @@ def _describe(run: Run) -> dict[str, Any]:
     row["tokens_per_second"] = statistics.median(speeds) if speeds else None
     row["peak_memory_mib"] = max(memory, default=None)
     row["elapsed_s"] = rows[-1]["elapsed_s"] if rows else None
-    return {**result, **row}
+    return {**asdict(result), **row}
 
 
 def _summarise(settings: Comparison, entry: Entry, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

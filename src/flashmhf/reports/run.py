@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from flashmhf.errors import InputError
 from flashmhf.files import read_json
 from flashmhf.reports.page import BLUE, GREY, VERMILION, figures, html_table, new_axes, write_page
-from flashmhf.training.resuming import RUN_FILE
+from flashmhf.training.run_files import RUN_FILE, read_run
 from flashmhf.training.run_log import RunLog, read_log
 from flashmhf.training.saving import TRAINER_STATE, checkpoints
 
@@ -34,9 +34,9 @@ def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
     log = read_log(folder)
     if not log.curve("loss"):
         raise InputError(f"DIR: expected a run with at least one logged loss, got {folder}")
-    run = read_json(folder / RUN_FILE)
+    config = read_run(folder)
     summary = _summary(folder, log)
-    write_page(file, f"{run['model']} on {run['data']}", _sections(run, log, summary))
+    write_page(file, f"{config.model} on {config.data.source}", _sections(config.options(), log, summary))
     return summary
 
 

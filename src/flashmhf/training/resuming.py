@@ -7,14 +7,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
-from flashmhf.files import read_json
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
+from flashmhf.training.run_files import RUN_FILE, read_run
 from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
 
 if sys.platform != "win32":
@@ -22,25 +22,8 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"  # what the run is about
-RESULT_FILE = "result.json"  # what it came to; not there before it has ended well
 LOCK_FILE = ".lock"
 DISK_FULL_BYTES = 2**20
-
-
-def was_begun(output_dir: Path) -> bool:
-    """Whether the folder holds a run that can be resumed."""
-    return (output_dir / RUN_FILE).exists()
-
-
-def read_result(output_dir: Path) -> dict[str, Any] | None:
-    """What `train` returned for a run that has ended well, or None.
-
-    Raises:
-        InputError: the file is damaged; names it.
-    """
-    file = output_dir / RESULT_FILE
-    return read_json(file) if file.exists() else None
 
 
 @contextlib.contextmanager
@@ -73,12 +56,12 @@ def only_writer(output_dir: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> Path | None:
+def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None where the run begins at its first step.
 
     Args:
         output_dir: new or empty, or a run's folder.
-        run: what the run is about; that of the folder must be equal.
+        config: its `identity` must equal that of the run in the folder.
         resume: whether to go on.
 
     Raises:
@@ -95,10 +78,10 @@ def prepare_output_dir(output_dir: Path, run: dict[str, Any], resume: bool) -> P
         return None
     if RUN_FILE not in content:
         raise InputError(f"resume: expected a run's folder with {RUN_FILE}, got {output_dir} without")
-    earlier = read_json(output_dir / RUN_FILE)
-    for name, value in run.items():
-        if earlier.get(name) != value:
-            raise InputError(f"resume: expected the {name} of the earlier run, {earlier.get(name)!r}, got {value!r}")
+    earlier = read_run(output_dir).identity()
+    for name, value in config.identity().items():
+        if earlier[name] != value:
+            raise InputError(f"resume: expected the {name} of the earlier run, {earlier[name]!r}, got {value!r}")
     recover(output_dir)
     return last_good_checkpoint(output_dir)
 

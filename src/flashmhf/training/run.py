@@ -25,7 +25,6 @@ from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_t
 from flashmhf.distributed.trainer import check_layout, split_heads
 from flashmhf.errors import InputError
 from flashmhf.estimates.cost import model_cost
-from flashmhf.files import write_json
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
@@ -34,13 +33,12 @@ from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.non_finite_steps import check_limit, numbered
 from flashmhf.training.resuming import (
-    RESULT_FILE,
-    RUN_FILE,
     explain_full_disk,
     finished_state,
     only_writer,
     prepare_output_dir,
 )
+from flashmhf.training.run_files import TrainResult, write_result, write_run
 from flashmhf.training.run_log import LogLines
 from flashmhf.training.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
 from flashmhf.training.watchdog import Watchdog
@@ -101,7 +99,7 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     return arguments
 
 
-def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = False) -> TrainResult:
     """Trains, validates and saves model and tokenizer into `arguments.output_dir`.
 
     SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
@@ -112,10 +110,7 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
         resume: go on from the last checkpoint in the folder that is whole.
 
     Returns:
-        "steps", "tokens", "parameters", "train_loss" and "validation_loss" (nats/token), "bits_per_byte",
-        "tokens_per_second" (median of the log), "peak_memory_mib", "elapsed_s", "skipped_steps", "interrupted_by" (a
-        signal's number or None), "tokens_used" (of each source), "bad_data" (a line on what was skipped, or empty). The
-        folder of a run that has ended well holds it as result.json.
+        The result, which result.json in the folder of a finished run holds, too.
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
@@ -131,9 +126,9 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
         return _train(config, arguments, output_dir, resume)
 
 
-def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, resume: bool) -> dict[str, Any]:
+def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, resume: bool) -> TrainResult:
     started = time.perf_counter()
-    checkpoint = prepare_output_dir(output_dir, config.identity(), resume) if arguments.process_index == 0 else None
+    checkpoint = prepare_output_dir(output_dir, config, resume) if arguments.process_index == 0 else None
     (checkpoint,) = broadcast_object_list([checkpoint])
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -143,8 +138,7 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     with arguments.main_process_first(desc="data"):
         data = load_blocks(config.data, tokenizer, seed=_data_seed(arguments))
     if arguments.process_index == 0:
-        write_json(output_dir / RUN_FILE, config.identity())
-        (output_dir / RESULT_FILE).unlink(missing_ok=True)
+        write_run(output_dir, config)
     stop = StopOnSignal()
     trainer = _trainer(model, config, arguments, data, tokenizer, stop)
     if finished is None:
@@ -160,15 +154,9 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     else:
         validation = {}
     trainer.save_state()
-    result = {
-        **_summary(trainer, data, validation.get("eval_loss")),
-        "parameters": model.num_parameters(),
-        "elapsed_s": time.perf_counter() - started,
-        "interrupted_by": stop.signal,
-        "output_dir": str(output_dir),
-    }
+    result = _result(trainer, data, validation.get("eval_loss"), stop.signal, time.perf_counter() - started)
     if stop.signal is None and arguments.process_index == 0:
-        write_json(output_dir / RESULT_FILE, result)
+        write_result(result)
     return result
 
 
@@ -206,19 +194,30 @@ def _trainer(
     return trainer
 
 
-def _summary(trainer: SpeedTrainer, data: TrainingData, validation_loss: float | None) -> dict[str, Any]:
-    return {
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "train_loss": next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None),
-        "validation_loss": validation_loss,
-        "bits_per_byte": None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
-        "tokens_per_second": median_speed(trainer),
-        "peak_memory_mib": peak_memory_mib(),
-        "skipped_steps": trainer.skipped_steps(),
-        "tokens_used": data.tokens_used(trainer.state.num_input_tokens_seen),
-        "bad_data": data.bad_summary(),
-    }
+def _result(
+    trainer: SpeedTrainer,
+    data: TrainingData,
+    validation_loss: float | None,
+    interrupted_by: int | None,
+    elapsed_s: float,
+) -> TrainResult:
+    state = trainer.state
+    return TrainResult(
+        steps=state.global_step,
+        tokens=state.num_input_tokens_seen,
+        parameters=trainer.model.num_parameters(),
+        train_loss=next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
+        validation_loss=validation_loss,
+        bits_per_byte=None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
+        tokens_per_second=median_speed(trainer),
+        peak_memory_mib=peak_memory_mib(),
+        elapsed_s=elapsed_s,
+        skipped_steps=trainer.skipped_steps(),
+        tokens_used=data.tokens_used(state.num_input_tokens_seen),
+        bad_data=data.bad_summary(),
+        interrupted_by=interrupted_by,
+        output_dir=str(trainer.args.output_dir),
+    )
 
 
 def _data_seed(arguments: TrainingArguments) -> int:
