@@ -126,7 +126,7 @@ def test_going_on_in_another_layout(run, one, trained, tmp_path, first, second):
 
 def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
     if layout == "one":
-        return train(run, parse_arguments(ONE, str(folder)), resume=True)["validation_loss"]
+        return train(run, parse_arguments(ONE, str(folder)), resume=True).validation_loss
     ended = torchrun(run, folder, 2, *STEPS, "--resume") if layout == "ddp" else split(run, folder, layout, "--resume")
     assert ended.returncode == 0, ended.stderr
     assert "going on from checkpoint-4" in ended.stderr

@@ -17,6 +17,7 @@ from flashmhf.models.loading import WEIGHTS, tensor_names
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run_files import TrainResult
 from torchrun import torchrun
 
 FLAGS = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -72,7 +73,7 @@ def test_few_graphs_without_a_break_for_all_layers_and_batches(without_code, opt
     assert not counters["graph_break"]
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> TrainResult:
     return train(replace(run, **changes), parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 

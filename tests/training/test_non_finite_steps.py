@@ -19,6 +19,7 @@ from flashmhf.models.loading import load_model
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.non_finite_steps import GuardedTrainer, LossWindow, _told, numbered
 from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run_files import TrainResult
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--eval-strategy", "no", "--save-strategy", "no", "--logging-nan-inf-filter", "false", "--warmup-steps", "0"]
@@ -31,7 +32,7 @@ def run(corpus_folder, model_file) -> TrainConfig:
     )
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> TrainResult:
     return train(
         replace(run, **changes), parse_arguments([*FLAGS, "--max-steps", "6", *flags], str(folder)), resume=resume
     )
@@ -88,7 +89,7 @@ def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monk
 
     monkeypatch.setattr(GuardedTrainer, "training_step", overflowing)
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        assert start(run, tmp_path / "run")["skipped_steps"] == 1
+        assert start(run, tmp_path / "run").skipped_steps == 1
     assert "step 2 skipped: loss 5." in caplog.text
     assert "gradient norm inf" in caplog.text
 
@@ -175,7 +176,7 @@ def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
     assert [row["step"] for row in rows] == [1, 3, 4]
     spoil({})
     again = start(run, tmp_path / "run", max_non_finite_steps=2, resume=True)  # goes on with the data after them
-    assert (again["steps"], again["skipped_steps"]) == (6, 3)
+    assert (again.steps, again.skipped_steps) == (6, 3)
 
 
 def test_a_spike_is_named_and_learnt_from(run, tmp_path, spoil, caplog, monkeypatch):

@@ -20,6 +20,7 @@ from flashmhf.models.loading import load_model
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run_files import TrainResult
 
 INNER = {"scores", "gate", "ffn"}
 
@@ -108,7 +109,7 @@ FLAGS = ["--per-device-train-batch-size", "4", "--report-to", "none", "--disable
 FLAGS += ["--max-steps", "6", "--eval-strategy", "no", "--learning-rate", "1e-2"]
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> TrainResult:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 

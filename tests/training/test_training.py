@@ -22,6 +22,7 @@ from flashmhf.training import trainer
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run_files import TrainResult
 from flashmhf.training.run_log import read_log
 
 FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -35,7 +36,7 @@ def run(corpus_folder, model_file) -> TrainConfig:
     )
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> TrainResult:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
@@ -123,7 +124,7 @@ def test_a_finished_run_is_evaluated_again_and_nothing_else(run, tmp_path, monke
     first = start(run, Path("run"), *flags)
     curves = sorted(Path("run/runs").rglob("events.*"))
     again = start(run, Path("run"), *flags, resume=True)
-    assert (again["steps"], again["validation_loss"]) == (3, first["validation_loss"])
+    assert (again.steps, again.validation_loss) == (3, first.validation_loss)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(Path("run/runs").rglob("events.*")) == curves != []
 
@@ -147,7 +148,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"output-dir: the disk .* is full; --resume goes on from checkpoint-2$"):
             start(run, tmp_path / "run", *flags)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert start(run, tmp_path / "run", *flags, resume=True)["steps"] == 6
+    assert start(run, tmp_path / "run", *flags, resume=True).steps == 6
 
 
 def test_going_on_from_a_trained_model(run, tmp_path):
