@@ -83,8 +83,9 @@ def run_trial(trial: Trial, data: str) -> dict:
     from flashmhf.data.config import DataConfig
     from flashmhf.layers import initialisation
     from flashmhf.models import FlashMHFConfig
+    from flashmhf.training.arguments import parse_arguments
     from flashmhf.training.config import TrainConfig
-    from flashmhf.training.run import parse_arguments, train
+    from flashmhf.training.run import train
 
     torch.set_num_threads(1)
     if trial.score_rms is not None:

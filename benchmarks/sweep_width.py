@@ -72,8 +72,9 @@ def run_trial(trial: Trial, data: str) -> dict[str, Any]:
     """Trains one model and returns its row."""
     from flashmhf.data.config import DataConfig
     from flashmhf.models import FlashMHFConfig
+    from flashmhf.training.arguments import parse_arguments
     from flashmhf.training.config import TrainConfig
-    from flashmhf.training.run import parse_arguments, train
+    from flashmhf.training.run import train
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"

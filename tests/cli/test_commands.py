@@ -46,8 +46,9 @@ def command(monkeypatch, capsys):
 def trained(tmp_path_factory, corpus_folder, model_file) -> Path:
     """A model that was trained for a few steps."""
     from flashmhf.data.config import DataConfig
+    from flashmhf.training.arguments import parse_arguments
     from flashmhf.training.config import TrainConfig
-    from flashmhf.training.run import parse_arguments, train
+    from flashmhf.training.run import train
 
     folder = tmp_path_factory.mktemp("trained") / "model"
     flags = ["--max-steps", "20", "--learning-rate", "1e-2", "--eval-strategy", "no", *FLAGS]

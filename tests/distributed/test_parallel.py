@@ -11,7 +11,7 @@ from flashmhf.distributed.parallel import tensor_parallel
 from flashmhf.distributed.sharded import load_sharded
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training.run import parse_arguments
+from flashmhf.training.arguments import parse_arguments
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]

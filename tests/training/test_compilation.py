@@ -14,9 +14,10 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.loading import WEIGHTS, tensor_names
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
 from torchrun import torchrun
 

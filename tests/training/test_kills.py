@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from flashmhf.training.checkpoints import UNFINISHED, checkpoints
 from flashmhf.training.manifest import check
 from flashmhf.training.run_files import RUN_FILE
-from flashmhf.training.saving import UNFINISHED, checkpoints
 
 SAVE_STEPS = 3
 SERVER = multiprocessing.get_context("forkserver")

@@ -17,9 +17,10 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
 
 INNER = {"scores", "gate", "ffn"}

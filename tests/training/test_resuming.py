@@ -14,12 +14,13 @@ import torch
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
+from flashmhf.training.arguments import parse_arguments
+from flashmhf.training.checkpoints import UNFINISHED, checkpoints, recover, rotate
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST, check, write_manifest
 from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.resuming import last_good_checkpoint, only_writer, prepare_output_dir
-from flashmhf.training.run import parse_arguments, train
-from flashmhf.training.saving import UNFINISHED, checkpoints, recover, rotate
+from flashmhf.training.run import train
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--save-steps", "2", "--eval-strategy", "no", "--save-total-limit", "9"]

@@ -15,8 +15,9 @@ import pytest
 from flashmhf.cli.train import OWN_STORE
 from flashmhf.data.config import DataConfig
 from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -18,10 +18,11 @@ from flashmhf.data.config import DataConfig
 from flashmhf.data.tokenizer import is_byte_tokenizer, load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training import trainer
+from flashmhf.training import callbacks, throughput
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
 from flashmhf.training.run_log import read_log
 
@@ -95,8 +96,8 @@ def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
 
 def test_speed_counts_waiting_and_the_optimizer_but_no_validation(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
-    clock = trainer._Clock()
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    clock = throughput.Clock()
     clock.start()
     with clock.waiting():
         now[0] += 1
@@ -110,7 +111,7 @@ def test_speed_counts_waiting_and_the_optimizer_but_no_validation(monkeypatch):
 
 def test_a_resumed_run_counts_its_own_tokens(run, tmp_path, monkeypatch):
     """The speed of the first line after a resume is not that of all tokens since the run began."""
-    monkeypatch.setattr(trainer._Clock, "lap", lambda clock: (1.0, 0.0))
+    monkeypatch.setattr(throughput.Clock, "lap", lambda clock: (1.0, 0.0))
     flags = ("--save-steps", "3", "--max-steps", "6", "--eval-strategy", "no")
     start(run, tmp_path / "run", *flags)
     shutil.rmtree(tmp_path / "run/checkpoint-6")
@@ -199,7 +200,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
 
 
 def test_a_signal_while_the_processes_agree_stops_them_after_the_next_step(monkeypatch):
-    stop, control = trainer.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
+    stop, control = callbacks.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
     args = SimpleNamespace(world_size=2, device="cpu")
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: signal.raise_signal(signal.SIGTERM))
     with stop:

@@ -110,7 +110,7 @@ def compare(
 def _check_flags(flags: list[str], output_dir: str) -> None:
     """Raises InputError for a flag that `flashmhf train` does not know or that a comparison gives itself."""
     from flashmhf.errors import InputError
-    from flashmhf.training.run import parse_arguments
+    from flashmhf.training.arguments import parse_arguments
 
     own = typer.main.get_command(_train_alone()).make_context("train", [*flags, "--model", "", "--output-dir", ""])
     with own:

@@ -69,7 +69,7 @@ def train(
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
-        from flashmhf.training.run import parse_arguments
+        from flashmhf.training.arguments import parse_arguments
         from flashmhf.training.run import train as run_training
         from flashmhf.training.run_files import was_begun
 

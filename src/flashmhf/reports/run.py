@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from flashmhf.errors import InputError
 from flashmhf.files import read_json
 from flashmhf.reports.page import BLUE, GREY, VERMILION, figures, html_table, new_axes, write_page
+from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
 from flashmhf.training.run_files import RUN_FILE, read_run
 from flashmhf.training.run_log import RunLog, read_log
-from flashmhf.training.saving import TRAINER_STATE, checkpoints
 
 TRAINING, VALIDATION = BLUE, VERMILION
 SMOOTHING = 0.7  # of the line over the single losses

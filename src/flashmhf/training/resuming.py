@@ -11,11 +11,11 @@ from pathlib import Path
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.training.checkpoints import TRAINER_STATE, UNFINISHED, checkpoints, recover
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.run_files import RUN_FILE, read_run
-from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
 
 if sys.platform != "win32":
     import fcntl
