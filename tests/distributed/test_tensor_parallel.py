@@ -157,6 +157,7 @@ def test_non_finite_steps_end_a_split_run_with_a_whole_checkpoint(run, model_fil
 def arguments(processes: int, **options: object) -> SimpleNamespace:
     """What `configure_tensor_parallel` reads and sets."""
     flags = {"fsdp": [], "deepspeed": None, "torch_compile": False, "auto_find_batch_size": False}
+    flags |= {"save_on_each_node": False}
     return SimpleNamespace(
         **{**flags, "world_size": processes, "average_tokens_across_devices": True, **options},
         parallelism_config=None,
@@ -172,6 +173,11 @@ def arguments(processes: int, **options: object) -> SimpleNamespace:
         (arguments(1), 2, "tensor-parallel: expected torchrun with a multiple of 2 processes"),
         (arguments(2, fsdp=["full_shard"]), 2, "fsdp: expected none together with tensor-parallel, got it"),
         (arguments(2, torch_compile=True), 2, "torch-compile: expected none together with tensor-parallel, got it"),
+        (
+            arguments(2, save_on_each_node=True),
+            2,
+            "save-on-each-node: expected none together with tensor-parallel",
+        ),
         (arguments(2, average_tokens_across_devices=False), 2, "average-tokens-across-devices: expected true"),
     ],
 )
