@@ -132,7 +132,7 @@ def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
         return train(run, parse_arguments(ONE, str(folder)), resume=True).validation_loss
     ended = torchrun(run, folder, 2, *STEPS, "--resume") if layout == "ddp" else split(run, folder, layout, "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert "going on from checkpoint-4" in ended.stderr
+    assert "resuming from checkpoint-4" in ended.stderr
     return json.loads(ended.stdout)["validation_loss"]
 
 

@@ -123,7 +123,9 @@ def test_two_processes_with_compiled_blocks(run, tmp_path):
 
 
 def test_not_beside_the_trainers_own_compilation(run, tmp_path):
-    with pytest.raises(InputError, match="regional-compilation: expected no --torch-compile beside it, got both"):
+    with pytest.raises(
+        InputError, match="regional-compilation: expected no --torch-compile together with it, got both"
+    ):
         start(run, tmp_path / "run", "--torch-compile", "true", regional_compilation=True)
     assert not (tmp_path / "run").exists()
 

@@ -114,7 +114,7 @@ def test_a_job_that_torchrun_restarts_goes_on_from_its_last_checkpoint(run, tmp_
     os.kill(second_rank, signal.SIGKILL)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    assert len(re.findall(r"going on from checkpoint-(?:20|40)\n", errors)) == 1
+    assert len(re.findall(r"resuming from checkpoint-(?:20|40)\n", errors)) == 1
     assert OWN_STORE not in errors
     assert json.loads(output)["steps"] == 60
     assert len(losses(tmp_path / "two")) == 60

@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     def save_until_full(content, file, *args, **options):
         written.append(file)
         if "checkpoint-4" in str(file):
-            Path(file).write_bytes(b"torn")
+            Path(file).write_bytes(b"truncated")
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
         save(content, file, *args, **options)
 
@@ -146,7 +146,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: not explained away
             start(run, tmp_path / "other", *flags)
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(OSError, match=r"output-dir: the disk .* is full; --resume goes on from checkpoint-2$"):
+        with pytest.raises(OSError, match=r"output-dir: the disk .* is full; --resume continues from checkpoint-2$"):
             start(run, tmp_path / "run", *flags)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert start(run, tmp_path / "run", *flags, resume=True).steps == 6
@@ -195,7 +195,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
     (checkpoint,) = folder.glob("checkpoint-*")
     assert check(checkpoint) is None
     assert f"{number.name} after step {checkpoint.name.partition('-')[2]}" in err
-    assert "go on with --resume" in err
+    assert "continue with --resume" in err
     assert "Traceback" not in err
 
 

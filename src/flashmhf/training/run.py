@@ -25,7 +25,7 @@ from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
 from flashmhf.training.callbacks import ProgressLines, StopOnSignal
-from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
+from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
@@ -61,7 +61,7 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     """
     check_limit(config.max_non_finite_steps)
     if config.regional_compilation:
-        check_not_compiled_whole(arguments)
+        check_no_other_compilation(arguments)
     check_base_width(config.mup_base_width, arguments)
     configure_tensor_parallel(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))

@@ -1,6 +1,6 @@
-"""A training run's log as lines of JSON, `log.jsonl` in its folder: every start, and every entry of the Trainer's log.
+"""A training run's log in its folder, `log.jsonl`: one line per start and one per entry of the Trainer's log.
 
-Lines are only ever added, so that a run that was killed and resumed shows what was lost, and how long all of it took.
+Lines are only appended, so that the log of a run that was killed and resumed shows what was lost and the time it took.
 """
 
 import json
@@ -45,7 +45,7 @@ class LogLines(TrainerCallback):
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a log says of the run as it stands.
+    """The log of a run, without the entries that were lost.
 
     Attributes:
         rows: one for each entry that was not lost, in the order of steps; "elapsed_s" is the time in training up to it.
@@ -85,11 +85,11 @@ def _add(folder: Path, entry: dict[str, Any]) -> None:
     """One write for a whole line, after the end of one that a kill may have cut short."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("a+b") as file:
-        torn = False
+        truncated = False
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write((b"\n" if torn else b"") + json.dumps(entry, default=str).encode() + b"\n")
+            truncated = file.read(1) != b"\n"
+        file.write((b"\n" if truncated else b"") + json.dumps(entry, default=str).encode() + b"\n")
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
