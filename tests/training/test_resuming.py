@@ -99,7 +99,10 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(run, folder, fin
 def test_no_whole_checkpoint_is_one_line(run, folder):
     for checkpoint in checkpoints(folder):
         (checkpoint / MANIFEST).unlink()
-    message = r"resume: expected a complete checkpoint in .*, got 3 that are not: checkpoint-6 \(manifest.json is miss"
+    message = (
+        r"resume: expected a complete checkpoint in .*run, got 3 that are not: "
+        r"checkpoint-6 \(manifest.json is missing\)"
+    )
     with pytest.raises(InputError, match=message):
         resume(run, folder)
 

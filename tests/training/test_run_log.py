@@ -31,7 +31,7 @@ def test_time_in_training_leaves_out_what_was_lost_and_what_lay_between(tmp_path
     assert log.curve("loss") == [(1, 5.0), (10, 4.0), (17, 3.4), (20, 3.0)]
     assert log.curve("loss", "elapsed_s") == [(1.0, 5.0), (10.0, 4.0), (18.0, 3.4), (21.0, 3.0)]
     assert log.curve("eval_loss") == [(20, 3.1)]
-    assert [start["start"] for start in log.starts] == [0, 10]
+    assert [start.step for start in log.starts] == [0, 10]
     assert log.lost_steps == 7
 
 

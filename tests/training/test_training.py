@@ -83,7 +83,7 @@ def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
     (tmp_path / "run/model.safetensors").unlink()
     start(run, tmp_path / "run", *flags, resume=True)
     log = read_log(tmp_path / "run")
-    assert [(entry["start"], entry["processes"]) for entry in log.starts] == [(0, 1), (3, 1)]
+    assert [(entry.step, entry.processes) for entry in log.starts] == [(0, 1), (3, 1)]
     rows = [row for row in log.rows if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:

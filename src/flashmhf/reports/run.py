@@ -94,11 +94,11 @@ def _sections(run: dict[str, Any], log: RunLog, summary: dict[str, Any]) -> list
             ("began", "from step", "processes", "machine", "torch"),
             [
                 (
-                    time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start["time"])) + " UTC",
-                    str(start["start"]),
-                    str(start.get("processes", "")),
-                    str(start.get("machine", "")),
-                    str(start.get("torch", "")),
+                    time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start.time)) + " UTC",
+                    str(start.step),
+                    "" if start.processes is None else str(start.processes),
+                    start.machine,
+                    start.torch,
                 )
                 for start in log.starts
             ],
@@ -118,7 +118,7 @@ def _losses(log: RunLog, against: str, label: str) -> Figure:
         axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", markersize=4, label="validation")
     if against == "step":
         for start in log.starts[1:]:
-            axes.axvline(start["start"], color=GREY, linestyle=":", linewidth=1)
+            axes.axvline(start.step, color=GREY, linestyle=":", linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure

@@ -43,18 +43,37 @@ class LogLines(TrainerCallback):
             _add(Path(args.output_dir), {"step": state.global_step, "time": time.time(), **logs})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A start of training: the first one or a resumed one.
+
+    Attributes:
+        step: the last step before it.
+        time: seconds since 1970.
+        processes: their number.
+        machine: the GPU's name, or the CPU's architecture.
+        torch: its version.
+    """
+
+    step: int
+    time: float
+    processes: int | None
+    machine: str
+    torch: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunLog:
     """The log of a run, without the entries that were lost.
 
     Attributes:
-        rows: one for each entry that was not lost, in the order of steps; "elapsed_s" is the time in training up to it.
-        starts: the step and the time of each process that trained, the first one included.
+        rows: entries of the Trainer's log, in the order of steps; "elapsed_s" is the time spent training up to each.
+        starts: in the order of time.
         lost_steps: steps that were logged and then computed again.
     """
 
     rows: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    starts: list[Start]
     lost_steps: int
 
     def curve(self, name: str, against: str = "step") -> list[tuple[float, float]]:
@@ -63,9 +82,9 @@ class RunLog:
 
 
 def read_log(folder: Path) -> RunLog:
-    """Reads `log.jsonl`; a line that a kill cut short is passed over. Without the file there are no rows."""
+    """Reads `log.jsonl`; skips lines that a kill truncated. Without the file there are no rows."""
     rows: list[dict[str, Any]] = []
-    starts: list[dict[str, Any]] = []
+    starts: list[Start] = []
     lost = 0
     started = before = 0.0
     for line in _lines(folder / LOG_FILE):
@@ -75,14 +94,24 @@ def read_log(folder: Path) -> RunLog:
                 lost += rows[-1]["step"] - (kept[-1]["step"] if kept else 0)
             rows = kept
             started, before = line["time"], rows[-1]["elapsed_s"] if rows else 0.0
-            starts.append(line)
+            starts.append(_start(line))
         else:
             rows.append({**line, "elapsed_s": before + line["time"] - started})
-    return RunLog(rows, starts, lost)
+    return RunLog(rows=rows, starts=starts, lost_steps=lost)
+
+
+def _start(line: dict[str, Any]) -> Start:
+    return Start(
+        step=line["start"],
+        time=line["time"],
+        processes=line.get("processes"),
+        machine=line.get("machine", ""),
+        torch=line.get("torch", ""),
+    )
 
 
 def _add(folder: Path, entry: dict[str, Any]) -> None:
-    """One write for a whole line, after the end of one that a kill may have cut short."""
+    """Appends a line in one write, after ending one that a kill may have truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("a+b") as file:
         truncated = False
