@@ -3,8 +3,8 @@
 import json
 import os
 
-# Before anything imports triton: kernels run on the CPU, through Triton's interpreter. Offline compilation, which wants
-# the real compiler, runs in processes of its own.
+# Before anything imports triton: kernels run on the CPU, through Triton's interpreter. Offline compilation, which needs
+# the real compiler, runs in separate processes.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -23,7 +23,7 @@ def reproducible():
 
 @pytest.fixture(autouse=True)
 def fresh_calls():
-    """Backends and tables that a test changes are asked again, and not what another test found out."""
+    """Forgets what earlier calls found, since tests change backends and tables."""
     from flashmhf.ops import calls
 
     calls.forget()
@@ -54,37 +54,18 @@ def corpus_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Makes a small model with random weights, the same every time; changes are of its configuration."""
-    from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+    """`tiny.tiny_model`, for evaluation."""
+    from tiny import tiny_model
 
-    def make(**changes):
-        values = {
-            "vocab_size": 320,
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "init": "scaled",
-        }
-        torch.manual_seed(0)
-        return FlashMHFForCausalLM(FlashMHFConfig(**(values | changes))).eval()
-
-    return make
+    return lambda **changes: tiny_model(**changes).eval()
 
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory):
-    """A configuration small enough to train in seconds."""
+    """The tiny model's configuration, to train in seconds."""
+    from tiny import SIZES
+
     file = tmp_path_factory.mktemp("configs") / "small.json"
-    values = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "num_subnetworks": 3,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "init": "scaled",
-    }
-    file.write_text(json.dumps(values))
+    values = {"num_subnetworks": 3, "max_position_embeddings": 128, "tie_word_embeddings": True, "init": "scaled"}
+    file.write_text(json.dumps(SIZES | values))
     return file

@@ -1,9 +1,20 @@
-"""Small stand-ins for what takes long to make."""
+"""A tiny model, and other small stand-ins for what takes long to make."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.training.run_files import TrainResult
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def tiny_model(**changes: Any) -> FlashMHFForCausalLM:
+    """A model of one layer for bytes, with random weights, the same every time; changes are of its configuration."""
+    torch.manual_seed(0)
+    return FlashMHFForCausalLM(FlashMHFConfig(**({**SIZES, "vocab_size": 320, "init": "scaled"} | changes)))
 
 
 def train_result(folder: Path, **changes: Any) -> TrainResult:

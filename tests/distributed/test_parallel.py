@@ -3,15 +3,12 @@
 import pytest
 import torch
 from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, going_on, one_step
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flashmhf import FlashMHF
 from flashmhf.distributed.parallel import tensor_parallel
 from flashmhf.distributed.sharded import load_sharded
-from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training.arguments import parse_arguments
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
@@ -81,12 +78,6 @@ def test_a_sharded_checkpoint_becomes_a_plain_model(of_two, folder_of_two, tmp_p
     assert load_model(str(tmp_path))(batch(), labels=batch()).loss.item() == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_a_hostile_table_of_contents_is_not_called(tmp_path):
-    (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch hit'\ntR.")
-    with pytest.raises((InputError, CheckpointException), match=r"got: a pickle that calls os\.system"):
-        load_sharded(tmp_path, build("flashmhf"))
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_loss_and_gradients_of_four_processes(tmp_path):
@@ -138,8 +129,3 @@ def test_models_that_cannot_be_split(make, message, monkeypatch):
 def test_a_mesh_of_two_dimensions_is_refused():
     with pytest.raises(ValueError, match="mesh: expected one dimension, got 2"):
         tensor_parallel(FlashMHF(32, 4, 2, 8), FakeMesh(2, ndim=2))
-
-
-def test_fsdp_by_flags_wants_a_gpu(tmp_path):
-    with pytest.raises(InputError, match="fsdp: expected a GPU, got the CPU"):
-        parse_arguments(["--fsdp", "--use-cpu", "true"], str(tmp_path))

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
-from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.loading import WEIGHTS, tensor_names
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
+from tiny import tiny_model
 from torchrun import torchrun
 
 FLAGS = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -40,12 +40,6 @@ def without_code(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_it(function, backend="aot_eager"))
 
 
-def model_of(**options) -> torch.nn.Module:
-    values = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    values |= {"intermediate_size": 48, "num_subnetworks": 3, "init": "scaled", "use_cache": False, **options}
-    return AutoModelForCausalLM.from_config(FlashMHFConfig(**values), dtype=torch.float32)
-
-
 def loss_of(model, batch: int, length: int = 16) -> torch.Tensor:
     tokens = torch.arange(batch * length).view(batch, length) * 7 % 320
     return model(tokens, labels=tokens).loss
@@ -54,7 +48,7 @@ def loss_of(model, batch: int, length: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{}, {"recompute_q": True}, {"ffn_type": "swiglu"}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_graphs_without_a_break_for_all_layers_and_batches(without_code, options, checkpointing):
-    model = model_of(**options)
+    model = tiny_model(num_hidden_layers=3, num_subnetworks=3, use_cache=False, **options)
     names = list(model.state_dict())
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,6 +22,7 @@ from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
+from tiny import tiny_model
 
 INNER = {"scores", "gate", "ffn"}
 
@@ -60,9 +61,8 @@ def test_sizes_and_changes_do_not_depend_on_the_number_of_heads():
 
 def small(variant: str, **values: object) -> FlashMHFForCausalLM:
     heads = 2 if variant != "swiglu" else None
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
-    sizes |= {"intermediate_size": 48, "num_ffn_heads": heads, "ffn_type": variant, "mlp_bias": True}
-    return FlashMHFForCausalLM(FlashMHFConfig(**(sizes | values)))
+    defaults = {"num_ffn_heads": heads, "ffn_type": variant, "mlp_bias": True, "init": "reference"}
+    return tiny_model(**(defaults | values))
 
 
 def named_factors(model: nn.Module, base_width: int) -> dict[str, float]:

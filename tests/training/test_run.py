@@ -1,11 +1,7 @@
-"""Training runs: what they leave, resuming, signals, and refusals."""
+"""Training runs: what they leave, resuming, and refusals."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +14,12 @@ from flashmhf.data.config import DataConfig
 from flashmhf.data.tokenizer import is_byte_tokenizer, load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training import callbacks, throughput
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.manifest import check
 from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
 from flashmhf.training.run_log import read_log
+from flashmhf.training.throughput import Clock
 
 FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
 FLAGS += ["--disable-tqdm", "true"]
@@ -46,7 +41,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
-def test_a_run_learns_and_leaves_a_whole_model(run, tmp_path):
+def test_a_run_learns_and_leaves_a_complete_model(run, tmp_path):
     result = start(run, tmp_path / "run", "--max-steps", "30", "--eval-steps", "10", "--save-steps", "10")
     assert result.steps == 30
     assert result.tokens == 30 * 4 * 32
@@ -73,10 +68,20 @@ def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_resumed_run_counts_its_own_tokens(run, tmp_path, monkeypatch):
+    """The speed of the first line after a resume is not that of all tokens since the run began."""
+    monkeypatch.setattr(Clock, "lap", lambda clock: (1.0, 0.0))
+    flags = ("--save-steps", "3", "--max-steps", "6", "--eval-strategy", "no")
+    start(run, tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    start(run, tmp_path / "run", *flags, resume=True)
+    assert {row["tokens_per_second"] for row in read_log(tmp_path / "run").rows if "loss" in row} == {4 * 32}
+
+
 SPEED = ("tokens_per_second", "tflops_per_second", "data_wait_share", "memory_mib")
 
 
-def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
+def test_every_log_line_has_throughput_memory_and_waiting(run, tmp_path):
     flags = ("--save-steps", "3", "--max-steps", "6", "--report-to", "tensorboard")
     start(run, tmp_path / "run", *flags)
     shutil.rmtree(tmp_path / "run/checkpoint-6")
@@ -92,31 +97,6 @@ def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
     events = EventAccumulator(str(max((tmp_path / "run/runs").iterdir())))
     events.Reload()
     assert {f"train/{name}" for name in SPEED} <= set(events.Tags()["scalars"])
-
-
-def test_speed_counts_waiting_and_the_optimizer_but_no_validation(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    clock = throughput.Clock()
-    clock.start()
-    with clock.waiting():
-        now[0] += 1
-    now[0] += 3
-    with clock.paused():
-        now[0] += 50
-    assert clock.lap() == (4.0, 1.0)
-    now[0] += 2
-    assert clock.lap() == (2.0, 0.0)
-
-
-def test_a_resumed_run_counts_its_own_tokens(run, tmp_path, monkeypatch):
-    """The speed of the first line after a resume is not that of all tokens since the run began."""
-    monkeypatch.setattr(throughput.Clock, "lap", lambda clock: (1.0, 0.0))
-    flags = ("--save-steps", "3", "--max-steps", "6", "--eval-strategy", "no")
-    start(run, tmp_path / "run", *flags)
-    shutil.rmtree(tmp_path / "run/checkpoint-6")
-    start(run, tmp_path / "run", *flags, resume=True)
-    assert {row["tokens_per_second"] for row in read_log(tmp_path / "run").rows if "loss" in row} == {4 * 32}
 
 
 def test_a_finished_run_is_evaluated_again_and_nothing_else(run, tmp_path, monkeypatch):
@@ -152,7 +132,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     assert start(run, tmp_path / "run", *flags, resume=True).steps == 6
 
 
-def test_going_on_from_a_trained_model(run, tmp_path):
+def test_training_starts_from_a_trained_model(run, tmp_path):
     start(run, tmp_path / "first", "--max-steps", "20", "--eval-strategy", "no")
     again = TrainConfig(
         model=str(tmp_path / "first"),
@@ -162,7 +142,7 @@ def test_going_on_from_a_trained_model(run, tmp_path):
     assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1] - 1
 
 
-def test_streaming(tmp_path, model_file):
+def test_a_stream_is_trained_on(tmp_path, model_file):
     rows = [json.dumps({"text": f"row {i} " + "again and again " * 10}) for i in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     run = TrainConfig(
@@ -174,58 +154,13 @@ def test_streaming(tmp_path, model_file):
     assert result.validation_loss > 0
 
 
-def test_activation_checkpointing_and_compile_flags(run, tmp_path):
+def test_activation_checkpointing_gives_the_same_losses(run, tmp_path):
     start(run, tmp_path / "plain", "--max-steps", "3", "--eval-strategy", "no")
     start(run, tmp_path / "recomputed", "--max-steps", "3", "--eval-strategy", "no", "--gradient-checkpointing", "true")
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "flashmhf", "train", "--model", run.model, "--data", run.data.source]
-    command += ["--context-length", "32", "--output-dir", str(folder), "--max-steps", "100000", *FLAGS]
-    command += ["--disable-tqdm", "false", "--eval-strategy", "no", "--save-steps", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait_for_training(process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert out == ""
-    (checkpoint,) = folder.glob("checkpoint-*")
-    assert check(checkpoint) is None
-    assert f"{number.name} after step {checkpoint.name.partition('-')[2]}" in err
-    assert "continue with --resume" in err
-    assert "Traceback" not in err
-
-
-def test_a_signal_while_the_processes_agree_stops_them_after_the_next_step(monkeypatch):
-    stop, control = callbacks.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
-    args = SimpleNamespace(world_size=2, device="cpu")
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with stop:
-        stop.on_step_end(args, None, control)
-    assert stop.signal is None
-    assert not control.should_training_stop
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
-    stop.on_step_end(args, None, control)
-    assert stop.signal == signal.SIGTERM
-    assert control.should_save
-    assert control.should_training_stop
-
-
-def wait_for_training(process: subprocess.Popen) -> None:
-    """Returns once the first step has been logged."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        line = process.stderr.readline()
-        assert line, "the process ended before its first step"
-        if "step " in line and "loss" in line:
-            return
-    raise AssertionError("no step within a minute")
-
-
-def test_output_folders_that_hold_something_else(run, tmp_path):
+def test_output_folders_that_hold_something_else_are_refused(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("mine")
     with pytest.raises(
@@ -248,7 +183,7 @@ def test_resuming_another_run_is_refused(run, tmp_path):
         start(other, tmp_path / "run", resume=True)
 
 
-def test_models_and_tokenizers_that_do_not_fit(run, tmp_path):
+def test_models_and_tokenizers_that_do_not_fit_are_refused(run, tmp_path):
     def refused(message: str, **changes) -> None:
         model = changes.pop("model", run.model)
         changed = replace(run, model=model, data=replace(run.data, **changes))
@@ -279,17 +214,3 @@ def test_another_tokenizer_for_a_trained_model_is_refused(run, tmp_path, corpus_
     )
     with pytest.raises(InputError, match=r"tokenizer: expected the one in .*first \(258 tokens\)"):
         start(other, tmp_path / "second")
-
-
-def test_flags_of_the_trainer(tmp_path):
-    arguments = parse_arguments(["--max-steps", "7", "--adam_beta2", "0.9", "--seed=3"], str(tmp_path))
-    assert (arguments.max_steps, arguments.adam_beta2, arguments.seed, arguments.weight_decay) == (7, 0.9, 3, 0.1)
-    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    for flags, message in (
-        (["--no-such-flag", "1"], "--no-such-flag"),
-        (["--max-steps", "many"], "max.steps"),
-        (["--lr-scheduler-type", "magic"], "magic"),
-    ):
-        with pytest.raises(InputError, match=message) as caught:
-            parse_arguments(flags, str(tmp_path))
-        assert "\n" not in str(caught.value)
