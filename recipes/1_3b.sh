@@ -1,5 +1,5 @@
 #!/bin/sh
-# The paper's 1.3b recipe on one node: 64 sequences of 4096 tokens a step. Batch sizes are guesses for 80 GB GPUs, unmeasured.
+# The paper's 1.3b recipe on one node: 64 sequences of 4096 tokens per step. Batch sizes are guesses for 80 GB GPUs, unmeasured.
 #   GPUS=8 recipes/1_3b.sh DATA TOKENIZER OUT [flags of flashmhf train]
 set -eu
 data=$1 tokenizer=$2 out=$3

@@ -1,8 +1,8 @@
 #!/bin/sh
-# A model on a folder of books: BPE tokenizer, training, loss on books that it has not seen, a sample, a report.
+# A model on a folder of books: BPE tokenizer, training, loss on held-out books, a sample, a report.
 #   recipes/books.sh TRAIN VALIDATION OUT tiny|128m [flags of flashmhf train]
-# Typed again after a crash or a kill it goes on from the last whole checkpoint. tiny is for a CPU (an hour on two cores), 128m for
-# one GPU of 80 GB (10,000 steps of 262,144 tokens; batch sizes unmeasured).
+# Run again after a crash or a kill, it resumes from the last complete checkpoint. tiny is for a CPU (an hour on two cores), 128m for
+# one GPU with 80 GB (10,000 steps of 262,144 tokens; batch sizes unmeasured).
 set -eu
 train=$1 validation=$2 out=$3 size=$4
 shift 4

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Feed-forward layers against each other on a folder of books, and what the parts of FlashMHF are worth: docs/results.
-# Two cores want about two and a half hours; typed again, it goes on.
+# Compares feed-forward layers on a folder of books, and ablates the parts of FlashMHF: docs/results.
+# About two and a half hours on two cores; run again, it continues.
 #   recipes/compare_books.sh BOOKS OUT [further flags, such as --jobs 2]
 set -eu
 books=$1 out=$2

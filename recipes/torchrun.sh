@@ -7,6 +7,6 @@ model=$1 data=$2 tokenizer=$3 out=$4
 shift 4
 resume=
 [ ! -f "$out/run.json" ] || resume=--resume
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted processes look for the dead ones
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise restarted processes try to reach the dead ones
 exec torchrun --standalone --nproc-per-node "${GPUS:-1}" --max-restarts 3 -m flashmhf train --model "$model" \
   --data "$data" --tokenizer "$tokenizer" --output-dir "$out" $resume "$@"
