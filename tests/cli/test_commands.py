@@ -278,7 +278,7 @@ def test_help_is_fast_and_names_every_command():
         fastest = min(fastest, time.perf_counter() - started)
     for name in ("info", "train", "eval", "generate", "compare", "convert", "tokenizer", "bench"):
         assert name in done.stdout
-    assert fastest < 1.0  # 0.25 s alone on a core; tests run beside each other
+    assert fastest < 1.0  # 0.25 s on an idle core; tests run in parallel
 
 
 def test_version_and_module_entry_point():

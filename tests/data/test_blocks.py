@@ -42,8 +42,8 @@ def test_a_document_does_not_see_another(model_file, attention):
     torch.testing.assert_close(first[:start], second[:start])
     torch.testing.assert_close(first[stop:], second[stop:])
     assert not torch.allclose(first[start:stop], second[start:stop], atol=1e-3)
-    alone = model(torch.tensor([[EOS, *texts[2].encode()]])).logits[0]
-    torch.testing.assert_close(first[stop : stop + len(alone)], alone[: len(first) - stop], rtol=1e-4, atol=1e-5)
+    expected = model(torch.tensor([[EOS, *texts[2].encode()]])).logits[0]
+    torch.testing.assert_close(first[stop : stop + len(expected)], expected[: len(first) - stop], rtol=1e-4, atol=1e-5)
 
 
 def test_streamed_blocks_have_the_same_positions():

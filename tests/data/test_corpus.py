@@ -175,9 +175,9 @@ def test_blocks_are_the_documents_with_eos_tokens(block_length):
 def test_blocks_across_arrow_chunks():
     parts = [datasets.Dataset.from_dict({"text": [f"{i}" * 10] * 3}) for i in range(4)]
     tokens = tokenize(datasets.concatenate_datasets(parts), byte_tokenizer())
-    whole = datasets.concatenate_datasets([tokens, tokens])
-    stream = np.concatenate([np.asarray(ids) for ids in whole["input_ids"]])
-    blocks = TokenBlocks(whole, 50)
+    twice = datasets.concatenate_datasets([tokens, tokens])
+    stream = np.concatenate([np.asarray(ids) for ids in twice["input_ids"]])
+    blocks = TokenBlocks(twice, 50)
     joined = np.concatenate([blocks[i]["input_ids"] for i in range(len(blocks))])
     assert (joined == stream[: len(joined)]).all()
 
@@ -185,9 +185,9 @@ def test_blocks_across_arrow_chunks():
 @pytest.mark.parametrize("block_length", [1, 7, 11, 22, 100])
 def test_the_documents_of_a_block(block_length):
     tokens = tokenize(datasets.Dataset.from_dict({"text": ["abc", "d", "", "e" * 30, "h" * 9]}), byte_tokenizer())
-    whole = datasets.concatenate_datasets([tokens, tokens.select(range(1, 4)), tokens])  # a chunk that is a slice, too
-    owners = np.repeat(np.arange(len(whole)), [len(ids) for ids in whole["input_ids"]])
-    blocks = TokenBlocks(whole, block_length)
+    documents = datasets.concatenate_datasets([tokens, tokens.select(range(1, 4)), tokens])  # one is a slice
+    owners = np.repeat(np.arange(len(documents)), [len(ids) for ids in documents["input_ids"]])
+    blocks = TokenBlocks(documents, block_length)
     for index in range(len(blocks)):
         held = np.unique(owners[index * block_length : (index + 1) * block_length]).tolist()
         assert list(blocks.documents(index)) == held

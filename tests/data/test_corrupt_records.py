@@ -52,11 +52,11 @@ def parquet_without(folder):
     datasets.Dataset.from_dict({"body": ["a"]}).to_parquet(str(folder / "rows.parquet"))
 
 
-def torn_parquet(folder):
+def truncated_parquet(folder):
     (folder / "rows.parquet").write_bytes(b"PAR1 and no more")
 
 
-def torn_gzip(folder):
+def truncated_gzip(folder):
     (folder / "rows.jsonl.gz").write_bytes(b"\x1f\x8b\x08 and no more")
 
 
@@ -70,8 +70,8 @@ KINDS = [
     (broken_line, "broken line", 2, r"could not read .*rows.jsonl, line 1: "),
     (no_column, "row without text column", 2, r"text-column: expected one of body in .*rows.jsonl, line 1, got 'text'"),
     (parquet_without, "row without text column", 1, r"text-column: expected one of body in .*rows.parquet, got 'text'"),
-    (torn_parquet, "unreadable file", 1, r"could not read .*rows.parquet: "),
-    (torn_gzip, "unreadable file", 1, r"could not read .*rows.jsonl.gz: "),
+    (truncated_parquet, "unreadable file", 1, r"could not read .*rows.parquet: "),
+    (truncated_gzip, "unreadable file", 1, r"could not read .*rows.jsonl.gz: "),
     (dangling, "unreadable file", 1, r"could not read .*gone.txt: No such file or directory"),
 ]
 

@@ -132,10 +132,10 @@ def test_streamed_blocks_resume_at_the_exact_token(rows, world):
             prepared = skip_first_batches(prepared, skip)
         return [batch["input_ids"].tolist() for batch in itertools.islice(prepared, steps)]
 
-    whole = first_of_all(0, 400 // world)
-    assert len(whole) == 400 // world
-    for skip in (1, 37 // world, 380 // world):  # the last lies beyond the end of the files
-        assert first_of_all(skip, 400 // world - skip) == whole[skip:]
+    uninterrupted = first_of_all(0, 400 // world)
+    assert len(uninterrupted) == 400 // world
+    for skip in (1, 37 // world, 380 // world):  # the last is beyond the end of the files
+        assert first_of_all(skip, 400 // world - skip) == uninterrupted[skip:]
 
 
 def test_streams_start_again_in_another_order(rows):
@@ -195,9 +195,9 @@ def test_the_trainer_resumes_in_the_middle_of_a_later_epoch(rows, tmp_path, mode
         train(run, parse_arguments(flags, str(tmp_path / "run")), resume=resume)
         return list(seen)
 
-    whole = start(resume=False)
+    uninterrupted = start(resume=False)
     shutil.rmtree(tmp_path / "run/checkpoint-13")
-    assert start(resume=True) == whole[18:]
-    assert len(whole) == 26
+    assert start(resume=True) == uninterrupted[18:]
+    assert len(uninterrupted) == 26
     texts = [json.loads(line)["text"] for file in rows.iterdir() for line in file.read_text().splitlines()]
     assert sum(len(text) + 1 for text in texts) < 18 * 4 * 64  # so the cut is after the first pass

@@ -59,7 +59,7 @@ def test_a_dataset_without_a_validation_split_is_split_as_for_training(hub, layo
 
 def test_a_copy_of_the_hubs_folder(layout):
     corpus = load_corpus(str(layout))
-    assert corpus.train["text"][:] == contents("train")  # the test split is left alone
+    assert corpus.train["text"][:] == contents("train")  # the test split is not read
     assert corpus.validation["text"][:] == contents("validation")
     for split in SIZES:
         assert load_documents(str(layout), split=split)["text"][:] == contents(split)

@@ -1,4 +1,4 @@
-"""The cache of tokens: written once, whole or not at all, for its content and its tokenizer alone."""
+"""The cache of tokens: written once, completely or not at all, and used only for its content and tokenizer."""
 
 import os
 import signal
@@ -78,10 +78,10 @@ def test_other_content_or_another_tokenizer_builds_it_again(books, calls):
 
 def test_files_that_change_while_they_are_read_are_read_again(books, monkeypatch):
     before = (books / "05.txt").read_text()
-    whole, changes = corpus_module.content_key, []
+    key_of, changes = corpus_module.content_key, []
 
     def change_after_hashing(files):
-        key = whole(files)
+        key = key_of(files)
         if not changes:
             changes.append((books / "05.txt").write_text("Changed, and longer or shorter than before."))
         return key
@@ -97,11 +97,11 @@ def test_files_that_change_while_they_are_read_are_read_again(books, monkeypatch
 
 
 def test_several_processes_give_the_same(books, own_cache, monkeypatch):
-    alone = ids_of(books, byte_tokenizer())
+    expected = ids_of(books, byte_tokenizer())
     monkeypatch.setattr(workers, "WORKER_BYTES", 1000)
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", own_cache / "other")
-    assert ids_of(books, byte_tokenizer()) == alone
+    assert ids_of(books, byte_tokenizer()) == expected
     assert len(list((own_cache / "other").rglob("cache-*_of_00002.arrow"))) == 2
 
 

@@ -1,4 +1,4 @@
-"""Layouts of a tiny model over processes, and what each computes; `test_parallel.py` compares."""
+"""What a tiny model computes in each layout over processes; `test_parallel.py` compares."""
 
 import time
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def batch(step: int = 0) -> Tensor:
 
 
 def lay_out(model: nn.Module, layout: str) -> tuple[nn.Module, int, int]:
-    """The model in a layout, and the part of the batch that is this rank's: its index and the number of parts."""
+    """The model in a layout, the index of this rank's part of the batch, and the number of parts."""
     rank, world = dist.get_rank(), dist.get_world_size()
     if layout == "ddp":
         return DistributedDataParallel(model), rank, world
@@ -71,7 +71,7 @@ def mean_over_ranks(loss: Tensor) -> float:
     return total.item() / dist.get_world_size()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
@@ -84,13 +84,13 @@ def one_step(models: list[str], layouts: list[str]) -> dict[tuple[str, str], tup
             tokens = batch().chunk(parts)[part]
             loss = model(tokens, labels=tokens).loss
             loss.backward()
-            gradients = {n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters()}
+            gradients = {n.removeprefix("module."): full(p.grad) for n, p in model.named_parameters()}
             results[name, layout] = mean_over_ranks(loss), gradients
     return results
 
 
 def curve(model: nn.Module, part: int, parts: int, steps: int, optimizer: Optimizer | None = None) -> list[Tensor]:
-    """The losses of a training with a clipped gradient."""
+    """The losses of training with clipped gradients."""
     optimizer = adam(model) if optimizer is None else optimizer
     losses = []
     for _ in range(steps):
@@ -108,8 +108,8 @@ def adam(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def going_on(name: str, layouts: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
-    """Three steps, a sharded checkpoint, and three more in each other layout, by both layouts."""
+def resumed(name: str, layouts: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
+    """Losses by both layouts: three steps, a sharded checkpoint, and three more in another layout."""
     results = {}
     for first in layouts:
         model, part, parts = lay_out(build(name), first)
@@ -132,7 +132,7 @@ def curves(name: str, layouts: list[str], steps: int) -> dict[str, list[float]]:
 
 
 def collectives() -> dict[str, tuple[int, int]]:
-    """By layer, the collective operations of its forward and of its backward."""
+    """The number of collectives in the forward and the backward pass, by layer."""
     mesh: DeviceMesh = init_device_mesh("cpu", (dist.get_world_size(),))
     counts = {}
     for name, make in LAYERS.items():
@@ -147,7 +147,7 @@ def collectives() -> dict[str, tuple[int, int]]:
 
 
 def training_peak_mib(config: FlashMHFConfig, layout: str | None, sequences: int, length: int) -> float:
-    """Of the allocator, from the model's making to its third step."""
+    """The allocator's peak, from creating the model to its third step."""
 
     def train() -> None:
         model, parts = FlashMHFForCausalLM(config), 1
@@ -167,7 +167,7 @@ def training_peak_mib(config: FlashMHFConfig, layout: str | None, sequences: int
 
 @contextmanager
 def patient_collectives() -> Iterator[None]:
-    """gloo's threads let go of buffers some time after a collective has ended; here its waiters give them that time."""
+    """Waits longer for collectives: gloo's threads release buffers some time after one has ended."""
     wait = dist.Work.wait
 
     def wait_longer(work: dist.Work, *arguments: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, going_on, one_step
+from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, one_step, resumed
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flashmhf import FlashMHF
@@ -16,7 +16,7 @@ LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
 
 def two_processes(folder: str) -> dict:
     steps = one_step(list(MODELS), LAYOUTS_OF_TWO)
-    return {"step": steps, "collectives": collectives(), "going on": going_on("flashmhf", LAYOUTS_OF_TWO, folder)}
+    return {"step": steps, "collectives": collectives(), "resumed": resumed("flashmhf", LAYOUTS_OF_TWO, folder)}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def losses_after_three_steps() -> list[float]:
 
 @pytest.mark.parametrize("second", LAYOUTS_OF_TWO)
 @pytest.mark.parametrize("first", LAYOUTS_OF_TWO)
-def test_a_sharded_checkpoint_goes_on_in_any_layout(of_two, losses_after_three_steps, first, second):
-    assert of_two["going on"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+def test_a_sharded_checkpoint_resumes_in_any_layout(of_two, losses_after_three_steps, first, second):
+    assert of_two["resumed"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)

@@ -1,4 +1,4 @@
-"""Heads split over processes, from the command: what one process computes, from and into checkpoints of any layout."""
+"""--tensor-parallel computes what one process does, and resumes from and into checkpoints of any layout."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def rows(folder: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(run, tmp_path_factory) -> Callable[[str], tuple[Path, dict]]:
-    """The folder and the result of a layout, trained when it is first asked for."""
+    """The folder and the result of a layout, trained on first use."""
 
     @functools.cache
     def of_layout(layout: str) -> tuple[Path, dict]:
@@ -84,7 +84,7 @@ def trained(run, tmp_path_factory) -> Callable[[str], tuple[Path, dict]]:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_split_heads_train_as_one_process(one, trained, layout):
+def test_tensor_parallel_trains_as_one_process(one, trained, layout):
     (folder, expected), (split_folder, result) = one, trained(layout)
     assert rows(split_folder, "loss") == pytest.approx(rows(folder, "loss"), rel=1e-5)
     assert rows(split_folder, "grad_norm") == pytest.approx(rows(folder, "grad_norm"), rel=1e-4)
@@ -118,16 +118,16 @@ def test_the_model_and_the_checkpoints_are_plain_models(one, trained, layout):
     ("first", "second"),
     [("tp", "one"), ("tp", "tp x fsdp"), ("tp x fsdp", "tp x fsdp"), ("tp x fsdp", "ddp"), ("one", "tp x fsdp")],
 )
-def test_going_on_in_another_layout(run, one, trained, tmp_path, first, second):
+def test_resuming_in_another_layout(run, one, trained, tmp_path, first, second):
     folder = Path(shutil.copytree(one[0] if first == "one" else trained(first)[0], tmp_path / "run"))
     shutil.rmtree(folder / "checkpoint-8")
-    validation_loss = go_on(run, folder, second)
+    validation_loss = resume(run, folder, second)
     for name, error in (("loss", 1e-5), ("grad_norm", 1e-4), ("learning_rate", 1e-9)):
         assert rows(folder, name) == pytest.approx(rows(one[0], name), rel=error), name
     assert validation_loss == pytest.approx(one[1].validation_loss, rel=1e-6)
 
 
-def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
+def resume(run: TrainConfig, folder: Path, layout: str) -> float:
     if layout == "one":
         return train(run, parse_arguments(ONE, str(folder)), resume=True).validation_loss
     ended = torchrun(run, folder, 2, *STEPS, "--resume") if layout == "ddp" else split(run, folder, layout, "--resume")
@@ -138,8 +138,8 @@ def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_non_finite_steps_end_a_split_run_with_a_whole_checkpoint(run, model_file, tmp_path):
-    """Of a model with tied embeddings, which are saved once."""
+def test_non_finite_steps_end_a_tensor_parallel_run_with_a_complete_checkpoint(run, model_file, tmp_path):
+    """The model has tied embeddings, which are saved once."""
     tied, folder = dataclasses.replace(run, model=str(model_file)), tmp_path / "run"
     flags = ("--learning-rate", "1e30", "--warmup-steps", "0", "--max-non-finite-steps", "2", "--save-steps", "100")
     ended = split(tied, folder, "tp x fsdp", *flags)
@@ -155,7 +155,7 @@ def test_non_finite_steps_end_a_split_run_with_a_whole_checkpoint(run, model_fil
 
 
 def arguments(processes: int, **options: object) -> SimpleNamespace:
-    """What `configure_tensor_parallel` reads and sets."""
+    """Everything that `configure_tensor_parallel` reads and sets."""
     flags = {"fsdp": [], "deepspeed": None, "torch_compile": False, "auto_find_batch_size": False}
     flags |= {"save_on_each_node": False}
     return SimpleNamespace(
@@ -181,13 +181,13 @@ def arguments(processes: int, **options: object) -> SimpleNamespace:
         (arguments(2, average_tokens_across_devices=False), 2, "average-tokens-across-devices: expected true"),
     ],
 )
-def test_processes_and_flags_that_do_not_fit(given, processes, message):
+def test_processes_and_flags_that_do_not_fit_are_refused(given, processes, message):
     with pytest.raises(InputError, match=message):
         configure_tensor_parallel(given, processes)
     assert given.parallelism_config is None
 
 
-def test_a_model_whose_heads_cannot_be_split():
+def test_a_model_whose_heads_cannot_be_split_is_refused():
     given = arguments(6)
     configure_tensor_parallel(given, 3)
     with pytest.raises(InputError, match=r"tensor-parallel: the model's num_attention_heads: expected a multiple .* 3"):
@@ -197,7 +197,7 @@ def test_a_model_whose_heads_cannot_be_split():
     )
 
 
-def test_one_process_a_head_group_changes_nothing(tmp_path):
+def test_a_size_of_one_changes_nothing(tmp_path):
     given = parse_arguments([], str(tmp_path))
     configure_tensor_parallel(given, 1)
     assert given.parallelism_config is None

@@ -1,4 +1,4 @@
-"""Blocks compiled one by one: the same losses, few graphs for many sizes, no break, no new names."""
+"""Regional compilation: the same losses, few graphs for many sizes, no graph break, no new names."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def fresh():
 
 @pytest.fixture
 def without_code(monkeypatch):
-    """Graphs are captured and counted as ever, and run as they are: the compiler takes half a minute for each."""
+    """Captures and counts graphs as usual but does not compile them, which takes half a minute each."""
     compile_it = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_it(function, backend="aot_eager"))
 
@@ -93,22 +93,22 @@ def compare_with_eager(run: TrainConfig, folder: Path) -> None:
     names, compiled_names = (set(tensor_names(folder / one / WEIGHTS)) for one in ("eager", "compiled"))
     assert names == compiled_names
     shutil.rmtree(folder / "compiled/checkpoint-4")
-    start(run, folder / "compiled", *flags, resume=True)  # as it stands
+    start(run, folder / "compiled", *flags, resume=True)  # without compilation
     assert losses(folder / "compiled") == pytest.approx(losses(folder / "eager"), rel=1e-5)
 
 
-def test_training_with_compiled_blocks_is_as_without(run, tmp_path, without_code):
+def test_regional_compilation_trains_as_without(run, tmp_path, without_code):
     compare_with_eager(run, tmp_path)
 
 
 @pytest.mark.slow
-def test_training_with_code_by_inductor_is_as_without(run, tmp_path):
+def test_code_by_inductor_trains_as_without(run, tmp_path):
     compare_with_eager(run, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_with_compiled_blocks(run, tmp_path):
+def test_two_processes_with_regional_compilation(run, tmp_path):
     flags = ("--max-steps", "4", "--report-to", "none")
     for folder, more in (("eager", ()), ("compiled", ("--regional-compilation",))):
         ended = torchrun(run, tmp_path / folder, 2, *flags, *more)
@@ -116,7 +116,7 @@ def test_two_processes_with_compiled_blocks(run, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
 
 
-def test_not_beside_the_trainers_own_compilation(run, tmp_path):
+def test_the_trainers_own_compilation_is_refused(run, tmp_path):
     with pytest.raises(
         InputError, match="regional-compilation: expected no --torch-compile together with it, got both"
     ):

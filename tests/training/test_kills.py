@@ -1,4 +1,4 @@
-"""Training killed by SIGKILL at random moments, resumed each time: the losses are those of a run that was left alone.
+"""Training killed by SIGKILL at random moments, resumed each time: the losses are those of an uninterrupted run.
 
 The processes come from a fork server that has imported torch and transformers already; what is killed is the command
 itself with its files, as a user's would be.
@@ -75,10 +75,10 @@ def start(corpus_folder, model_file, tmp_path):
 def uninterrupted(start, folder: Path, steps: int) -> float:
     """Trains to the end; the seconds between its first checkpoint and its last."""
     process, log = start(folder, steps)
-    begun = wait_for(lambda: (folder / f"checkpoint-{SAVE_STEPS}").exists(), process)
+    started = wait_for(lambda: (folder / f"checkpoint-{SAVE_STEPS}").exists(), process)
     process.join(120)
     assert process.exitcode == 0, log.read_text()
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
 def wait_for(condition, process) -> float:
@@ -107,7 +107,7 @@ def kill(start, folder: Path, steps: int, moment: random.Random, seconds: float,
     process.join()
     text = log.read_text()
     assert "Traceback" not in text, text
-    assert ready in text or "going on" not in text
+    assert ready in text or "resuming from" not in text
     tally.kills += 1
     tally.resumed_from += [newest] if newest and ready in text else []
     tally.while_saving += (folder / UNFINISHED).exists()
@@ -122,7 +122,7 @@ def progress(folder: Path) -> int:
 
 
 def grown(folder: Path) -> list[Path]:
-    """Checkpoints that were whole when the kill came but had no name yet."""
+    """Checkpoints that were complete when the kill came but had no name yet."""
     there = (folder / UNFINISHED).is_dir()
     return [path for path in checkpoints(folder / UNFINISHED) if check(path) is None] if there else []
 
@@ -133,7 +133,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def survive(start, tmp_path: Path, kills: int, steps: int, seed: int) -> Tally:
-    seconds = uninterrupted(start, tmp_path / "whole", steps) / kills
+    seconds = uninterrupted(start, tmp_path / "uninterrupted", steps) / kills
     moment, tally = random.Random(seed), Tally(seed)
     for _ in range(kills):
         kill(start, tmp_path / "killed", steps, moment, seconds, tally)
@@ -141,8 +141,8 @@ def survive(start, tmp_path: Path, kills: int, steps: int, seed: int) -> Tally:
     process.join(120)
     assert process.exitcode == 0, log.read_text()
     assert len(losses(tmp_path / "killed")) == steps
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "uninterrupted")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("uninterrupted", "killed"))
     assert first == second
     assert not (tmp_path / "killed" / UNFINISHED).exists()
     print(tally)

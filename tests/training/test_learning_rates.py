@@ -120,14 +120,14 @@ def test_a_run_with_scaled_learning_rates_resumes(corpus_folder, model_file, tmp
         data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048),
         mup_base_width=8,
     )
-    start(run, tmp_path / "whole")
+    start(run, tmp_path / "uninterrupted")
     start(run, tmp_path / "cut")
     state = torch.load(tmp_path / "cut/checkpoint-3/optimizer.pt", weights_only=True)
     rates = {(group["initial_lr"], group["weight_decay"]) for group in state["param_groups"]}
     assert rates == {(1e-2, 0.1), (2.5e-3, 0.4), (1e-2, 0.0)}
     shutil.rmtree(tmp_path / "cut/checkpoint-6")
     start(run, tmp_path / "cut", resume=True)
-    first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
+    first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("uninterrupted", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = replace(run, mup_base_width=None)
     with pytest.raises(InputError, match="mup_base_width of the earlier run, 8, got None"):

@@ -29,17 +29,17 @@ def test_what_was_written_fits(folder):
 
 
 def test_a_truncated_file_is_found_at_every_length(folder):
-    whole = (folder / "state.json").read_bytes()
-    for size in range(len(whole)):
-        (folder / "state.json").write_bytes(whole[:size])
+    content = (folder / "state.json").read_bytes()
+    for size in range(len(content)):
+        (folder / "state.json").write_bytes(content[:size])
         assert check(folder) == f"state.json has {size} bytes instead of 2"
 
 
 def test_every_flipped_byte_is_found(folder):
     file = folder / "weights/shard"
-    whole = file.read_bytes()
-    for position in (0, 1, 1000, len(whole) - 1):
-        altered = bytearray(whole)
+    content = file.read_bytes()
+    for position in (0, 1, 1000, len(content) - 1):
+        altered = bytearray(content)
         altered[position] ^= 1
         file.write_bytes(altered)
         assert check(folder) == "weights/shard does not have the sha256 it was written with"

@@ -80,7 +80,7 @@ def test_a_step_without_a_finite_loss_is_skipped(run, tmp_path, spoil, caplog, f
     assert all(torch.isfinite(p).all() for p in load_model(str(tmp_path / "run")).parameters())
 
 
-def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monkeypatch, caplog):
+def test_a_step_with_a_finite_loss_but_not_gradient_is_skipped(run, tmp_path, monkeypatch, caplog):
     step = PretrainingTrainer.training_step
 
     def overflowing(self, model, *args, **options):
@@ -121,9 +121,9 @@ def test_documents_are_those_of_the_blocks(run, corpus_folder, tmp_path, spoil, 
     by_block = {int(item["block"]): item["input_ids"] for item in map(data.__getitem__, range(len(data)))}
     for block, description in zip(row["blocks"], row["documents"], strict=True):
         files = re.findall(rf"{corpus_folder}/(\d\d)\.txt", description)
-        whole = "".join((corpus_folder / f"{name}.txt").read_text() + "\0" for name in files)
+        expected = "".join((corpus_folder / f"{name}.txt").read_text() + "\0" for name in files)
         text = byte_tokenizer().decode(by_block[block]).replace(byte_tokenizer().eos_token, "\0")
-        assert text in whole
+        assert text in expected
         assert f"of {corpus_folder} (" in description
     assert f"blocks {row['blocks'][0]}, {row['blocks'][1]}: documents {row['documents'][0]}; " in caplog.text
 
@@ -180,7 +180,7 @@ def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
     rows = [row for row in json.loads((saved / "trainer_state.json").read_text())["log_history"] if "skipped" in row]
     assert [row["step"] for row in rows] == [1, 3, 4]
     spoil({})
-    again = start(run, tmp_path / "run", max_non_finite_steps=2, resume=True)  # goes on with the data after them
+    again = start(run, tmp_path / "run", max_non_finite_steps=2, resume=True)  # continues with the data after them
     assert (again.steps, again.skipped_steps) == (6, 3)
 
 

@@ -36,7 +36,7 @@ def run(corpus_folder, model_file) -> TrainConfig:
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory) -> Path:
     """A run of six steps with checkpoints at 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
+    folder = tmp_path_factory.mktemp("runs") / "finished"
     train(run, parse_arguments([*FLAGS, "--max-steps", "6"], str(folder)))
     return folder
 
@@ -56,8 +56,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def cut(file: Path) -> None:
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
 
 
 def flip(file: Path) -> None:
@@ -67,17 +67,17 @@ def flip(file: Path) -> None:
 
 
 def test_every_truncated_altered_or_missing_file_of_a_checkpoint_is_found(folder):
-    """Of each file: cut in half, one bit flipped, removed. The figure stands in docs/reliability.md."""
+    """Each file: truncated to half, one bit flipped, removed. The number is in docs/reliability.md."""
     checkpoint, found = folder / "checkpoint-6", 0
     names = sorted(path.name for path in checkpoint.iterdir())
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST} <= set(names)
     for name in names:
-        whole = (checkpoint / name).read_bytes()
+        content = (checkpoint / name).read_bytes()
         for damage in (cut, flip, Path.unlink):
             damage(checkpoint / name)
             assert name in (check(checkpoint) or ""), (name, damage)
             assert last_good_checkpoint(folder) == folder / "checkpoint-4"
-            (checkpoint / name).write_bytes(whole)
+            (checkpoint / name).write_bytes(content)
             found += 1
     assert check(checkpoint) is None
     assert found == 3 * len(names) >= 30
@@ -93,10 +93,10 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(run, folder, fin
     assert lines[0].startswith("checkpoint-6 passed over: optimizer.pt has ")
     assert lines[1] == "checkpoint-4 passed over: model.safetensors does not have the sha256 it was written with"
     assert losses(folder) == losses(finished)
-    assert [check(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3  # 6 and 4 written anew
+    assert [check(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3  # 6 and 4 were written again
 
 
-def test_no_whole_checkpoint_is_one_line(run, folder):
+def test_no_complete_checkpoint_is_one_line(run, folder):
     for checkpoint in checkpoints(folder):
         (checkpoint / MANIFEST).unlink()
     message = (
@@ -107,13 +107,13 @@ def test_no_whole_checkpoint_is_one_line(run, folder):
         resume(run, folder)
 
 
-def test_nothing_of_a_run_is_pickled_but_tensors(folder):
+def test_only_tensors_of_a_run_are_pickled(folder):
     assert unsafe_reason(folder) is None
     assert not list(folder.rglob("training_args.bin"))
     assert json.loads((folder / "checkpoint-6/training_args.json").read_text())["max_steps"] == 6
 
 
-def test_a_run_killed_as_it_began_begins_again(tmp_path):
+def test_a_run_killed_at_its_start_starts_again(tmp_path):
     (tmp_path / "run.json.tmp").write_text("{")
     assert prepare_output_dir(tmp_path, TrainConfig(model="small"), resume=False) is None
 
@@ -152,16 +152,16 @@ def test_the_trainer_itself_runs_no_pickle(run, folder, monkeypatch):
     monkeypatch.setattr("flashmhf.training.resuming.unsafe_reason", lambda folder: None)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         file, trace = folder / "checkpoint-6" / name, folder.parent / "executed"
-        whole = file.read_bytes()
+        content = file.read_bytes()
         torch.save({"state": Malicious(trace)}, file)
         write_manifest(folder / "checkpoint-6")
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
             resume(run, folder, steps=8)
         assert not trace.exists()
-        file.write_bytes(whole)
+        file.write_bytes(content)
 
 
-def test_rotation_counts_whole_checkpoints(folder):
+def test_rotation_counts_complete_checkpoints(folder):
     (folder / "checkpoint-6/optimizer.pt").unlink()
     rotate(folder, 1, None)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-4"]
@@ -176,7 +176,7 @@ def test_rotation_keeps_the_best_and_the_newest(folder):
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-2"]
 
 
-def test_an_unfinished_checkpoint_is_removed_and_a_whole_one_gets_its_name(folder, caplog):
+def test_an_incomplete_checkpoint_is_removed_and_a_complete_one_gets_its_name(folder, caplog):
     (folder / UNFINISHED).mkdir()
     (folder / "checkpoint-6").rename(folder / UNFINISHED / "checkpoint-6")
     recover(folder)

@@ -58,18 +58,18 @@ def test_a_run_learns_and_leaves_a_complete_model(run, tmp_path):
 
 def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
     flags = ("--save-steps", "6", "--eval-strategy", "no", "--max-steps", "12")
-    start(run, tmp_path / "whole", *flags)
+    start(run, tmp_path / "uninterrupted", *flags)
     start(run, tmp_path / "cut", *flags)
     shutil.rmtree(tmp_path / "cut/checkpoint-12")
     (tmp_path / "cut/model.safetensors").unlink()
     start(run, tmp_path / "cut", *flags, resume=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "uninterrupted")
+    first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("uninterrupted", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_resumed_run_counts_its_own_tokens(run, tmp_path, monkeypatch):
-    """The speed of the first line after a resume is not that of all tokens since the run began."""
+    """The speed of the first line after a resume does not count the tokens before it."""
     monkeypatch.setattr(Clock, "lap", lambda clock: (1.0, 0.0))
     flags = ("--save-steps", "3", "--max-steps", "6", "--eval-strategy", "no")
     start(run, tmp_path / "run", *flags)

@@ -65,6 +65,6 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
         read_result(tmp_path)
 
 
-def test_results_take_names_alone():
+def test_results_take_only_keywords():
     with pytest.raises(TypeError):
         TrainResult(6)

@@ -71,8 +71,8 @@ def long_run(run, tmp_path):
     started = []
 
     def start(*flags: str, launcher: tuple[str, ...] = ()) -> tuple[subprocess.Popen, int]:
-        whole = command(run, tmp_path / "two", 2, "--save-steps", "4", *flags, launcher=launcher)
-        started.append(subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        arguments = command(run, tmp_path / "two", 2, "--save-steps", "4", *flags, launcher=launcher)
+        started.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         wait_for(lambda: list((tmp_path / "two").glob("checkpoint-*")))
         return started[0], max(children(started[0].pid))
 
@@ -108,7 +108,7 @@ def test_a_dead_process_ends_the_run_and_is_named(long_run):
 
 def test_a_job_that_torchrun_restarts_goes_on_from_its_last_checkpoint(run, tmp_path, long_run, monkeypatch):
     flags = ("--max-steps", "60", "--save-steps", "20")
-    assert torchrun(run, tmp_path / "whole", 2, *flags).returncode == 0
+    assert torchrun(run, tmp_path / "uninterrupted", 2, *flags).returncode == 0
     monkeypatch.setenv(OWN_STORE, "1")
     process, second_rank = long_run(*flags, launcher=("--max-restarts", "3"))
     os.kill(second_rank, signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_a_job_that_torchrun_restarts_goes_on_from_its_last_checkpoint(run, tmp_
     assert OWN_STORE not in errors
     assert json.loads(output)["steps"] == 60
     assert len(losses(tmp_path / "two")) == 60
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-5)
 
 
 def test_restarts_without_a_store_for_each_are_warned_of(run, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def workers(parent: int) -> list[int]:
     return [int(child) for child in children if b"flashmhf" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def test_one_of_two_processes_is_told_to_stop(corpus_folder, model_file, tmp_path):
+def test_a_signal_to_one_of_two_processes_stops_both(corpus_folder, model_file, tmp_path):
     data = DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
     run, folder = TrainConfig(model=str(model_file), data=data), tmp_path / "two"
     log = tmp_path / "log"

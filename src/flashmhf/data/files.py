@@ -116,11 +116,11 @@ def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[st
             cut = rest.rfind("\n") + 1 or len(rest)
             yield document_row(rest[:cut], f"{name}, part {parts}")
             rest = rest[cut:]
-        begun = position - len(decoder.getstate()[0])  # start of a character that the last read cut in two
+        start = position - len(decoder.getstate()[0])  # start of a character that the last read cut in two
         try:
             rest += lines.decode(decoder.decode(content, final=ended), final=ended)
         except UnicodeDecodeError as error:
-            at = begun + error.start
+            at = start + error.start
             yield corrupt_row(ENCODING, f"data: expected UTF-8, got {name} with {error.reason} at byte {at}")
             return
         position += len(content)

@@ -1,4 +1,4 @@
-"""Checkpoints of which each rank writes its shards, by torch.distributed.checkpoint; any other sharding can load them.
+"""Checkpoints with torch.distributed.checkpoint: each rank writes its shards, and any other sharding can load them.
 
 They hold tensors only. torch stores their table of contents as a pickle, which is read here without calling anything
 but the classes of that table.

@@ -49,7 +49,7 @@ def tensor_parallel_size(arguments: TrainingArguments) -> int:
 
 
 def check_tensor_parallel(model: nn.Module, arguments: TrainingArguments, *, compiled: bool, fused_loss: bool) -> None:
-    """Raises InputError if the model's heads cannot be split as `configure_tensor_parallel` was told.
+    """Raises InputError if the model's heads cannot be split as configured.
 
     Args:
         model: not split yet.

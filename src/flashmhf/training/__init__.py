@@ -1,1 +1,1 @@
-"""Pretraining that survives: transformers' Trainer, with checkpoints that are whole or not there."""
+"""Pretraining on transformers' Trainer: exact resuming, complete checkpoints, non-finite steps, hangs."""

@@ -19,7 +19,7 @@ LOG_FILE = "log.jsonl"
 
 
 class LogLines(TrainerCallback):
-    """Writes the file: {"start": step, "time", "processes", ...} as training begins, {"step", "time", ...} after that.
+    """Writes the file: {"start": step, "time", "processes", ...} when training starts, then {"step", "time", ...}.
 
     "time" is seconds since 1970.
     """
