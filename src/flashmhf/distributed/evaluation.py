@@ -11,9 +11,9 @@ from flashmhf.models.fused_loss import IGNORED
 
 
 class EvaluationBatches:
-    """What the Trainer leaves over in its last batches and between the processes of a tensor-parallel group.
+    """Validation losses over processes, where the processes of a tensor-parallel group share their batches.
 
-    accelerate repeats blocks to fill up the last batches; they must not count.
+    accelerate repeats blocks to fill the last batches; those do not count.
     """
 
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
