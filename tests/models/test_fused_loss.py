@@ -148,9 +148,9 @@ def test_automatically_where_a_library_can_run(monkeypatch, caplog):
         assert choose_linear_loss("auto", "cuda", True) is not None
         install(monkeypatch, "liger_kernel")
         assert choose_linear_loss("auto", "cuda", False) is not None
-    assert [record.message.split("'s;")[0] for record in caplog.records] == [
-        "the loss is cut-cross-entropy",
-        "the loss is liger-kernel",
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "using the fused loss of cut-cross-entropy",
+        "using the fused loss of liger-kernel",
     ]
     assert choose_linear_loss("off", "cuda", True) is None
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
     with pytest.raises(InputError, match=wanted + "neither"):
         choose_linear_loss("on", "cuda", True)
     install(monkeypatch, "cut_cross_entropy")
-    with pytest.raises(InputError, match=wanted + "the latter in float32"):
+    with pytest.raises(InputError, match=wanted + "the latter with float32"):
         choose_linear_loss("on", "cuda", False)
 
 

@@ -33,7 +33,7 @@ SHAPES = [
     Shape((260,), 2, 2, 1, 65, 24),
 ]
 DTYPES = (torch.bfloat16, torch.float16)
-HOOKS = {"tanh": tanh, "reduce_add": tma_reduce_add}
+HOOKS = {"tanh": tanh, "tma_reduce_add": tma_reduce_add}
 REAL_START = Launch.start
 
 

@@ -12,7 +12,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashmhf.ops.hopper.dq_accum import add_tile
+from flashmhf.ops.hopper.dq_accum import red_add_tile
 
 THREADS = 256
 ARGUMENTS = {"t": 128, "head": 1, "H": 3}
@@ -25,7 +25,7 @@ def probe(dq_ptr, t, head, H, BLOCK_T: gl.constexpr, COLUMNS: gl.constexpr, FRAG
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
     rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    add_tile(dq_ptr, (rows[:, None] * COLUMNS + columns[None, :]).to(gl.float32), t, t, head, H, FRAGMENTS)
+    red_add_tile(dq_ptr, (rows[:, None] * COLUMNS + columns[None, :]).to(gl.float32), t, t, head, H, FRAGMENTS)
 
 
 def compile_probe(fragments: bool) -> str:

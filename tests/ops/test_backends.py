@@ -48,10 +48,10 @@ def test_triton_says_what_it_cannot_do(monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     gpu = Problem(3, 2, 2, 1, 4, 8, torch.float32, torch.device("cuda"), has_gate=False)
-    assert "needs compute capability 8.0" in backends._triton_why_not(gpu)
+    assert "needs compute capability 8.0" in backends._triton_unsupported_reason(gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert backends._triton_why_not(gpu) is None
+    assert backends._triton_unsupported_reason(gpu) is None
     wide = Problem(3, 2, 2, 1, 4, 512, torch.float32, torch.device("cuda"), has_gate=False)
-    assert backends._triton_why_not(wide) == "runs head dims up to 256, got 512"
+    assert backends._triton_unsupported_reason(wide) == "supports head dims up to 256, got 512"
     double = Problem(3, 2, 2, 1, 4, 8, torch.float64, torch.device("cuda"), has_gate=False)
-    assert "got float64" in backends._triton_why_not(double)
+    assert "got float64" in backends._triton_unsupported_reason(double)

@@ -14,7 +14,7 @@ from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton import backward as triton_backward
 from flashmhf.ops.triton import tiles
-from flashmhf.ops.triton.forward import plan_forward, splits_for
+from flashmhf.ops.triton.forward import num_splits, plan_forward
 
 SHAPES = [
     Shape((7,), 2, 2, 3, 5, 8),
@@ -100,7 +100,7 @@ def test_forward_and_gradients(backend, shape, dtype, gate, poisoned_memory):
 def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_memory):
     if not torch.cuda.is_available():
         interpret_triton(monkeypatch)
-    monkeypatch.setattr(tiles, "SPLIT_TOKENS", 0)
+    monkeypatch.setattr(tiles, "SPLIT_MAX_TOKENS", 0)
     check("triton", make_inputs(shape, torch.float32))
 
 
@@ -169,34 +169,34 @@ def test_no_hopper_row_that_triton_is_known_to_miscompile():
 def test_splits_leave_nobody_without_rows():
     for E, F, H, T in itertools.product((1, 3, 15), (1, 40, 384), (1, 6, 16), (1, 16, 17, 128, 129)):
         q, k = torch.empty(T, H, 128, device="meta"), torch.empty(H, E, F, 128, device="meta")
-        splits = splits_for(q, k, tiles.tile_for("forward", q.device, q.dtype, 128, T))
+        splits = num_splits(q, k, tiles.tile_for("forward", q.device, q.dtype, 128, T))
         launch = plan_forward(q, k, k, k, None, torch.empty(splits, T, H, 128, device="meta").squeeze(0), splits=splits)
         per_split, rows = launch.arguments["tiles_per_split"], E * -(-F // launch.arguments["BLOCK_F"])
         assert (splits - 1) * per_split < rows <= splits * per_split
-        assert splits == 1 or T <= tiles.SPLIT_TOKENS
+        assert splits == 1 or T <= tiles.SPLIT_MAX_TOKENS
         if T == 1 and (E, F, H) == (15, 384, 6):
-            assert launch.grid == (6, 36)  # 216 programs, two for each of 108 processors
+            assert launch.grid == (6, 36)  # 216 programs, two for each of 108 num_sms
 
 
 def test_programs_fill_the_device_once(monkeypatch):
     """Processors times what each holds, of the row that runs; the device at hand is asked how many it has."""
     device = torch.device("cpu")
-    for name, rows in tiles.RESIDENT.items():
+    for name, rows in tiles.OCCUPANCY.items():
         monkeypatch.setattr(tiles, "device_class", lambda device, name=name: name)
-        tiles.processors.cache_clear()
+        tiles.num_sms.cache_clear()
         for (size, kernels), (column, D) in itertools.product(rows.items(), enumerate(tiles.BLOCK_DS)):
             dtype = {2: torch.bfloat16, 4: torch.float32}[size]
             for T, kernel in ((1, "decode"), (16, "decode"), (17, "forward"), (128, "forward")):
-                wanted = tiles.programs_wanted(device, dtype, D, T)
-                assert wanted == tiles.PROCESSORS[name] * kernels[kernel][column]
-            assert tiles.programs_wanted(device, dtype, D, 129) == 1
-    tiles.processors.cache_clear()
+                wanted = tiles.target_programs(device, dtype, D, T)
+                assert wanted == tiles.NUM_SMS[name] * kernels[kernel][column]
+            assert tiles.target_programs(device, dtype, D, 129) == 1
+    tiles.num_sms.cache_clear()
     properties = type("Properties", (), {"multi_processor_count": 114})  # an H100 with PCI Express
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
-    resident = tiles.RESIDENT["sm_90a"][2]["forward"][2]
-    assert tiles.programs_wanted(torch.device("cuda", 0), torch.bfloat16, 128, 100) == 114 * resident
-    tiles.processors.cache_clear()
+    resident = tiles.OCCUPANCY["sm_90a"][2]["forward"][2]
+    assert tiles.target_programs(torch.device("cuda", 0), torch.bfloat16, 128, 100) == 114 * resident
+    tiles.num_sms.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_device_class(capability, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     tiles.device_class.cache_clear()
     assert tiles.device_class(torch.device("cuda", 0)) == name
-    assert {name} <= set(tiles.TABLE) & set(tiles.FUSED) & set(tiles.RESIDENT) & set(tiles.PROCESSORS)
+    assert {name} <= set(tiles.TABLE) & set(tiles.FUSED) & set(tiles.OCCUPANCY) & set(tiles.NUM_SMS)
     tiles.device_class.cache_clear()
 
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashmhf.ops import backends, flops, reference  # noqa: F401  (flops registers the formulas)
 from flashmhf.ops.gated_mhf import gated_mhf
+from flashmhf.ops.prologue import Prologue
 
 BACKENDS = ("reference", "blockwise")
 PARTS = {"both": (True, True), "gate": (True, False), "norm": (False, True), "neither": (False, False)}
@@ -19,7 +20,7 @@ def leaves(dtype=torch.float64, has_gate=True, has_norm=True, T=(2, 3), H=4, H_k
 
 
 def formula(*inputs, kind="sigmoid"):
-    return reference.gated_forward(*inputs, kind, OPTIONS["gate_total"], OPTIONS["norm_eps"])
+    return reference.gated_forward(*inputs, Prologue(kind, **OPTIONS))
 
 
 @pytest.fixture

@@ -92,9 +92,9 @@ def test_why_not(monkeypatch):
     assert hopper.unsupported_reason(gpu) is None
     assert "has not been measured" in hopper.auto_skip_reason(gpu)
     for change, reason in (
-        ({"dtype": torch.float32}, "runs bfloat16 and float16, got torch.float32"),
-        ({"D": 36}, "runs head dims that are multiples of 8, got 36"),
-        ({"D": 264}, "runs head dims up to 256, got 264"),
+        ({"dtype": torch.float32}, "supports bfloat16 and float16, got torch.float32"),
+        ({"D": 36}, "supports head dims that are multiples of 8, got 36"),
+        ({"D": 264}, "supports head dims up to 256, got 264"),
     ):
         assert hopper.unsupported_reason(dataclasses.replace(gpu, **change)) == reason
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_a_user_who_names_it_is_warned_once(monkeypatch, caplog):
     backends.select(problem, "hopper")
     backends.select(problem, "hopper")
     (record,) = caplog.records
-    assert "no GPU has verified" in record.getMessage()
+    assert "not been verified on a GPU" in record.getMessage()
     monkeypatch.setattr(tiles, "VERIFIED", frozenset({(64, "bfloat16")}))
     backends._warn_once.cache_clear()
     backends.select(problem, "hopper")

@@ -13,9 +13,10 @@ from problems import NAMES, Shape, assert_within_budget, eager_results, exact_re
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import backend as backend_module
 from flashmhf.ops.hopper import backward as backward_module
-from flashmhf.ops.hopper import backward_dq as tokens_module
+from flashmhf.ops.hopper import backward_dq as dq_module
 from flashmhf.ops.hopper import splits as splits_module
 from flashmhf.ops.hopper import tiles
+from flashmhf.ops.tensors import Gradients, Inputs
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "q gate"])
@@ -81,9 +82,9 @@ def test_head_dim_256_takes_the_portable_backward(monkeypatch):
 def test_tokens_split_over_programs(shape, splits, monkeypatch):
     """Splits with as many tiles, with fewer, and beginning in another head than the first of their group."""
     emulate_hopper(monkeypatch)
-    tile = tiles.backward_tile(shape.D)._replace(splits_tokens=True)
+    tile = tiles.backward_tile(shape.D)._replace(split_tokens=True)
     monkeypatch.setattr(tiles, "BACKWARD", (tile, tile, None))
-    monkeypatch.setattr(splits_module, "token_splits", lambda *sizes: splits)
+    monkeypatch.setattr(splits_module, "num_splits_heuristic", lambda *sizes: splits)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     combined = []
     plan = backward_module.plan_combine
@@ -110,11 +111,11 @@ def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch
 # Where a line of the backward is changed, and the emulator must say so.
 BACKWARD_MUTATIONS = {
     "S and dA are used in flight": ("num_outstanding=2, deps=[scores, da]", "num_outstanding=3, deps=[scores, da]"),
-    "the first tile is released": ("release(empty, before, STAGES, i > 0)", "release(empty, before, STAGES)"),
-    "Q and dO are released early": ("release(empty, before, STAGES, i > 0)", "release(empty, i, STAGES)"),
+    "the first tile is released": ("release(empty, prev, STAGES, i > 0)", "release(empty, prev, STAGES)"),
+    "Q and dO are released early": ("release(empty, prev, STAGES, i > 0)", "release(empty, i, STAGES)"),
     "P is shared without a fence": (
-        "s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))\n    fence_async_shared()",
-        "s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))",
+        "s_dmn.index(opaque_zero(i)).store(join_columns(dm, dn, mn_layout))\n    fence_async_shared()",
+        "s_dmn.index(opaque_zero(i)).store(join_columns(dm, dn, mn_layout))",
     ),
     "P is overwritten in flight": (
         "dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])\n        dv = ",
@@ -123,10 +124,10 @@ BACKWARD_MUTATIONS = {
 }
 
 
-TOKENS_MUTATIONS = {
-    "S and dA are used in flight": ("num_outstanding=2 if NEEDS_Q", "num_outstanding=3 if NEEDS_Q"),
-    "K and U are released early": ("release(empty, before, STAGES, i > 0)", "release(empty, i, STAGES)"),
-    "the first tile is released twice": ("release(empty, before, STAGES, i > 0)", "release(empty, before, STAGES)"),
+DQ_KERNEL_MUTATIONS = {
+    "S and dA are used in flight": ("num_outstanding=2 if NEEDS_DQ", "num_outstanding=3 if NEEDS_DQ"),
+    "K and U are released early": ("release(empty, prev, STAGES, i > 0)", "release(empty, i, STAGES)"),
+    "the first tile is released twice": ("release(empty, prev, STAGES, i > 0)", "release(empty, prev, STAGES)"),
     "dQ of the tile before may still read K": (
         "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dq]))\n        release",
         "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[dq]))\n        release",
@@ -136,17 +137,17 @@ TOKENS_MUTATIONS = {
     "dQ leaves without a fence": ("    fence_async_shared()\n        tma", "    tma"),
 }
 # What no rule forbids: the sums are wrong.
-TOKENS_ERRORS = {
+DQ_KERNEL_ERRORS = {
     "unchanged": None,
-    "dR goes on in the next sub-network": ("gl.where(last, 0.0, dr)", "dr"),
-    "dR is written at another tile": ("last = f + BLOCK_F >= F", "last = f + BLOCK_F < F"),
+    "dgate is not reset for the next sub-network": ("gl.where(last, 0.0, dgate)", "dgate"),
+    "dgate is stored at another tile": ("last = f + BLOCK_F >= F", "last = f + BLOCK_F < F"),
     "the gate of another sub-network": ("gate_ptrs + e.to(gl.int64) *", "gate_ptrs + 0 * e.to(gl.int64) *"),
     "rows of another sub-network": ("gl.where(f < F, e, e + 1)", "gl.where(f < F, e, e)"),
     "U in K's place": ("s_pair.slice(BLOCK_F, BLOCK_F)", "s_pair.slice(0, BLOCK_F)"),
     "the last tile is left out": ("issue_dq(dm, dn, s_ku, dq, tiles - 1", "issue_dq(dm * 0.0, dn, s_ku, dq, tiles - 1"),
 }
 # Where dQ would be added to the wrong place, or something else to it. The emulator cannot know, but the sums are wrong.
-DQ_MUTATIONS = {
+DQ_ACCUM_MUTATIONS = {
     "fragments": {
         "unchanged": None,
         "columns in their own order": ("columns *= 2", "columns *= 1"),
@@ -166,13 +167,13 @@ DQ_MUTATIONS = {
     },
     "tma": {
         "unchanged": None,
-        "another head's": ("reduce_add(dq_desc, [t, head, 0]", "reduce_add(dq_desc, [t, 0, 0]"),
-        "a tile leaves without a fence": ("    fence_async_shared()\n    reduce_add", "    reduce_add"),
+        "another head's": ("tma_reduce_add(dq_desc, [t, head, 0]", "tma_reduce_add(dq_desc, [t, 0, 0]"),
+        "a tile leaves without a fence": ("    fence_async_shared()\n    tma_reduce_add", "    tma_reduce_add"),
         "the tile before may still leave": (
-            "tma.store_wait(pendings=0)  # the tile before has",
-            "tma.store_wait(pendings=1)  # the tile before has",
+            "tma.store_wait(pendings=0)  # the previous tile",
+            "tma.store_wait(pendings=1)  # the previous tile",
         ),
-        "the last tile is not waited for": ("    if ADDS_Q and BY_TMA:\n        tma.store_wait(pendings=0)\n", ""),
+        "the last tile is not waited for": ("    if ACCUM_DQ and BY_TMA:\n        tma.store_wait(pendings=0)\n", ""),
     },
 }
 
@@ -183,23 +184,24 @@ def test_a_broken_backward_is_caught(change):
     assert caught(launch.kernel, launch, change)
 
 
-def tokens_launch(inputs: list):
+def dq_launch(inputs: list):
     """The launch of the kernel for dQ and dR alone, and where it writes them."""
     q, k, u, v, gate, dout = inputs
     dq, dgate = (torch.full_like(x, torch.nan) for x in (q, gate))
-    return tokens_module.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate), dq, dgate
+    grads = Gradients(dq, None, None, None, dgate)
+    return dq_module.plan_backward_dq(dout, Inputs(q, k, u, v, gate), grads), dq, dgate
 
 
-@pytest.mark.parametrize("change", TOKENS_MUTATIONS.values(), ids=TOKENS_MUTATIONS.keys())
+@pytest.mark.parametrize("change", DQ_KERNEL_MUTATIONS.values(), ids=DQ_KERNEL_MUTATIONS.keys())
 def test_a_broken_backward_of_tokens_is_caught(change):
-    launch, *_ = tokens_launch(make_inputs(Shape((130,), 1, 1, 3, 250, 64), torch.bfloat16))
+    launch, *_ = dq_launch(make_inputs(Shape((130,), 1, 1, 3, 250, 64), torch.bfloat16))
     assert caught(launch.kernel, launch, change)
 
 
-@pytest.mark.parametrize("change", TOKENS_ERRORS.values(), ids=TOKENS_ERRORS.keys())
+@pytest.mark.parametrize("change", DQ_KERNEL_ERRORS.values(), ids=DQ_KERNEL_ERRORS.keys())
 def test_a_backward_of_tokens_that_errs_is_noticed(change):
     inputs = make_inputs(Shape((130,), 2, 1, 2, 100, 96), torch.bfloat16)
-    launch, *written = tokens_launch(inputs)
+    launch, *written = dq_launch(inputs)
     kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
     emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
     exact, eager = exact_results(inputs), eager_results(inputs)
@@ -215,25 +217,25 @@ def test_a_backward_of_tokens_that_errs_is_noticed(change):
 def backward_launch(inputs: list, tile: tiles.BackwardTile):
     """The launch of the fused backward, and the memory that dQ is added to."""
     q, k, u, v, gate, dout = inputs
-    weights = (torch.empty_like(x) for x in (k, u, v))
-    added = backward_module.dq_buffer(q, tile)
-    dgate = torch.zeros_like(gate)
-    return backward_module.plan_backward(dout, q, k, u, v, gate, *weights, added, dgate, tile), added
+    weights = [torch.empty_like(x) for x in (k, u, v)]
+    dq_accum = backward_module.allocate_dq_accum(q, tile)
+    grads = Gradients(dq_accum, *weights, torch.zeros_like(gate))
+    return backward_module.plan_backward(dout, Inputs(q, k, u, v, gate), grads, tile), dq_accum
 
 
 @pytest.mark.parametrize(
     ("dq", "change"),
-    [(dq, change) for dq, changes in DQ_MUTATIONS.items() for change in changes.values()],
-    ids=[f"{dq}, {name}" for dq, changes in DQ_MUTATIONS.items() for name in changes],
+    [(dq, change) for dq, changes in DQ_ACCUM_MUTATIONS.items() for change in changes.values()],
+    ids=[f"{dq}, {name}" for dq, changes in DQ_ACCUM_MUTATIONS.items() for name in changes],
 )
 def test_dq_is_added_where_it_belongs(dq, change):
     inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 56 if dq == "tma" else 96), torch.bfloat16)
     tile = tiles.backward_tile(inputs[0].shape[-1])._replace(dq=dq)
-    launch, added = backward_launch(inputs, tile)
+    launch, dq_accum = backward_launch(inputs, tile)
     kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
     try:
         emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
-        dq = backward_module.rounded_dq(added, inputs[0], tile)
+        dq = backward_module.convert_dq(dq_accum, inputs[0], tile)
         assert dq.is_contiguous()
         exact, eager = (results(inputs)[1] for results in (exact_results, eager_results))
         assert_within_budget("dq", dq, eager, exact, precision=torch.bfloat16)

@@ -16,7 +16,7 @@ from gluon_mutants import mutated
 from problems import Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops.hopper.forward import plan_forward
-from flashmhf.ops.hopper.launch import PROCESSORS
+from flashmhf.ops.hopper.launch import NUM_SMS
 from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, forward_tile
 from flashmhf.ops.triton.launch import Launch
 
@@ -28,10 +28,10 @@ SHAPES = [
     Shape((260,), 2, 2, 1, 65, 24),
     Shape((70,), 2, 1, 2, 50, 256),
 ]
-TURNS = {"turns": True}
+PINGPONG = {"pingpong": True}
 PERSISTENT = {"persistent": True}
-BOTH = TURNS | PERSISTENT
-OPTIONS = (TURNS, PERSISTENT, BOTH, BOTH | {"q_in_registers": False})
+BOTH = PINGPONG | PERSISTENT
+OPTIONS = (PINGPONG, PERSISTENT, BOTH, BOTH | {"q_in_registers": False})
 
 
 def plan(shape: Shape, options: dict, dtype=torch.bfloat16, gate=True, seed=0, programs=None) -> tuple[Launch, list]:
@@ -84,7 +84,7 @@ def test_a_persistent_forward_has_a_program_for_every_processor_or_work_item():
         for persistent in (True, False):
             launch = plan_forward(q, k, k, k, None, q, forward_tile(64)._replace(persistent=persistent))
             assert launch.grid == ((programs,) if persistent else (2 * -(-T // 128),))
-    assert PROCESSORS == 132
+    assert NUM_SMS == 132
 
 
 def in_turn(kernel, launch: Launch, seed: int) -> bool:
@@ -110,7 +110,7 @@ TILES = 5
 IN_TURN = Shape((200,), 2, 1, 1, 64 * TILES, 64)
 
 
-@pytest.mark.parametrize("options", [TURNS, BOTH], ids=str)
+@pytest.mark.parametrize("options", [PINGPONG, BOTH], ids=str)
 def test_warpgroups_take_turns(options):
     launch, _ = plan(IN_TURN, options, programs=1 if options.get("persistent") else None)
     assert all(in_turn(launch.kernel, launch, seed) for seed in range(10))
@@ -127,22 +127,22 @@ OUT_OF_TURN = {
     "both begin": (PARITY, "(i & 1) ^ 1"),
     "nobody begins": (PARITY, "i & 1"),
     "the parity stays": (PARITY, "1 ^ WARPGROUP"),
-    "the other's barrier": ("turns.index(WARPGROUP)", "turns.index(1 - WARPGROUP)"),
-    "one's own turn is passed on": ("turns.index(1 - WARPGROUP)", "turns.index(WARPGROUP)"),
-    "the first tile has no turn": ("wait_turn(turns, first, WARPGROUP)", "pass"),
+    "the other's barrier": ("pingpong.index(WARPGROUP)", "pingpong.index(1 - WARPGROUP)"),
+    "one's own turn is passed on": ("pingpong.index(1 - WARPGROUP)", "pingpong.index(WARPGROUP)"),
+    "the first tile has no turn": ("pingpong_wait(pingpong, first, WARPGROUP)", "pass"),
     "the first turn is kept": (
-        "LOW, HIGH)\n    if TURNS:\n        pass_turn",
-        "LOW, HIGH)\n    if False:\n        pass_turn",
+        "D_LOW, D_HIGH)\n    if PINGPONG:\n        pingpong_arrive",
+        "D_LOW, D_HIGH)\n    if False:\n        pingpong_arrive",
     ),
-    "no tile has a turn": ("wait_turn(turns, i, WARPGROUP)", "pass"),
+    "no tile has a turn": ("pingpong_wait(pingpong, i, WARPGROUP)", "pass"),
     "a turn is kept": (
-        "out)\n        if TURNS:\n            pass_turn",
-        "out)\n        if False:\n            pass_turn",
+        "out)\n        if PINGPONG:\n            pingpong_arrive",
+        "out)\n        if False:\n            pingpong_arrive",
     ),
     "a turn is passed on between the products": (
-        "out = multiply_add(p, matrix(s_v.index((i - 1) % STAGES)), out)\n        if TURNS:\n"
-        "            pass_turn(turns, WARPGROUP)",
-        "pass_turn(turns, WARPGROUP)\n        out = multiply_add(p, matrix(s_v.index((i - 1) % STAGES)), out)",
+        "out = mma_add(p, as_matrix(s_v.index((i - 1) % STAGES)), out)\n        if PINGPONG:\n"
+        "            pingpong_arrive(pingpong, WARPGROUP)",
+        "pingpong_arrive(pingpong, WARPGROUP)\n        out = mma_add(p, as_matrix(s_v.index((i - 1) % STAGES)), out)",
     ),
 }
 
@@ -179,7 +179,7 @@ PERSISTENT_MUTATIONS = {
     "Q's parity stays": ("mbarrier.wait(q_full.index(WARPGROUP), n & 1)", "mbarrier.wait(q_full.index(WARPGROUP), 0)"),
     "Q is released before it is read": ("PERSISTENT and Q_IN_REGISTERS:", "PERSISTENT:"),
     "Q is never released": ("PERSISTENT and not Q_IN_REGISTERS:", "False:"),
-    "the output is overwritten while it leaves": ("tma.store_wait(pendings=0)  # of the item before", "pass"),
+    "the output is overwritten while it leaves": ("tma.store_wait(pendings=0)  # of the previous work tile", "pass"),
     "the last V is never released": ("release(v_empty, (n + 1) * tiles - 1, STAGES)", "pass"),
     "the last V is released in use": (
         "out = warpgroup_mma_wait(num_outstanding=0, deps=[out])\n        if PERSISTENT:",

@@ -30,7 +30,7 @@ ENTRIES = [
         "D": 64,
         "tile": [32, 32, 4, 2, True],
     },
-    {"claim": "one pass faster", "device": "sm_90a", "D": 64},
+    {"claim": "fused faster", "device": "sm_90a", "D": 64},
 ]
 
 
@@ -41,7 +41,7 @@ def reload_tables(monkeypatch):
     before = [dict(vars(module)) for module in modules]
 
     def reload(entries: list[dict]) -> None:
-        monkeypatch.setattr(measured, "entries", lambda: measured.checked(json.dumps(entries)))
+        monkeypatch.setattr(measured, "entries", lambda: measured.parse(json.dumps(entries)))
         for module in modules:
             importlib.reload(module)
 
@@ -74,14 +74,14 @@ def test_without_entries_nothing_is_verified_or_faster(reload_tables):
     [
         ("[", "measured.json: expected JSON, got '['"),
         ("{}", "measured.json: expected a list of entries, got dict"),
-        ('[{"claim": "fast"}]', "entry 1: expected a claim among hopper tile, "),
+        ('[{"claim": "fast"}]', "entry 1: claim: expected one of hopper tile, "),
         (
-            '[{"claim": "one pass faster", "device": 9, "D": 64, "proof": {}}]',
+            '[{"claim": "fused faster", "device": 9, "D": 64, "proof": {}}]',
             "entry 1: device: expected str, got 9",
         ),
-        ('[{"claim": "one pass faster", "device": "sm_90a", "D": 64}]', "entry 1: proof: expected dict, got None"),
+        ('[{"claim": "fused faster", "device": "sm_90a", "D": 64}]', "entry 1: proof: expected dict, got None"),
     ],
 )
 def test_what_is_no_table_is_named(text, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        measured.checked(text)
+        measured.parse(text)

@@ -28,9 +28,10 @@ def tensors(shape, dtype):
 
 
 def formula(q, gate_weight, norm_weight, options):
-    normed = q if norm_weight is None else reference.head_norm(q, norm_weight, options.eps)
-    gate = None if gate_weight is None else options.total * reference.head_gate(normed, gate_weight, options.kind)
-    return normed, gate
+    normed = q if norm_weight is None else reference.head_norm(q, norm_weight, options.norm_eps)
+    if gate_weight is None:
+        return normed, None
+    return normed, options.gate_total * reference.head_gate(normed, gate_weight, options.gate_type)
 
 
 def check(implementation, shape, dtype, options, has_gate=True, has_norm=True, tolerance=None):

@@ -16,7 +16,7 @@ def again(compute, *given: Tensor | None, others: list[Tensor | None]):
     assert program is not None
     assert recording.recorder() is None
     torch.testing.assert_close(result, compute(*given))
-    return program.run(others, "cpu")
+    return program.replay(others, "cpu")
 
 
 def two(*size: int, **options) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def test_an_input_that_is_written_to():
     x, other = two(3)
     expected = other + 1
     _, program = record(lambda: x.add_(1) * 2, [x])
-    assert program.run([other], "cpu").equal(expected * 2)
+    assert program.replay([other], "cpu").equal(expected * 2)
     assert other.equal(expected)
 
 
@@ -75,7 +75,7 @@ def test_memory_is_free_as_early():
         return run
 
     program.steps = [watched(step) for step in program.steps]
-    program.run([torch.randn(3, 4)], "cpu")
+    program.replay([torch.randn(3, 4)], "cpu")
     assert len(seen) == 5
     assert [1] in alive  # first
     assert [2] in alive  # second alone
@@ -87,7 +87,7 @@ def test_autocast_is_off():
     _, program = record(lambda: x @ x, [x])
     with torch.autocast("cpu", torch.bfloat16):
         assert (other @ other).dtype == torch.bfloat16
-        assert program.run([other], "cpu").dtype == torch.float32
+        assert program.replay([other], "cpu").dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def test_each_tensor_once():
     assert forward_work(problem(dtype=torch.float32)).written_bytes == 2 * Q
 
 
-def test_least_time_is_the_longer_of_computing_and_moving():
+def test_minimum_time_is_the_longer_of_computing_and_moving():
     gpu = Gpu(tflops_16bit=100, tflops_32bit=10, bandwidth_tb_s=2)
     computing, moving = Work(10**12, 10**6, 10**6), Work(10**6, 10**9, 10**9)
-    assert computing.least_ms(gpu, torch.float16) == pytest.approx(10)
-    assert computing.least_ms(gpu, torch.float32) == pytest.approx(100)
-    assert moving.least_ms(gpu, torch.float16) == pytest.approx(1)
+    assert computing.min_ms(gpu, torch.float16) == pytest.approx(10)
+    assert computing.min_ms(gpu, torch.float32) == pytest.approx(100)
+    assert moving.min_ms(gpu, torch.float16) == pytest.approx(1)
     assert (computing.bound(gpu, torch.float16), moving.bound(gpu, torch.float16)) == ("compute", "memory")
 
 
@@ -47,4 +47,4 @@ def test_one_token_is_bound_by_reading_the_weights():
     decode = problem(T=1, H=16, H_kv=16, E=15, F=384, D=128)
     weights = 3 * 16 * 15 * 384 * 128 * 2
     assert forward_work(decode).bound(GPUS["h200"], torch.bfloat16) == "memory"
-    assert forward_work(decode).least_ms(GPUS["h200"], torch.bfloat16) == pytest.approx(weights / 4.8e9, rel=0.01)
+    assert forward_work(decode).min_ms(GPUS["h200"], torch.bfloat16) == pytest.approx(weights / 4.8e9, rel=0.01)

@@ -199,9 +199,9 @@ BROKEN = {
     "num_ffn_heads: expected a multiple of num_ffn_kv_heads 3, got 4": lambda f: edit_config(
         f, mhffnmoe_num_kuv_heads=3
     ),
-    r"model.safetensors is torn: expected \d+ bytes, got 20000": lambda f: truncate(f, 20000),
-    r"model.safetensors is torn: expected a header of \d+ bytes, got 100": lambda f: truncate(f, 100),
-    r"model.safetensors is torn: expected a header, got 3 bytes": lambda f: truncate(f, 3),
+    r"model.safetensors is corrupt: expected \d+ bytes, got 20000": lambda f: truncate(f, 20000),
+    r"model.safetensors is corrupt: expected a header of \d+ bytes, got 100": lambda f: truncate(f, 100),
+    r"model.safetensors is corrupt: expected a header, got 3 bytes": lambda f: truncate(f, 3),
     "expected model.safetensors or model.safetensors.index.json": lambda f: (f / "model.safetensors").unlink(),
     "expected a JSON object in .*config.json": lambda f: (f / "config.json").write_text("{"),
     "SRC: expected a folder with config.json": lambda f: (f / "config.json").unlink(),
@@ -242,12 +242,12 @@ def test_a_full_destination_is_left_alone(tmp_path):
 
 
 INEXPRESSIBLE = {
-    "gate_scale: the reference code can express 1.0, got 2.0": {"gate_scale": 2.0},
-    "gate_type: the reference code can express sigmoid, got 'softmax'": {"gate_type": "softmax"},
-    "ffn_type: the reference code can express flashmhf, mhffn, got 'pkv'": {"ffn_type": "pkv"},
-    "score_scale: the reference code can express .*, got 3.0": {"score_scale": 3.0},
-    "output_scale: the reference code can express .*, got 0.5": {"output_scale": 0.5},
-    "rope_parameters: the reference code can express rope_type default, got 'linear'": {
+    "gate_scale: expected 1.0, all that the reference code has, got 2.0": {"gate_scale": 2.0},
+    "gate_type: expected sigmoid, all that the reference code has, got 'softmax'": {"gate_type": "softmax"},
+    "ffn_type: expected flashmhf or mhffn, all that the reference code has, got 'pkv'": {"ffn_type": "pkv"},
+    "score_scale: expected .*, all that the reference code has, got 3.0": {"score_scale": 3.0},
+    "output_scale: expected .*, all that the reference code has, got 0.5": {"output_scale": 0.5},
+    "rope_parameters: expected rope_type default, all that the reference code has, got 'linear'": {
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     },
 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flashmhf.layers import FlashMHF
-from flashmhf.ops import backends, calls, recording
+from flashmhf.ops import backends, call_cache, recording
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.triton.launch import Launch
@@ -45,7 +45,7 @@ def check(layer: FlashMHF, x: torch.Tensor) -> None:
         for variant in (layer, copy.deepcopy(layer)):
             variant.backend = "triton" if variant is layer else "reference"
             x_leaf = x.detach().requires_grad_()
-            with contextlib.nullcontext() if variant is layer else mock.patch.object(calls, "_calls", {}):
+            with contextlib.nullcontext() if variant is layer else mock.patch.object(call_cache, "_cache", {}):
                 out = variant(x_leaf)
                 weights = [parameter for parameter in variant.parameters() if parameter.requires_grad]
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), [x_leaf, *weights])])
@@ -58,7 +58,7 @@ def check(layer: FlashMHF, x: torch.Tensor) -> None:
 
 def plans() -> list[Relaunch]:
     """Every launch that is remembered."""
-    programs = [call.program for call in calls._calls.values() if call.program is not None]
+    programs = [call.program for call in call_cache._cache.values() if call.program is not None]
     owners = [getattr(step, "__self__", None) for program in programs for step in program.steps]
     return [owner for owner in owners if isinstance(owner, Relaunch)]
 
@@ -154,13 +154,13 @@ def compare(*given: torch.Tensor) -> None:
 
 def test_an_input_that_is_not_aligned_is_a_call_of_its_own():
     compare(*inputs())
-    before = len(calls._calls)
+    before = len(call_cache._cache)
     for _ in range(2):
         q, *rest = inputs()
         shifted = torch.randn(q.numel() + 1)[1:].view(q.shape)
         assert shifted.stride() == q.stride()
         compare(shifted, *rest)
-    assert len(calls._calls) == before + 2  # on either backend
+    assert len(call_cache._cache) == before + 2  # on either backend
 
 
 def test_a_gate_of_another_dtype():
@@ -202,7 +202,7 @@ def test_precision_and_determinism_are_asked_for_every_time():
         flash_mhf(*given)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(calls._calls) == 3
+    assert len(call_cache._cache) == 3
     named = [dict(zip(plan.kernel.arg_names, plan.arguments, strict=True)) for plan in plans()]
     precisions = [arguments["PRECISION"] for arguments in named if "PRECISION" in arguments]
     assert sorted(precisions) == ["ieee", "ieee", "tf32"]
@@ -218,10 +218,10 @@ def test_no_tensor_is_kept():
 
 
 def test_the_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(calls, "MAX_CALLS", 3)
+    monkeypatch.setattr(call_cache, "MAX_CACHED_CALLS", 3)
     for T in (*range(1, 8), 1, 2):
         flash_mhf(*inputs(T))
-        assert 1 <= len(calls._calls) <= 3
+        assert 1 <= len(call_cache._cache) <= 3
 
 
 def test_threads_have_a_call_each(monkeypatch):
@@ -273,9 +273,9 @@ def test_what_is_traced_is_not_remembered():
     for T in (3, 4, 5, 6):
         q = torch.randn(T, 2, 8)
         torch.testing.assert_close(compiled(q, *weights), gated_mhf(q, *weights))
-    sizes = [size for key in calls._calls for part in key if isinstance(part, tuple) for size in part]
+    sizes = [size for key in call_cache._cache for part in key if isinstance(part, tuple) for size in part]
     assert sizes
     assert not any(isinstance(size, torch.SymInt) for size in sizes)
-    calls.forget()
+    call_cache.clear()
     flash_mhf(*(x.to("meta") for x in inputs()))
-    assert not calls._calls
+    assert not call_cache._cache
