@@ -5,9 +5,6 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from emulated_hopper import DTYPES, HOOKS, SHAPES, caught, emulate_hopper, results, within_budget
-from gluon_emulator import emulate
-from gluon_mutants import mutated
 from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops.flash_mhf import flash_mhf
@@ -17,6 +14,9 @@ from flashmhf.ops.hopper import backward_dq as dq_module
 from flashmhf.ops.hopper import splits as splits_module
 from flashmhf.ops.hopper import tiles
 from flashmhf.ops.tensors import Gradients, Inputs
+from gluon.emulator import emulate
+from gluon.hopper_backend import DTYPES, HOOKS, SHAPES, caught, emulate_hopper, results, within_budget
+from gluon.mutants import mutated
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "q gate"])

@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from emulated_hopper import DTYPES, HOOKS, SHAPES, emulate_hopper, results, within_budget
 from problems import Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops import backends
@@ -15,6 +14,7 @@ from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import tiles
 from flashmhf.ops.hopper.launch import for_tma
 from flashmhf.ops.problem import Problem
+from gluon.hopper_backend import DTYPES, HOOKS, SHAPES, emulate_hopper, results, within_budget
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])

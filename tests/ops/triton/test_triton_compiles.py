@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMPILE = """
 import json, sys, dataclasses
 from compile_kernels import Compiled, compile_row, shipped, SHARED_LIMITS

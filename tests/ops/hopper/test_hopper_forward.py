@@ -7,18 +7,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-import gluon_hopper
 import torch
-from emulated_hopper import HOOKS, caught, start
-from gluon_emulator import EmulationError, emulate
-from gluon_machine import machine
-from gluon_mutants import mutated
 from problems import Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops.hopper.forward import plan_forward
 from flashmhf.ops.hopper.launch import NUM_SMS
 from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, forward_tile
 from flashmhf.ops.triton.launch import Launch
+from gluon import hopper
+from gluon.emulator import EmulationError, emulate
+from gluon.hopper_backend import HOOKS, caught, start
+from gluon.machine import machine
+from gluon.mutants import mutated
 
 SHAPES = [
     Shape((1,), 1, 1, 1, 1, 64),
@@ -97,7 +97,7 @@ def in_turn(kernel, launch: Launch, seed: int) -> bool:
         mine.append("P V" if use_acc else "S")
         if len(mine) % (2 * TILES) != 0:
             order.append((machine().current.name, mine[-1]))
-        return gluon_hopper.warpgroup_mma(*operands, use_acc=use_acc, **options)
+        return hopper.warpgroup_mma(*operands, use_acc=use_acc, **options)
 
     hooks = HOOKS | {"warpgroup_mma": warpgroup_mma}
     emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, seed=seed, hooks=hooks)

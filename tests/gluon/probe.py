@@ -1,7 +1,7 @@
-"""What the compiler makes of the additions to dQ, run instruction by instruction: the emulator's order is not its own.
+"""Compiles the additions to dQ and interprets their PTX, to check the emulator's register order against the compiler's.
 
-`python gluon_probe.py FRAGMENTS` prints the PTX of `probe`; `run_ptx` runs such code, straight from top to bottom, for
-all threads at once. Numbers do not wrap: none here comes near 2^31.
+`python probe.py FRAGMENTS` prints the PTX of `probe`; `run_ptx` runs such code, straight from top to bottom, for
+all threads at once. Integers do not wrap: none here comes near 2^31.
 """
 
 import json

@@ -1,11 +1,10 @@
-"""Machine code is read as it is meant, and no kernel that ships issues more matrix FLOPs than its algorithm has."""
+"""Reading machine code: basic blocks, loops, and the matrix FLOPs that a loop issues."""
 
 import re
 
 import pytest
-from test_triton_compiles import run
 
-from flashmhf.ops.triton.tiles import TABLE, Tile
+from flashmhf.ops.triton.tiles import Tile
 from machine_code import Instruction, MachineCode
 from matrix_work import MATRIX_OPCODE, MatrixWork, instruction_flops, issued_ratio, work_of
 
@@ -153,40 +152,3 @@ def test_a_lost_loop_is_noticed():
     with pytest.raises(AssertionError, match="forward: products, but no loop"):
         issued_ratio(MatrixWork(0, 100), "forward", Tile(64, 32, 4, 2), 128)
     assert issued_ratio(MatrixWork(0, 2 * 2 * 32 * 16 * 128), "prologue_forward", Tile(32, 0, 8, 1), 128) == 2
-
-
-RATIOS = """
-import json, sys
-from compile_kernels import compile_row, shipped
-for case in shipped(sys.argv[1]):
-    if case[2] == int(sys.argv[2]) and case[3].itemsize in map(int, sys.argv[3:]):
-        print(json.dumps([case[1], case[3].itemsize, compile_row(case).issued]))
-"""
-# Rows known to issue more: (target, kernel, bytes of an element, head dim) -> how many times the algorithm's own.
-# Whoever mends a tile takes its row out.
-KNOWN = {
-    ("gfx942", "backward_dkuv", 4, 256): 2.5,  # every tile that does not repeat products spills
-}
-
-
-def check_ratios(target: str, block_d: int, *element_bytes: int) -> None:
-    """A prologue's product is a few microseconds of a kernel that memory bounds; its warps may share work unevenly."""
-    rows = [row for row in run(RATIOS, target, block_d, *element_bytes) if not row[0].startswith("prologue")]
-    assert len(rows) >= 4
-    for kernel, size, issued in rows:
-        if size == 4 and target != "gfx942":
-            assert issued is None, (kernel, issued)  # exact float32 products take no matrix instructions on NVIDIA
-        else:
-            assert issued == pytest.approx(KNOWN.get((target, kernel, size, block_d), 1), abs=1e-3), kernel
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
-def test_matrix_flops_in_bfloat16_at_head_dim_128(target):
-    check_ratios(target, 128, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block_d", [32, 64, 128, 256])
-@pytest.mark.parametrize("target", TABLE)
-def test_matrix_flops_of_every_row(target, block_d):
-    check_ratios(target, block_d, 2, 4)
