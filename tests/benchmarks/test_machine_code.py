@@ -54,7 +54,7 @@ WIDE, NARROW = 2 * 64 * 128 * 16, 2 * 64 * 64 * 16
 
 
 def test_loops_of_partitions():
-    """The worker's loop around a partition and the wait behind the code are no main loops; the wait is in its loop."""
+    """A worker's loop around a partition is not a main loop; a barrier's slow path belongs to its loop."""
     code = MachineCode.of_sass(SASS)
     main = code.innermost(MATRIX_OPCODE)
     assert [code.blocks[loop.header].labels for loop in main] == [[".L_x_4"], [".L_x_3"]]
@@ -72,7 +72,7 @@ def test_loops_of_partitions():
         ('BRX R2 -0x20 (*"BRANCH_TARGETS .L_x_2,.L_x_3"*)', {1, 2}),
     ],
 )  # fmt: skip
-def test_where_a_block_goes_on(jump, next_ones):
+def test_successors_of_a_block(jump, next_ones):
     lines = (jump, "NOP", "EXIT")
     text = "/*0000*/ {} ;\n.L_x_2:\n/*0010*/ {} ;\n.L_x_3:\n/*0020*/ {} ;".format(*lines)
     assert MachineCode.of_sass(text).blocks[0].successors == next_ones
@@ -89,7 +89,7 @@ def test_amd_assembly():
     assert work_of(MachineCode.of_amd(AMD), [8]) == MatrixWork(loop=8 * (mfma32 + mfma16), outside=8 * mfma32)
 
 
-def test_partitions_of_unequal_sizes_are_not_guessed():
+def test_partitions_of_unequal_sizes_are_an_error():
     with pytest.raises(AssertionError, match=re.escape("unequal sizes that all multiply, [8, 4]")):
         work_of(MachineCode.of_sass(SASS), [8, 4])
 
@@ -123,7 +123,7 @@ def test_flops_of_tcgen05_come_from_its_descriptor(descriptor, m, n, k):
         instruction_flops(multiply, MachineCode([move, computed, multiply]), 8)
 
 
-def test_an_unknown_matrix_instruction_is_not_passed_over():
+def test_an_unknown_matrix_instruction_is_an_error():
     with pytest.raises(AssertionError, match="of unknown shape"):
         work_of(MachineCode([Instruction("QGMMA.64x128x32.F32.E4M3", "R0")]), [4])
 
@@ -148,7 +148,7 @@ def test_no_ratio_without_matrix_instructions():
     assert issued_ratio(MatrixWork(0, 0), "forward", Tile(64, 32, 4, 2), 128) is None
 
 
-def test_a_lost_loop_is_noticed():
+def test_a_missing_loop_is_an_error():
     with pytest.raises(AssertionError, match="forward: products, but no loop"):
         issued_ratio(MatrixWork(0, 100), "forward", Tile(64, 32, 4, 2), 128)
     assert issued_ratio(MatrixWork(0, 2 * 2 * 32 * 16 * 128), "prologue_forward", Tile(32, 0, 8, 1), 128) == 2

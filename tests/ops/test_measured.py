@@ -1,4 +1,4 @@
-"""measured.json: what a GPU has shown, and how the tables of tiles follow it."""
+"""measured.json: its format, and that the tile tables follow it."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ ENTRIES = [
 
 @pytest.fixture
 def reload_tables(monkeypatch):
-    """Loads the tables anew from given entries; afterwards they are what they were."""
+    """Reloads the tables from given entries, and restores them afterwards."""
     modules = (hopper_tiles, triton_tiles)
     before = [dict(vars(module)) for module in modules]
 
@@ -82,6 +82,6 @@ def test_without_entries_nothing_is_verified_or_faster(reload_tables):
         ('[{"claim": "fused faster", "device": "sm_90a", "D": 64}]', "entry 1: proof: expected dict, got None"),
     ],
 )
-def test_what_is_no_table_is_named(text, message):
+def test_invalid_files_are_errors(text, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         measured.parse(text)

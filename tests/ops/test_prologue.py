@@ -1,4 +1,4 @@
-"""Norm and gate, forward and backward, on every backend against their formulas: whole, in blocks, in low precision."""
+"""Norm and gate, forward and backward, in PyTorch and Triton, against their formulas in float64."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_norm_and_gate(implementation, kind, shape, poisoned_memory):
 
 @pytest.mark.parametrize(("has_gate", "has_norm"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parts(implementation, has_gate, has_norm, poisoned_memory):
+def test_without_gate_or_norm(implementation, has_gate, has_norm, poisoned_memory):
     check(implementation, SHAPES[0], torch.float32, SIGMOID, has_gate, has_norm)
 
 
@@ -110,7 +110,7 @@ def test_no_tokens(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_gate_whose_scores_vanish_stays_finite(implementation):
+def test_a_gate_with_vanishing_scores_stays_finite(implementation):
     q, weight = torch.full((1, 4, 6), -100.0), torch.ones(4, 6, 5)
     forward, backward = IMPLEMENTATIONS[implementation]
     _, gate = forward(q, weight, None, SIGMOID)

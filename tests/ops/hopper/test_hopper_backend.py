@@ -1,4 +1,4 @@
-"""The Hopper kernels' own source under the emulator: numerics, schedules, and what happens when one line is wrong."""
+"""The backend `hopper` on the emulator: numerics, and when it is selected."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_strides(monkeypatch):
     within_budget([q, k.mT.contiguous().mT, u, v[..., :].clone(), gate.half(), dout])
 
 
-def test_what_is_not_finite_stays_in_its_row(monkeypatch):
+def test_non_finite_inputs_affect_only_their_own_row(monkeypatch):
     emulate_hopper(monkeypatch)
     q, k, u, v, gate, _ = make_inputs(Shape((150,), 2, 2, 2, 20, 96), torch.bfloat16)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
@@ -74,17 +74,22 @@ def test_no_tokens(monkeypatch):
         assert torch.equal(mine.double(), exact)
 
 
-def test_what_tma_cannot_address_is_copied():
+def test_tensors_that_tma_cannot_address_are_copied():
     x = torch.randn(6, 2, 64, dtype=torch.bfloat16)
     assert for_tma(x) is x
     assert for_tma(x[::2]).data_ptr() == x.data_ptr()
-    for odd in (x.transpose(1, 2), x[..., 1:57], x[:1].expand(6, 2, 64), torch.randn(5, 2, 12).bfloat16()[..., :8]):
-        copy = for_tma(odd)
+    for unaligned in (
+        x.transpose(1, 2),
+        x[..., 1:57],
+        x[:1].expand(6, 2, 64),
+        torch.randn(5, 2, 12).bfloat16()[..., :8],
+    ):
+        copy = for_tma(unaligned)
         assert copy.is_contiguous()
-        assert torch.equal(copy, odd)
+        assert torch.equal(copy, unaligned)
 
 
-def test_why_not(monkeypatch):
+def test_reasons_why_it_cannot_run(monkeypatch):
     gpu = Problem(3, 2, 2, 1, 4, 64, torch.bfloat16, torch.device("cuda"), has_gate=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -104,7 +109,7 @@ def test_why_not(monkeypatch):
     assert hopper.unsupported_reason(gpu) == "needs compute capability 9.0, got (10, 0)"
 
 
-def test_auto_takes_it_where_it_measured_faster(monkeypatch):
+def test_auto_selects_it_where_it_measured_faster(monkeypatch):
     emulate_hopper(monkeypatch)
     inputs = make_inputs(Shape((70,), 1, 1, 1, 20, 64), torch.bfloat16)
     problem = Problem.of(*inputs[:5])
@@ -115,7 +120,7 @@ def test_auto_takes_it_where_it_measured_faster(monkeypatch):
     assert backends.select(problem, "auto").__name__ == "flashmhf.ops.blockwise"
 
 
-def test_a_user_who_names_it_is_warned_once(monkeypatch, caplog):
+def test_selecting_it_by_name_warns_once(monkeypatch, caplog):
     emulate_hopper(monkeypatch)
     backends._warn_once.cache_clear()
     problem = Problem.of(*make_inputs(Shape((70,), 1, 1, 1, 20, 64), torch.bfloat16)[:5])

@@ -1,4 +1,4 @@
-"""The Hopper backwards' own source under the emulator: one pass, tokens split, deterministic, tokens alone."""
+"""The Hopper backward kernels on the emulator: fused, with split tokens, deterministic; and broken variants."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
 
 @pytest.fixture
 def deterministic():
-    """As torch has it, whose torch.empty then is full of NaN, too."""
+    """torch's deterministic algorithms, under which torch.empty returns NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -53,7 +53,7 @@ def test_deterministic_gradients(shape, dtype, gate, monkeypatch, deterministic)
     within_budget(make_inputs(shape, dtype, gate))
 
 
-def test_deterministic_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch, deterministic):
+def test_deterministic_gradients_are_the_same_bits_in_every_interleaving(monkeypatch, deterministic):
     emulate_hopper(monkeypatch)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     inputs = make_inputs(Shape((300,), 4, 2, 3, 70, 64), torch.bfloat16)
@@ -68,7 +68,7 @@ def test_many_interleavings_of_the_deterministic_backward(seed, monkeypatch, det
     within_budget(make_inputs(Shape((300,), 2, 1, 3, 150, 64), torch.bfloat16, seed=seed))
 
 
-def test_head_dim_256_takes_the_portable_backward(monkeypatch):
+def test_head_dim_256_uses_the_portable_backward(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the portable kernels, on the CPU")
     emulate_hopper(monkeypatch)
@@ -80,7 +80,7 @@ def test_head_dim_256_takes_the_portable_backward(monkeypatch):
 @pytest.mark.parametrize("splits", [2, 3, 6])
 @pytest.mark.parametrize("shape", [Shape((300,), 4, 2, 2, 100, 64), Shape((700,), 2, 2, 1, 65, 96)], ids=str)
 def test_tokens_split_over_programs(shape, splits, monkeypatch):
-    """Splits with as many tiles, with fewer, and beginning in another head than the first of their group."""
+    """Splits with equal and unequal numbers of tiles, and splits that start in a later head of their group."""
     emulate_hopper(monkeypatch)
     tile = tiles.backward_tile(shape.D)._replace(split_tokens=True)
     monkeypatch.setattr(tiles, "BACKWARD", (tile, tile, None))
@@ -99,7 +99,7 @@ def test_tokens_split_over_programs(shape, splits, monkeypatch):
         assert torch.equal(a, b) or name in ("dq", "dgate"), name
 
 
-def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch):
+def test_weight_gradients_are_the_same_bits_in_every_interleaving(monkeypatch):
     emulate_hopper(monkeypatch)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     inputs = make_inputs(Shape((300,), 2, 1, 2, 70, 64), torch.bfloat16)
@@ -108,12 +108,12 @@ def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch
         assert torch.equal(a, b) or name in ("dq", "dgate"), name
 
 
-# Where a line of the backward is changed, and the emulator must say so.
+# Changes of one line that the emulator must report.
 BACKWARD_MUTATIONS = {
     "S and dA are used in flight": ("num_outstanding=2, deps=[scores, da]", "num_outstanding=3, deps=[scores, da]"),
     "the first tile is released": ("release(empty, prev, STAGES, i > 0)", "release(empty, prev, STAGES)"),
     "Q and dO are released early": ("release(empty, prev, STAGES, i > 0)", "release(empty, i, STAGES)"),
-    "P is shared without a fence": (
+    "P is stored without a fence": (
         "s_dmn.index(opaque_zero(i)).store(join_columns(dm, dn, mn_layout))\n    fence_async_shared()",
         "s_dmn.index(opaque_zero(i)).store(join_columns(dm, dn, mn_layout))",
     ),
@@ -128,15 +128,15 @@ DQ_KERNEL_MUTATIONS = {
     "S and dA are used in flight": ("num_outstanding=2 if NEEDS_DQ", "num_outstanding=3 if NEEDS_DQ"),
     "K and U are released early": ("release(empty, prev, STAGES, i > 0)", "release(empty, i, STAGES)"),
     "the first tile is released twice": ("release(empty, prev, STAGES, i > 0)", "release(empty, prev, STAGES)"),
-    "dQ of the tile before may still read K": (
+    "dQ of the previous tile may still read K": (
         "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dq]))\n        release",
         "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[dq]))\n        release",
     ),
     "V is read before it has arrived": ("wait_full(v_full, i, STAGES)", "wait_full(v_full, 0, STAGES)"),
     "dO is not waited for": ("q_full = allocate_barriers(2, 2)", "q_full = allocate_barriers(2, 1)"),
-    "dQ leaves without a fence": ("    fence_async_shared()\n        tma", "    tma"),
+    "dQ is stored without a fence": ("    fence_async_shared()\n        tma", "    tma"),
 }
-# What no rule forbids: the sums are wrong.
+# Changes that break no rule of the machine but give wrong results.
 DQ_KERNEL_ERRORS = {
     "unchanged": None,
     "dgate is not reset for the next sub-network": ("gl.where(last, 0.0, dgate)", "dgate"),
@@ -146,7 +146,7 @@ DQ_KERNEL_ERRORS = {
     "U in K's place": ("s_pair.slice(BLOCK_F, BLOCK_F)", "s_pair.slice(0, BLOCK_F)"),
     "the last tile is left out": ("issue_dq(dm, dn, s_ku, dq, tiles - 1", "issue_dq(dm * 0.0, dn, s_ku, dq, tiles - 1"),
 }
-# Where dQ would be added to the wrong place, or something else to it. The emulator cannot know, but the sums are wrong.
+# Changes that add dQ to the wrong place: no rule of the machine forbids them, but the results are wrong.
 DQ_ACCUM_MUTATIONS = {
     "fragments": {
         "unchanged": None,
@@ -168,8 +168,8 @@ DQ_ACCUM_MUTATIONS = {
     "tma": {
         "unchanged": None,
         "another head's": ("tma_reduce_add(dq_desc, [t, head, 0]", "tma_reduce_add(dq_desc, [t, 0, 0]"),
-        "a tile leaves without a fence": ("    fence_async_shared()\n    tma_reduce_add", "    tma_reduce_add"),
-        "the tile before may still leave": (
+        "a tile is reduced without a fence": ("    fence_async_shared()\n    tma_reduce_add", "    tma_reduce_add"),
+        "the previous tile may still be in flight": (
             "tma.store_wait(pendings=0)  # the previous tile",
             "tma.store_wait(pendings=1)  # the previous tile",
         ),
@@ -185,7 +185,7 @@ def test_a_broken_backward_is_caught(change):
 
 
 def dq_launch(inputs: list):
-    """The launch of the kernel for dQ and dR alone, and where it writes them."""
+    """The launch of the dQ kernel, and the tensors that it writes."""
     q, k, u, v, gate, dout = inputs
     dq, dgate = (torch.full_like(x, torch.nan) for x in (q, gate))
     grads = Gradients(dq, None, None, None, dgate)
@@ -193,13 +193,13 @@ def dq_launch(inputs: list):
 
 
 @pytest.mark.parametrize("change", DQ_KERNEL_MUTATIONS.values(), ids=DQ_KERNEL_MUTATIONS.keys())
-def test_a_broken_backward_of_tokens_is_caught(change):
+def test_a_broken_dq_kernel_is_caught(change):
     launch, *_ = dq_launch(make_inputs(Shape((130,), 1, 1, 3, 250, 64), torch.bfloat16))
     assert caught(launch.kernel, launch, change)
 
 
 @pytest.mark.parametrize("change", DQ_KERNEL_ERRORS.values(), ids=DQ_KERNEL_ERRORS.keys())
-def test_a_backward_of_tokens_that_errs_is_noticed(change):
+def test_a_wrong_dq_kernel_is_noticed(change):
     inputs = make_inputs(Shape((130,), 2, 1, 2, 100, 96), torch.bfloat16)
     launch, *written = dq_launch(inputs)
     kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
@@ -215,7 +215,7 @@ def test_a_backward_of_tokens_that_errs_is_noticed(change):
 
 
 def backward_launch(inputs: list, tile: tiles.BackwardTile):
-    """The launch of the fused backward, and the memory that dQ is added to."""
+    """The launch of the fused backward, and its dQ accumulator."""
     q, k, u, v, gate, dout = inputs
     weights = [torch.empty_like(x) for x in (k, u, v)]
     dq_accum = backward_module.allocate_dq_accum(q, tile)
@@ -228,7 +228,7 @@ def backward_launch(inputs: list, tile: tiles.BackwardTile):
     [(dq, change) for dq, changes in DQ_ACCUM_MUTATIONS.items() for change in changes.values()],
     ids=[f"{dq}, {name}" for dq, changes in DQ_ACCUM_MUTATIONS.items() for name in changes],
 )
-def test_dq_is_added_where_it_belongs(dq, change):
+def test_dq_is_accumulated_in_the_right_place(dq, change):
     inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 56 if dq == "tma" else 96), torch.bfloat16)
     tile = tiles.backward_tile(inputs[0].shape[-1])._replace(dq=dq)
     launch, dq_accum = backward_launch(inputs, tile)

@@ -1,4 +1,4 @@
-"""The Hopper forward's options under the emulator, and what happens when one line of it is wrong."""
+"""The Hopper forward on the emulator: ping-pong, persistence, candidate tiles; and broken variants."""
 
 import dataclasses
 from itertools import product
@@ -35,7 +35,7 @@ OPTIONS = (PINGPONG, PERSISTENT, BOTH, BOTH | {"q_in_registers": False})
 
 
 def plan(shape: Shape, options: dict, dtype=torch.bfloat16, gate=True, seed=0, programs=None) -> tuple[Launch, list]:
-    """The launch of a shape with some options changed, on `programs` programs if there is work for them; its inputs."""
+    """The launch for a shape with some options changed, on at most `programs` programs, and its inputs."""
     inputs = make_inputs(shape, dtype, gate, seed)
     stages = 2 if options.get("persistent") else forward_tile(shape.D).stages
     tile = forward_tile(shape.D)._replace(**{"stages": stages} | options)
@@ -59,7 +59,7 @@ def test_options(shape, options, gate):
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("shape", [Shape((300,), 4, 2, 2, 100, 64), Shape((129,), 5, 1, 1, 70, 128)], ids=str)
-def test_more_work_than_programs(shape, programs):
+def test_more_work_tiles_than_programs(shape, programs):
     for options, dtype in product(OPTIONS[1:], (torch.bfloat16, torch.float16)):
         within_budget(*plan(shape, options, dtype, programs=programs))
 
@@ -78,7 +78,7 @@ def test_many_interleavings(options, seed):
     within_budget(*plan(Shape((700,), 2, 1, 3, 150, 64), options, seed=seed, programs=programs))
 
 
-def test_a_persistent_forward_has_a_program_for_every_processor_or_work_item():
+def test_a_persistent_forward_has_one_program_per_sm_or_work_tile():
     for T, programs in ((129, 4), (128 * 66, 132), (128 * 66 + 1, 132), (100_000, 132)):
         q, k = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((T, 2, 64), (1, 2, 40, 64)))
         for persistent in (True, False):
@@ -87,8 +87,8 @@ def test_a_persistent_forward_has_a_program_for_every_processor_or_work_item():
     assert NUM_SMS == 132
 
 
-def in_turn(kernel, launch: Launch, seed: int) -> bool:
-    """Whether the warpgroups take turns at S and P V of the tile before, 0 first; a work item's last P V is free."""
+def alternates(kernel, launch: Launch, seed: int) -> bool:
+    """Whether the warpgroups alternate in issuing S and the previous P V, 0 first, except for the last P V."""
     issues: dict[str, list[str]] = {"default": [], "consume#1": []}
     order = []
 
@@ -107,22 +107,22 @@ def in_turn(kernel, launch: Launch, seed: int) -> bool:
 
 
 TILES = 5
-IN_TURN = Shape((200,), 2, 1, 1, 64 * TILES, 64)
+PINGPONG_SHAPE = Shape((200,), 2, 1, 1, 64 * TILES, 64)
 
 
 @pytest.mark.parametrize("options", [PINGPONG, BOTH], ids=str)
-def test_warpgroups_take_turns(options):
-    launch, _ = plan(IN_TURN, options, programs=1 if options.get("persistent") else None)
-    assert all(in_turn(launch.kernel, launch, seed) for seed in range(10))
+def test_warpgroups_alternate_with_pingpong(options):
+    launch, _ = plan(PINGPONG_SHAPE, options, programs=1 if options.get("persistent") else None)
+    assert all(alternates(launch.kernel, launch, seed) for seed in range(10))
 
 
-def test_without_turns_they_do_not():
-    launch, _ = plan(IN_TURN, {})
-    assert not any(in_turn(launch.kernel, launch, seed) for seed in range(10))
+def test_warpgroups_do_not_alternate_without_pingpong():
+    launch, _ = plan(PINGPONG_SHAPE, {})
+    assert not any(alternates(launch.kernel, launch, seed) for seed in range(10))
 
 
 PARITY = "(i & 1) ^ 1 ^ WARPGROUP"
-OUT_OF_TURN = {
+PINGPONG_MUTATIONS = {
     "warpgroup 1 begins": (PARITY, "(i & 1) ^ WARPGROUP"),
     "both begin": (PARITY, "(i & 1) ^ 1"),
     "nobody begins": (PARITY, "i & 1"),
@@ -147,23 +147,23 @@ OUT_OF_TURN = {
 }
 
 
-@pytest.mark.parametrize("change", OUT_OF_TURN.values(), ids=OUT_OF_TURN.keys())
-def test_a_turn_that_is_broken_is_noticed(change):
-    launch, _ = plan(IN_TURN, BOTH, programs=1)
+@pytest.mark.parametrize("change", PINGPONG_MUTATIONS.values(), ids=PINGPONG_MUTATIONS.keys())
+def test_broken_pingpong_is_noticed(change):
+    launch, _ = plan(PINGPONG_SHAPE, BOTH, programs=1)
     broken = mutated(launch.kernel, *change)
 
     def noticed(seed: int) -> bool:
         try:
-            return not in_turn(broken, launch, seed)
+            return not alternates(broken, launch, seed)
         except EmulationError:
             return True
 
     assert any(noticed(seed) for seed in range(8))
 
 
-# Where a line is changed, and the emulator must say so.
+# Changes of one line that the emulator must report.
 MUTATIONS = {
-    "P V of the tile before may still read V": ("release(v_empty, i - 1, STAGES)", "release(v_empty, i, STAGES)"),
+    "P V of the previous tile may still read V": ("release(v_empty, i - 1, STAGES)", "release(v_empty, i, STAGES)"),
     "S is used in flight": ("num_outstanding=1, deps=[scores]", "num_outstanding=2, deps=[scores]"),
     "V is read before it has arrived": ("wait_full(v_full, i, STAGES)", "wait_full(v_full, first, STAGES)"),
     "the first V is read before it has arrived": ("dtype)\n    wait_full(v_full, first, STAGES)", "dtype)"),
@@ -171,7 +171,7 @@ MUTATIONS = {
         "release(ku_empty, i, STAGES)\n        p = activate",
         "release(ku_empty, i + 1, STAGES)\n        p = activate",
     ),
-    "the output leaves without a fence": ("        fence_async_shared()\n        tma", "        tma"),
+    "the output is stored without a fence": ("        fence_async_shared()\n        tma", "        tma"),
     "Q is read before it has arrived": ("mbarrier.wait(q_full.index(WARPGROUP), n & 1)", "pass"),
 }
 PERSISTENT_MUTATIONS = {
@@ -179,7 +179,7 @@ PERSISTENT_MUTATIONS = {
     "Q's parity stays": ("mbarrier.wait(q_full.index(WARPGROUP), n & 1)", "mbarrier.wait(q_full.index(WARPGROUP), 0)"),
     "Q is released before it is read": ("PERSISTENT and Q_IN_REGISTERS:", "PERSISTENT:"),
     "Q is never released": ("PERSISTENT and not Q_IN_REGISTERS:", "False:"),
-    "the output is overwritten while it leaves": ("tma.store_wait(pendings=0)  # of the previous work tile", "pass"),
+    "the output is overwritten while it is stored": ("tma.store_wait(pendings=0)  # of the previous work tile", "pass"),
     "the last V is never released": ("release(v_empty, (n + 1) * tiles - 1, STAGES)", "pass"),
     "the last V is released in use": (
         "out = warpgroup_mma_wait(num_outstanding=0, deps=[out])\n        if PERSISTENT:",
@@ -203,6 +203,6 @@ def test_a_broken_persistent_forward_is_caught(name):
     assert caught(launch.kernel, launch, (MUTATIONS | PERSISTENT_MUTATIONS)[name])
 
 
-def test_a_persistent_forward_that_never_releases_the_q_it_has_in_registers_is_caught():
+def test_a_persistent_forward_that_never_releases_q_is_caught():
     launch, _ = plan(Shape((300,), 2, 1, 3, 150, 64), BOTH, programs=2)
     assert caught(launch.kernel, launch, ("PERSISTENT and Q_IN_REGISTERS:", "False:"))

@@ -12,20 +12,19 @@ for case in shipped(sys.argv[1]):
     if case[2] == int(sys.argv[2]) and case[3].itemsize in map(int, sys.argv[3:]):
         print(json.dumps([case[1], case[3].itemsize, compile_row(case).issued]))
 """
-# Rows known to issue more: (target, kernel, bytes of an element, head dim) -> how many times the algorithm's own.
-# Whoever mends a tile takes its row out.
+# Known exceptions: (target, kernel, bytes per element, head dim) -> issued FLOPs over the algorithm's.
 KNOWN = {
-    ("gfx942", "backward_dkuv", 4, 256): 2.5,  # every tile that does not repeat products spills
+    ("gfx942", "backward_dkuv", 4, 256): 2.5,  # every tile that does not duplicate products spills
 }
 
 
 def check_ratios(target: str, block_d: int, *element_bytes: int) -> None:
-    """A prologue's product is a few microseconds of a kernel that memory bounds; its warps may share work unevenly."""
+    """Except for the prologue, whose kernels are memory-bound: warps may duplicate their small products."""
     rows = [row for row in run(RATIOS, target, block_d, *element_bytes) if not row[0].startswith("prologue")]
     assert len(rows) >= 4
     for kernel, size, issued in rows:
         if size == 4 and target != "gfx942":
-            assert issued is None, (kernel, issued)  # exact float32 products take no matrix instructions on NVIDIA
+            assert issued is None, (kernel, issued)  # exact float32 products do not use matrix instructions on NVIDIA
         else:
             assert issued == pytest.approx(KNOWN.get((target, kernel, size, block_d), 1), abs=1e-3), kernel
 

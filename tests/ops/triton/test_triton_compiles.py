@@ -1,4 +1,4 @@
-"""Every row of the tile table compiles for its device: no spill, shared memory within its limit, matrix instructions.
+"""Every tile compiles for its device without spills, within its shared memory, and with matrix instructions.
 
 The compiler runs in a process of its own, because the tests switch Triton to its interpreter.
 """
@@ -65,11 +65,11 @@ FUSED = {"backward_fused"}  # 16-bit only, where a tile fits
 HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_dq"}
 HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
-KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of that depth want more registers
+KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of this depth need more registers
 
 
 def run(script: str, *arguments: object) -> list:
-    """The JSON lines that a script prints."""
+    """The parsed JSON lines that a script prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -160,8 +160,8 @@ for kernel, (D, row) in rows:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_the_hopper_kernels_are_what_they_say(dtype):
-    """TMA, wgmma, registers by role, reductions of several values; products that stay asynchronous, and no spill."""
+def test_hopper_kernels_use_tma_wgmma_and_register_reallocation(dtype):
+    """TMA, wgmma, setmaxnreg, vectorised reductions; asynchronous products, and no spills."""
     check_hopper(run(HOPPER_CODE, dtype))
 
 
@@ -180,10 +180,10 @@ def check_hopper(rows: list) -> None:
         assert set(found["spilled"]) == {"0"}, (kernel, D)
         assert found["shared"] <= found["shared_limit"], (kernel, D)
         assert {0, 1 if kernel == "hopper_forward" else 2} <= set(found["waits"]), (kernel, D)
-        values = (128 if D > 64 else 64) // 2  # of dQ's tile, in a thread
+        values = (128 if D > 64 else 64) // 2  # of dQ's tile, per thread
         at_once = {"fragments": 4, "rows": 2}.get(row[3]) if found["adds_q"] else None
         assert found["reductions"] == (values // at_once if at_once else 0), (kernel, D, row)
         assert (found["stores"] == 0) == (kernel == "hopper_backward"), (kernel, D)
         assert (found["sums"] > 0) == (found["adds_q"] and row[3] == "tma"), (kernel, D, row)
-        if kernel == "hopper_forward":  # the whole activation runs beside the product before
+        if kernel == "hopper_forward":  # the whole activation overlaps the previous product
             assert found["tanh"] == [found["a_thread"]] * 2, D
