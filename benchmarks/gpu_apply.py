@@ -37,7 +37,7 @@ def apply(merged: Path, target: Path = measured.FILE) -> str:
     rows = rows_of(read_lines(merged)[0])
     entries = [*hopper_entries(_current(rows, "hopper", said.append), said.append)]
     entries += triton_entries(_current(rows, "triton", said.append), said.append)
-    before = measured.checked(target.read_text())
+    before = measured.parse(target.read_text())
     said += [f"no longer: {_claim(old)}" for old in before if _claim(old) not in map(_claim, entries)]
     atomic_write(target, json.dumps(entries, indent=1) + "\n")
     return "\n".join([*said, f"{target.name}: {len(entries)} entries"])
@@ -163,7 +163,7 @@ def _fused(key: tuple[Any, ...], row: Row, say: Say) -> dict[tuple[Any, ...], En
         say(f"keeps two kernels: {key[1]} D={key[2]}: {times}")
         return {}
     say(f"one pass is faster: {key[1]} D={key[2]}: {times}")
-    return {key: {"claim": "one pass faster", "device": key[1], "D": key[2], "proof": _origin([row]) | times}}
+    return {key: {"claim": "fused faster", "device": key[1], "D": key[2], "proof": _origin([row]) | times}}
 
 
 def _current(rows: list[Row], backend: str, say: Say) -> list[Row]:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from flashmhf.benchmarking import Row
-from flashmhf.ops import calls, reference
+from flashmhf.ops import call_cache, reference
 from flashmhf.ops.backends import select
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.tiles import Tile, device_class, fused_tile, table_rows
 from gpu_bench import Bench, Case, Size, Variant, name_of
+from gpu_kernels import PROLOGUE, check_kernel, checked, expected, relative_error
 from gpu_kernels import Case as Compilation
-from gpu_kernels import check_kernel, checked, expected, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMOKE_DIM = 128
@@ -151,7 +151,7 @@ def poisoned_memory() -> Iterator[None]:
         patch.object(torch.Tensor, "new_empty", lambda *args, **options: poisoned(new_empty, *args, **options)),
     ):
         yield
-    calls.forget()  # the poisoning would be done again as a part of each
+    call_cache.clear()  # the poisoning would be done again as a part of each
 
 
 def _sizes(size: Size) -> str:
@@ -217,7 +217,7 @@ def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, d
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
     def formula(*leaves: Tensor) -> Tensor:
-        return reference.gated_forward(*leaves, "sigmoid", 1.0, 1e-6)  # type: ignore[call-arg, arg-type]
+        return reference.gated_forward(*leaves, PROLOGUE)  # type: ignore[call-arg, arg-type]
 
     with poisoned_memory():  # the second call runs what the first one found out
         got = [results(functools.partial(gated_mhf, backend=bench.runs_as(backend)), dtype) for _ in range(2)]

@@ -1,6 +1,6 @@
 """Compiles kernels in many processes before one process launches them in turn, because compiling takes the longest.
 
-What they leave in Triton's cache on disk, the launcher finds there (tests/ops/test_compile_ahead.py).
+What they leave in Triton's cache on disk, the launcher finds there (tests/benchmarks/test_gpu_compile.py).
 """
 
 import contextlib

@@ -13,14 +13,15 @@ from torch import Tensor
 from flashmhf.benchmarking import Row
 from flashmhf.ops import reference
 from flashmhf.ops.hopper import backward as hopper_backward
-from flashmhf.ops.hopper import backward_dq as hopper_tokens
+from flashmhf.ops.hopper import backward_dq as hopper_dq
 from flashmhf.ops.hopper import forward as hopper_forward
-from flashmhf.ops.hopper.dq_accum import dq_buffer, rounded_dq
+from flashmhf.ops.hopper.dq_accum import allocate_dq_accum, convert_dq
 from flashmhf.ops.hopper.tiles import BackwardTile, DqTile, ForwardTile, HopperTile
 from flashmhf.ops.prologue import Prologue
+from flashmhf.ops.tensors import Gradients, Inputs
 from flashmhf.ops.triton import tiles
-from flashmhf.ops.triton.backward import plan_backward_dkuv, plan_backward_dq
-from flashmhf.ops.triton.forward import plan_combine, plan_forward, splits_for
+from flashmhf.ops.triton.backward import plan_backward_dkuv, plan_backward_dq, plan_backward_fused
+from flashmhf.ops.triton.forward import num_splits, plan_combine, plan_forward
 from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import plan_prologue_backward, plan_prologue_forward, programs_per_head
 from flashmhf.ops.triton.tiles import Tile
@@ -53,7 +54,7 @@ class Prepared:
 
 def _forward(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, _ = inputs
-    out, splits = poisoned(q), splits_for(q, k, tile)
+    out, splits = poisoned(q), num_splits(q, k, tile)
     if splits == 1:
         return Prepared([plan_forward(q, k, u, v, gate, out, tile)], {"out": out})
     partial = poisoned(q.new_empty(splits, *q.shape, dtype=torch.float32))
@@ -64,14 +65,15 @@ def _forward(inputs: list[Tensor], tile: Tile) -> Prepared:
 def _backward_dq(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
-    launch = plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)
+    grads = Gradients(dq, None, None, None, dgate)
+    launch = plan_backward_dq(dout, Inputs(q, k, u, v, gate), grads, tile)
     return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
 def _backward_dkuv(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dk, du, dv = (poisoned(weight) for weight in (k, u, v))
-    launch = plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile)
+    launch = plan_backward_dkuv(dout, Inputs(q, k, u, v, gate), Gradients(None, dk, du, dv, None), tile)
     return Prepared([launch], {"dk": dk, "du": du, "dv": dv})
 
 
@@ -81,7 +83,8 @@ def _backward_fused(inputs: list[Tensor], tile: Tile) -> Prepared:
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
     sums = {name: torch.empty_like(results[name], dtype=torch.float32) for name in ("dq", "dgate")}
-    launch = plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile, *sums.values())
+    grads = Gradients(sums["dq"], dk, du, dv, sums["dgate"])
+    launch = plan_backward_fused(dout, Inputs(q, k, u, v, gate), grads, tile)
     return Prepared([launch], results, sums)
 
 
@@ -96,19 +99,21 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
-    dq_accum, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
-    launches = hopper_backward.plan_backward_split(dout, q, k, u, v, gate, dk, du, dv, dq_accum, added_dgate, tile)
+    dq_accum, dgate_accum = allocate_dq_accum(q, tile), torch.empty_like(gate)
+    grads = Gradients(dq_accum, dk, du, dv, dgate_accum)
+    launches = hopper_backward.plan_backward_split(dout, Inputs(q, k, u, v, gate), grads, tile)
 
     def rounded(name: str, total: Tensor) -> Tensor:
-        return rounded_dq(total, q, tile) if name == "dq" else total
+        return convert_dq(total, q, tile) if name == "dq" else total
 
-    return Prepared(launches, results, {"dq": dq_accum, "dgate": added_dgate}, rounded)
+    return Prepared(launches, results, {"dq": dq_accum, "dgate": dgate_accum}, rounded)
 
 
 def _hopper_backward_dq(inputs: list[Tensor], tile: DqTile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
-    launch = hopper_tokens.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)
+    grads = Gradients(dq, None, None, None, dgate)
+    launch = hopper_dq.plan_backward_dq(dout, Inputs(q, k, u, v, gate), grads, tile)
     return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 

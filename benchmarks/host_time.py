@@ -34,7 +34,7 @@ from flashmhf.benchmarking.provenance import provenance, table
 from flashmhf.files import write_json
 from flashmhf.layers import FlashMHF
 from flashmhf.layers.baselines import SwiGLU
-from flashmhf.ops import backends, calls
+from flashmhf.ops import backends, call_cache
 from flashmhf.ops.hopper import backward
 from flashmhf.ops.triton import forward as triton_forward
 from flashmhf.ops.triton import tiles
@@ -106,24 +106,24 @@ def imaginary_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
     driver.set_active(_Driver())  # for good: Triton cannot go back to having none
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(backends, "BACKENDS", table))
-        for name in ("dq_buffer", "rounded_dq"):
+        for name in ("allocate_dq_accum", "convert_dq"):
             patches.enter_context(mock.patch.object(backward, name, _of_few_tokens(getattr(backward, name))))
         if not few_tokens:
             patches.enter_context(few_tokens_as_many())
         if not launches:
             patches.enter_context(mock.patch.object(CompiledKernel, "__getitem__", return_value=_no_launch))
-        calls.forget()
+        call_cache.clear()
         yield
-    calls.forget()
+    call_cache.clear()
 
 
 @contextlib.contextmanager
 def few_tokens_as_many() -> Iterator[None]:
     """Few tokens are neither stacked by heads nor split by rows."""
-    with mock.patch.object(tiles, "SPLIT_TOKENS", 0), mock.patch.object(triton_forward, "FEW_TOKENS", 0):
-        calls.forget()
+    with mock.patch.object(tiles, "SPLIT_MAX_TOKENS", 0), mock.patch.object(triton_forward, "DECODE_MAX_TOKENS", 0):
+        call_cache.clear()
         yield
-    calls.forget()
+    call_cache.clear()
 
 
 def timed_pass(layer: nn.Module, measured_pass: str, device: str = "cpu") -> Callable[[], Any]:

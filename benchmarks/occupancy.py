@@ -1,6 +1,6 @@
 """How many programs one processor holds at once, by their registers, shared memory and warps.
 
-python benchmarks/occupancy.py    the forward's rows of the tile table, as `RESIDENT` in ops/triton/tiles.py has them
+python benchmarks/occupancy.py    the forward's rows of the tile table, as `OCCUPANCY` in ops/triton/tiles.py has them
 """
 
 from typing import NamedTuple

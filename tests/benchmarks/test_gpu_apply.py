@@ -57,7 +57,7 @@ def applied(tmp_path, monkeypatch):
         merged = tmp_path / "gpu.jsonl"
         merged.write_text("".join(json.dumps(row) + "\n" for row in rows))
         report = gpu_apply.apply(merged, target)
-        monkeypatch.setattr(measured, "entries", lambda: measured.checked(target.read_text()))
+        monkeypatch.setattr(measured, "entries", lambda: measured.parse(target.read_text()))
         importlib.reload(tiles)
         importlib.reload(triton_tiles)
         return report, json.loads(target.read_text())

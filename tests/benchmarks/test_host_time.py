@@ -13,7 +13,7 @@ LAUNCHES = """
 import sys, torch
 from triton.runtime import driver
 import host_time
-from flashmhf.ops import calls
+from flashmhf.ops import call_cache
 from flashmhf.ops.gated_mhf import gated_mhf
 
 recorded = []
@@ -78,10 +78,10 @@ with host_time.imaginary_gpu(few_tokens=True):
         launches(make)
     again = {name: launches(make) for name, make in VARIANTS.items()}
     for name, make in VARIANTS.items():
-        calls.forget()
+        call_cache.clear()
         assert again[name] == launches(make), name
         assert len(again[name]) >= 4, name
-    steps = [step for call in calls._calls.values() for step in call.program.steps]
+    steps = [step for call in call_cache._cache.values() for step in call.program.steps]
     launches = [step.__self__ for step in steps if hasattr(step, "__self__")]
     assert launches
     assert all("runner" in str(launch.start) for launch in launches)

@@ -31,7 +31,7 @@ def test_summary():
 
 
 def test_a_tile_by_name():
-    fields = {"block_t": 64, "block_f": 32, "stages": 4, "q_in_registers": True, "turns": False, "splits": 3}
+    fields = {"block_t": 64, "block_f": 32, "stages": 4, "q_in_registers": True, "pingpong": False, "splits": 3}
     assert options(fields) == "q_in_registers splits=3"
     assert tile_name(fields) == "64x32x4 q_in_registers splits=3"
     assert tile_name({"block_t": 64, "block_f": 32, "num_warps": 8, "num_stages": 1}) == "64x32x8x1"

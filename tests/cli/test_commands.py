@@ -267,7 +267,7 @@ def test_a_truncated_model_is_named(command, trained, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     outcome = command("generate", str(tmp_path / "torn"))
     assert outcome.code == 2
-    assert "model.safetensors is torn: expected" in outcome.last_line
+    assert "model.safetensors is corrupt: expected" in outcome.last_line
 
 
 def test_help_is_fast_and_names_every_command():

@@ -94,7 +94,7 @@ def operator_work(config: FlashMHFConfig, tokens: int, gpu: str) -> dict[str, An
                 "gflop": work.flops / 1e9,
                 "read_mib": work.read_bytes / 2**20,
                 "written_mib": work.written_bytes / 2**20,
-                "least_ms": work.least_ms(GPUS[gpu], problem.dtype),
+                "least_ms": work.min_ms(GPUS[gpu], problem.dtype),
                 "bound": work.bound(GPUS[gpu], problem.dtype),
             }
             for name, work in passes.items()

@@ -1,4 +1,4 @@
-"""Every row of the tile table compiles for its device: no spill, shared memory within its limit, matrix instructions.
+"""Every tile compiles for its device without spills, within its shared memory, and with matrix instructions.
 
 The compiler runs in a process of its own, because the tests switch Triton to its interpreter.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMPILE = """
 import json, sys, dataclasses
 from compile_kernels import Compiled, compile_row, shipped, SHARED_LIMITS
-from flashmhf.ops.triton.tiles import BLOCK_DS, RESIDENT
+from flashmhf.ops.triton.tiles import BLOCK_DS, OCCUPANCY
 from occupancy import resident_programs
 target, element_bytes, block_d = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rows = [case for case in shipped(target) if case[3].itemsize == element_bytes and case[2] == block_d]
@@ -24,7 +24,7 @@ for case in rows:
     if isinstance(compiled, Compiled):
         row = dataclasses.asdict(compiled) | {"shared_limit": SHARED_LIMITS[target]}
         if case[1] in ("decode", "forward"):
-            row["resident"] = RESIDENT[target][element_bytes][case[1]][BLOCK_DS.index(block_d)]
+            row["resident"] = OCCUPANCY[target][element_bytes][case[1]][BLOCK_DS.index(block_d)]
             row["fit"] = resident_programs(target, compiled.registers, compiled.shared_bytes, case[4].num_warps)
         compiled = row
     print(json.dumps([case[1], compiled]))
@@ -34,6 +34,7 @@ import json
 import torch
 from compile_kernels import TARGETS, Source, plan
 from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, TABLE
+from flashmhf.ops.tensors import Gradients, Inputs
 from flashmhf.ops.triton.backward import plan_backward_dq, plan_backward_dkuv
 from flashmhf.ops.triton.forward import plan_forward
 
@@ -43,8 +44,9 @@ def launches(B, L, H, D):
     gate, dgate = (torch.empty(B, L, H, 3, device="meta") for _ in range(2))
     out, dq = (torch.empty(B, L, H, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
     yield "forward", plan_forward(q, k, u, v, gate, out)
-    yield "backward_dq", plan_backward_dq(dout, q, k, u, v, gate, dq, dgate)
-    yield "backward_dkuv", plan_backward_dkuv(dout, q, k, u, v, gate, k, u, v)
+    inputs, grads = Inputs(q, k, u, v, gate), Gradients(dq, k, u, v, dgate)
+    yield "backward_dq", plan_backward_dq(dout, inputs, grads)
+    yield "backward_dkuv", plan_backward_dkuv(dout, inputs, grads)
     for tile in FORWARD_CANDIDATES[64 if D < 64 else 128][1:3]:
         yield f"hopper_forward {tile}", plan("hopper_forward", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
     for kernel in ("backward", "backward_dq"):
@@ -63,11 +65,11 @@ FUSED = {"backward_fused"}  # 16-bit only, where a tile fits
 HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_dq"}
 HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
-KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of that depth want more registers
+KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of this depth need more registers
 
 
 def run(script: str, *arguments: object) -> list:
-    """The JSON lines that a script prints."""
+    """The parsed JSON lines that a script prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -128,7 +130,7 @@ if "candidates" in sys.argv:
 for kernel, (D, row) in rows:
     parts = [(8, 384, 7, {}), (2, 100, 1, {}), (8, 384, 7, {"HAS_GATE": False})]
     if kernel == "hopper_backward":
-        parts[2:] = [(2, 100, 1, {"ADDS_Q": False}), (8, 384, 7, {"ADDS_Q": False, "ADDS_GATE": False})]
+        parts[2:] = [(2, 100, 1, {"ACCUM_DQ": False}), (8, 384, 7, {"ACCUM_DQ": False, "ACCUM_DGATE": False})]
     for H_kv, F, E, changes in parts if row is not None else ():
         launch = plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row)
         launch.arguments.update(changes)
@@ -150,7 +152,7 @@ for kernel, (D, row) in rows:
             "registers": sorted(set(map(int, re.findall(r"setmaxnreg\\S+\\s+(\\d+);", asm["ptx"])))),
             "waits": sorted(set(map(int, re.findall(r"wgmma\\.wait_group\\.sync\\.aligned\\s+(\\d+)", asm["ptx"])))),
             "serialised": "serializ" in said, "spilled": re.findall(r"(\\d+) bytes spill", said),
-            "adds_q": launch.arguments.get("ADDS_Q", False),
+            "adds_q": launch.arguments.get("ACCUM_DQ", False),
             "tanh": [loop.count("MUFU.TANH") for loop in loops], "a_thread": row.block_t * row.block_f // 128,
             "shared": compiled.metadata.shared, "shared_limit": SHARED_LIMITS["sm_90a"],
         }]))
@@ -158,8 +160,8 @@ for kernel, (D, row) in rows:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_the_hopper_kernels_are_what_they_say(dtype):
-    """TMA, wgmma, registers by role, reductions of several values; products that stay asynchronous, and no spill."""
+def test_hopper_kernels_use_tma_wgmma_and_register_reallocation(dtype):
+    """TMA, wgmma, setmaxnreg, vectorised reductions; asynchronous products, and no spills."""
     check_hopper(run(HOPPER_CODE, dtype))
 
 
@@ -178,10 +180,10 @@ def check_hopper(rows: list) -> None:
         assert set(found["spilled"]) == {"0"}, (kernel, D)
         assert found["shared"] <= found["shared_limit"], (kernel, D)
         assert {0, 1 if kernel == "hopper_forward" else 2} <= set(found["waits"]), (kernel, D)
-        values = (128 if D > 64 else 64) // 2  # of dQ's tile, in a thread
+        values = (128 if D > 64 else 64) // 2  # of dQ's tile, per thread
         at_once = {"fragments": 4, "rows": 2}.get(row[3]) if found["adds_q"] else None
         assert found["reductions"] == (values // at_once if at_once else 0), (kernel, D, row)
         assert (found["stores"] == 0) == (kernel == "hopper_backward"), (kernel, D)
         assert (found["sums"] > 0) == (found["adds_q"] and row[3] == "tma"), (kernel, D, row)
-        if kernel == "hopper_forward":  # the whole activation runs beside the product before
+        if kernel == "hopper_forward":  # the whole activation overlaps the previous product
             assert found["tanh"] == [found["a_thread"]] * 2, D

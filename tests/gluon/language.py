@@ -1,13 +1,14 @@
-"""The Gluon functions that gluon_emulator.py puts in place of the real ones, on the machine of the running program."""
+"""The emulated functions of `gl`, on the machine of the running program."""
 
 from collections.abc import Callable
 
-import gluon_values as values
 import torch
-from gluon_assembly import inline_asm_elementwise
-from gluon_machine import EmulationError, machine, where
-from gluon_memory import SharedMemory
-from gluon_values import TORCH_DTYPES, Value, as_value, binary, scalar
+
+from gluon import values as values
+from gluon.assembly import inline_asm_elementwise
+from gluon.machine import EmulationError, machine, where
+from gluon.memory import SharedMemory
+from gluon.values import TORCH_DTYPES, Value, as_value, binary, scalar
 
 # Computation
 
@@ -75,7 +76,7 @@ def allocate_shared_memory(dtype, shape, layout, value=None) -> SharedMemory:
     return shared
 
 
-# What replaces what
+# Name in `gl` -> replacement
 
 LANGUAGE = {
     "abs": elementwise(torch.abs),

@@ -1,4 +1,4 @@
-"""What is compiled ahead is what a launch looks up in Triton's cache, for every kernel in every form."""
+"""Compiling ahead: a launch finds every kernel in Triton's cache."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def cases(mode: str, **variables: str) -> dict[str, object]:
-    """What compile_ahead_cases.py prints, by case."""
+    """The output of compile_ahead_cases.py by case."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead_cases.py")), mode]
@@ -27,8 +27,8 @@ def cases(mode: str, **variables: str) -> dict[str, object]:
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-def test_a_launch_asks_for_what_was_compiled_ahead():
-    """Of the same launch planned without data by one process, and on tensors by another."""
+def test_launches_look_up_the_keys_compiled_ahead():
+    """The same launch planned without data in one process, and on tensors in another."""
     ahead, launched = cases("ahead", PYTHONHASHSEED="1"), cases("launched", PYTHONHASHSEED="2")
     assert len(ahead) > 500
     assert ahead.keys() == launched.keys()
@@ -36,13 +36,13 @@ def test_a_launch_asks_for_what_was_compiled_ahead():
 
 
 @pytest.mark.slow
-def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
+def test_launches_find_the_kernels_compiled_ahead(tmp_path):
     found = cases("compile", TRITON_CACHE_DIR=str(tmp_path))
     assert len(found) > 10
     assert [case for case in found if not found[case]] == []
 
 
-def test_what_a_layer_launches_is_compiled_ahead():
+def test_launches_of_a_layer_are_compiled_ahead():
     missing = cases("layers")
     assert len(missing) > 5
     assert [case for case in missing if missing[case]] == []
@@ -61,7 +61,7 @@ class Bad(Source):
 
 
 @pytest.mark.slow
-def test_a_compilation_that_hangs_or_dies_is_given_up_and_the_next_goes_on():
+def test_a_compilation_that_hangs_or_dies_is_abandoned_and_the_next_succeeds():
     expected = {
         "fails": "ValueError: no such instruction",
         "hangs": "TimeoutError: no answer within 0.5 s",

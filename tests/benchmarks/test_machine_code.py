@@ -1,11 +1,10 @@
-"""Machine code is read as it is meant, and no kernel that ships issues more matrix FLOPs than its algorithm has."""
+"""Reading machine code: basic blocks, loops, and the matrix FLOPs that a loop issues."""
 
 import re
 
 import pytest
-from test_triton_compiles import run
 
-from flashmhf.ops.triton.tiles import TABLE, Tile
+from flashmhf.ops.triton.tiles import Tile
 from machine_code import Instruction, MachineCode
 from matrix_work import MATRIX_OPCODE, MatrixWork, instruction_flops, issued_ratio, work_of
 
@@ -55,7 +54,7 @@ WIDE, NARROW = 2 * 64 * 128 * 16, 2 * 64 * 64 * 16
 
 
 def test_loops_of_partitions():
-    """The worker's loop around a partition and the wait behind the code are no main loops; the wait is in its loop."""
+    """A worker's loop around a partition is not a main loop; a barrier's slow path belongs to its loop."""
     code = MachineCode.of_sass(SASS)
     main = code.innermost(MATRIX_OPCODE)
     assert [code.blocks[loop.header].labels for loop in main] == [[".L_x_4"], [".L_x_3"]]
@@ -73,7 +72,7 @@ def test_loops_of_partitions():
         ('BRX R2 -0x20 (*"BRANCH_TARGETS .L_x_2,.L_x_3"*)', {1, 2}),
     ],
 )  # fmt: skip
-def test_where_a_block_goes_on(jump, next_ones):
+def test_successors_of_a_block(jump, next_ones):
     lines = (jump, "NOP", "EXIT")
     text = "/*0000*/ {} ;\n.L_x_2:\n/*0010*/ {} ;\n.L_x_3:\n/*0020*/ {} ;".format(*lines)
     assert MachineCode.of_sass(text).blocks[0].successors == next_ones
@@ -90,7 +89,7 @@ def test_amd_assembly():
     assert work_of(MachineCode.of_amd(AMD), [8]) == MatrixWork(loop=8 * (mfma32 + mfma16), outside=8 * mfma32)
 
 
-def test_partitions_of_unequal_sizes_are_not_guessed():
+def test_partitions_of_unequal_sizes_are_an_error():
     with pytest.raises(AssertionError, match=re.escape("unequal sizes that all multiply, [8, 4]")):
         work_of(MachineCode.of_sass(SASS), [8, 4])
 
@@ -124,7 +123,7 @@ def test_flops_of_tcgen05_come_from_its_descriptor(descriptor, m, n, k):
         instruction_flops(multiply, MachineCode([move, computed, multiply]), 8)
 
 
-def test_an_unknown_matrix_instruction_is_not_passed_over():
+def test_an_unknown_matrix_instruction_is_an_error():
     with pytest.raises(AssertionError, match="of unknown shape"):
         work_of(MachineCode([Instruction("QGMMA.64x128x32.F32.E4M3", "R0")]), [4])
 
@@ -149,44 +148,7 @@ def test_no_ratio_without_matrix_instructions():
     assert issued_ratio(MatrixWork(0, 0), "forward", Tile(64, 32, 4, 2), 128) is None
 
 
-def test_a_lost_loop_is_noticed():
+def test_a_missing_loop_is_an_error():
     with pytest.raises(AssertionError, match="forward: products, but no loop"):
         issued_ratio(MatrixWork(0, 100), "forward", Tile(64, 32, 4, 2), 128)
     assert issued_ratio(MatrixWork(0, 2 * 2 * 32 * 16 * 128), "prologue_forward", Tile(32, 0, 8, 1), 128) == 2
-
-
-RATIOS = """
-import json, sys
-from compile_kernels import compile_row, shipped
-for case in shipped(sys.argv[1]):
-    if case[2] == int(sys.argv[2]) and case[3].itemsize in map(int, sys.argv[3:]):
-        print(json.dumps([case[1], case[3].itemsize, compile_row(case).issued]))
-"""
-# Rows known to issue more: (target, kernel, bytes of an element, head dim) -> how many times the algorithm's own.
-# Whoever mends a tile takes its row out.
-KNOWN = {
-    ("gfx942", "backward_dkuv", 4, 256): 2.5,  # every tile that does not repeat products spills
-}
-
-
-def check_ratios(target: str, block_d: int, *element_bytes: int) -> None:
-    """A prologue's product is a few microseconds of a kernel that memory bounds; its warps may share work unevenly."""
-    rows = [row for row in run(RATIOS, target, block_d, *element_bytes) if not row[0].startswith("prologue")]
-    assert len(rows) >= 4
-    for kernel, size, issued in rows:
-        if size == 4 and target != "gfx942":
-            assert issued is None, (kernel, issued)  # exact float32 products take no matrix instructions on NVIDIA
-        else:
-            assert issued == pytest.approx(KNOWN.get((target, kernel, size, block_d), 1), abs=1e-3), kernel
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
-def test_matrix_flops_in_bfloat16_at_head_dim_128(target):
-    check_ratios(target, 128, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block_d", [32, 64, 128, 256])
-@pytest.mark.parametrize("target", TABLE)
-def test_matrix_flops_of_every_row(target, block_d):
-    check_ratios(target, block_d, 2, 4)

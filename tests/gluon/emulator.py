@@ -2,20 +2,10 @@
 
     emulate(kernel, (programs,), {"q_desc": TensorDescriptor(...), "out_ptr": tensor, "tiles": 7, "BLOCK_T": 64})
 
-`kernel` is a `@gluon.jit` function. Its Python source runs as it is, with other globals: what it took from Gluon is
-emulated, and so is every jitted function it calls. `hooks` names further functions to replace, inline PTX for example.
-Each seed is another interleaving of the partitions and another moment for every asynchronous operation.
-
-What a pass proves, for the sizes and seeds that ran: the numerics (float32 sums, 16-bit rounding where the kernel
-rounds), the tails, addresses within their tensors, no int32 overflow, no deadlock, the arrivals and bytes of each
-mbarrier phase, no uninitialised shared memory read, no accumulator touched in flight, no shared tile touched by two
-operations that no mbarrier, wait or fence orders (it need not have gone wrong), nothing left in flight at the end.
-
-What it does not prove: that the kernel compiles, its layouts, bank conflicts, registers, speed, what the compiler or
-ptxas make of it, ordering finer than whole operations, races between the warps of one partition (the compiler's own
-barriers), on global memory or between programs: they run one after the other, in random order. Sums and exp2 round as
-torch does. A bulk store is in global memory once its wait returns; Gluon's wait only says that shared memory was read.
-It is stricter than Hopper in one place: bytes must be expected before the loads that bring them are issued.
+`kernel` is a `@gluon.jit` function. Its Python source runs unchanged with other globals: Gluon's functions are replaced
+by emulated ones, in every jitted function that it calls, too. `hooks` names further functions to replace, for example
+inline PTX. Each seed is another interleaving of the partitions and other completion times of asynchronous operations.
+README.md lists what is modelled and what is not.
 """
 
 import builtins
@@ -24,18 +14,19 @@ import random
 import types
 from collections.abc import Callable, Mapping
 
-import gluon_hopper as hopper_language
-import gluon_language as language
 import torch
 import triton.language as tl
-from gluon_hopper import Descriptor, tma_reduce_add
-from gluon_machine import RUNNING, EmulationError, Machine, where
-from gluon_values import Pointer, scalar
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere, hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from gluon import hopper as hopper_language
+from gluon import language as language
+from gluon.hopper import Descriptor, tma_reduce_add
+from gluon.machine import RUNNING, EmulationError, Machine, where
+from gluon.values import Pointer, scalar
 
 __all__ = ["EmulationError", "emulate", "tma_reduce_add"]
 JITTED = (JITFunction, InterpretedFunction)
@@ -55,7 +46,7 @@ EMULATED = {
 
 
 class Translation:
-    """Puts emulated objects in place of real ones."""
+    """Replaces real objects by emulated ones."""
 
     def __init__(self, hooks: Mapping[str, Callable]):
         self.hooks = hooks
@@ -90,7 +81,7 @@ class Translation:
 
     def missing(self, name: str) -> Callable:
         def call(*_, **__):
-            raise NotImplementedError(f"{where()}: {name} is not emulated; name a hook for it")
+            raise NotImplementedError(f"{where()}: {name} is not emulated; pass a hook for it")
 
         return call
 
@@ -132,10 +123,11 @@ def emulate(
     seed: int = 0,
     hooks: Mapping[str, Callable] | None = None,
 ) -> None:
-    """Runs every program of the grid, one after the other in random order; results are in the tensors of `arguments`.
+    """Runs the programs of the grid one after another in random order; results are in the tensors of `arguments`.
 
-    `arguments` holds one entry a parameter: tensors for pointers, TensorDescriptors, numbers, None, constexprs. Raises
-    EmulationError where the kernel breaks a rule. `hooks` maps names, as the kernel's source spells them, to functions.
+    `arguments` holds one entry per parameter: tensors for pointers, TensorDescriptors, numbers, None, constexprs.
+    `hooks` maps names, as spelled in the kernel's source, to functions. Raises EmulationError if the kernel breaks a
+    rule.
     """
     body = Translation(hooks or {}).function(kernel.fn)
     parameters = {parameter.name: parameter for parameter in kernel.params}

@@ -1,4 +1,4 @@
-"""The Hopper forward's options under the emulator, and what happens when one line of it is wrong."""
+"""The Hopper forward on the emulator: ping-pong, persistence, candidate tiles; and broken variants."""
 
 import dataclasses
 from itertools import product
@@ -7,18 +7,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-import gluon_hopper
 import torch
-from emulated_hopper import HOOKS, caught, start
-from gluon_emulator import EmulationError, emulate
-from gluon_machine import machine
-from gluon_mutants import mutated
 from problems import Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops.hopper.forward import plan_forward
-from flashmhf.ops.hopper.launch import PROCESSORS
+from flashmhf.ops.hopper.launch import NUM_SMS
 from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, forward_tile
 from flashmhf.ops.triton.launch import Launch
+from gluon import hopper
+from gluon.emulator import EmulationError, emulate
+from gluon.hopper_backend import HOOKS, caught, start
+from gluon.machine import machine
+from gluon.mutants import mutated
 
 SHAPES = [
     Shape((1,), 1, 1, 1, 1, 64),
@@ -28,14 +28,14 @@ SHAPES = [
     Shape((260,), 2, 2, 1, 65, 24),
     Shape((70,), 2, 1, 2, 50, 256),
 ]
-TURNS = {"turns": True}
+PINGPONG = {"pingpong": True}
 PERSISTENT = {"persistent": True}
-BOTH = TURNS | PERSISTENT
-OPTIONS = (TURNS, PERSISTENT, BOTH, BOTH | {"q_in_registers": False})
+BOTH = PINGPONG | PERSISTENT
+OPTIONS = (PINGPONG, PERSISTENT, BOTH, BOTH | {"q_in_registers": False})
 
 
 def plan(shape: Shape, options: dict, dtype=torch.bfloat16, gate=True, seed=0, programs=None) -> tuple[Launch, list]:
-    """The launch of a shape with some options changed, on `programs` programs if there is work for them; its inputs."""
+    """The launch for a shape with some options changed, on at most `programs` programs, and its inputs."""
     inputs = make_inputs(shape, dtype, gate, seed)
     stages = 2 if options.get("persistent") else forward_tile(shape.D).stages
     tile = forward_tile(shape.D)._replace(**{"stages": stages} | options)
@@ -59,7 +59,7 @@ def test_options(shape, options, gate):
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("shape", [Shape((300,), 4, 2, 2, 100, 64), Shape((129,), 5, 1, 1, 70, 128)], ids=str)
-def test_more_work_than_programs(shape, programs):
+def test_more_work_tiles_than_programs(shape, programs):
     for options, dtype in product(OPTIONS[1:], (torch.bfloat16, torch.float16)):
         within_budget(*plan(shape, options, dtype, programs=programs))
 
@@ -78,17 +78,17 @@ def test_many_interleavings(options, seed):
     within_budget(*plan(Shape((700,), 2, 1, 3, 150, 64), options, seed=seed, programs=programs))
 
 
-def test_a_persistent_forward_has_a_program_for_every_processor_or_work_item():
+def test_a_persistent_forward_has_one_program_per_sm_or_work_tile():
     for T, programs in ((129, 4), (128 * 66, 132), (128 * 66 + 1, 132), (100_000, 132)):
         q, k = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((T, 2, 64), (1, 2, 40, 64)))
         for persistent in (True, False):
             launch = plan_forward(q, k, k, k, None, q, forward_tile(64)._replace(persistent=persistent))
             assert launch.grid == ((programs,) if persistent else (2 * -(-T // 128),))
-    assert PROCESSORS == 132
+    assert NUM_SMS == 132
 
 
-def in_turn(kernel, launch: Launch, seed: int) -> bool:
-    """Whether the warpgroups take turns at S and P V of the tile before, 0 first; a work item's last P V is free."""
+def alternates(kernel, launch: Launch, seed: int) -> bool:
+    """Whether the warpgroups alternate in issuing S and the previous P V, 0 first, except for the last P V."""
     issues: dict[str, list[str]] = {"default": [], "consume#1": []}
     order = []
 
@@ -97,7 +97,7 @@ def in_turn(kernel, launch: Launch, seed: int) -> bool:
         mine.append("P V" if use_acc else "S")
         if len(mine) % (2 * TILES) != 0:
             order.append((machine().current.name, mine[-1]))
-        return gluon_hopper.warpgroup_mma(*operands, use_acc=use_acc, **options)
+        return hopper.warpgroup_mma(*operands, use_acc=use_acc, **options)
 
     hooks = HOOKS | {"warpgroup_mma": warpgroup_mma}
     emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, seed=seed, hooks=hooks)
@@ -107,63 +107,63 @@ def in_turn(kernel, launch: Launch, seed: int) -> bool:
 
 
 TILES = 5
-IN_TURN = Shape((200,), 2, 1, 1, 64 * TILES, 64)
+PINGPONG_SHAPE = Shape((200,), 2, 1, 1, 64 * TILES, 64)
 
 
-@pytest.mark.parametrize("options", [TURNS, BOTH], ids=str)
-def test_warpgroups_take_turns(options):
-    launch, _ = plan(IN_TURN, options, programs=1 if options.get("persistent") else None)
-    assert all(in_turn(launch.kernel, launch, seed) for seed in range(10))
+@pytest.mark.parametrize("options", [PINGPONG, BOTH], ids=str)
+def test_warpgroups_alternate_with_pingpong(options):
+    launch, _ = plan(PINGPONG_SHAPE, options, programs=1 if options.get("persistent") else None)
+    assert all(alternates(launch.kernel, launch, seed) for seed in range(10))
 
 
-def test_without_turns_they_do_not():
-    launch, _ = plan(IN_TURN, {})
-    assert not any(in_turn(launch.kernel, launch, seed) for seed in range(10))
+def test_warpgroups_do_not_alternate_without_pingpong():
+    launch, _ = plan(PINGPONG_SHAPE, {})
+    assert not any(alternates(launch.kernel, launch, seed) for seed in range(10))
 
 
 PARITY = "(i & 1) ^ 1 ^ WARPGROUP"
-OUT_OF_TURN = {
+PINGPONG_MUTATIONS = {
     "warpgroup 1 begins": (PARITY, "(i & 1) ^ WARPGROUP"),
     "both begin": (PARITY, "(i & 1) ^ 1"),
     "nobody begins": (PARITY, "i & 1"),
     "the parity stays": (PARITY, "1 ^ WARPGROUP"),
-    "the other's barrier": ("turns.index(WARPGROUP)", "turns.index(1 - WARPGROUP)"),
-    "one's own turn is passed on": ("turns.index(1 - WARPGROUP)", "turns.index(WARPGROUP)"),
-    "the first tile has no turn": ("wait_turn(turns, first, WARPGROUP)", "pass"),
+    "the other's barrier": ("pingpong.index(WARPGROUP)", "pingpong.index(1 - WARPGROUP)"),
+    "one's own turn is passed on": ("pingpong.index(1 - WARPGROUP)", "pingpong.index(WARPGROUP)"),
+    "the first tile has no turn": ("pingpong_wait(pingpong, first, WARPGROUP)", "pass"),
     "the first turn is kept": (
-        "LOW, HIGH)\n    if TURNS:\n        pass_turn",
-        "LOW, HIGH)\n    if False:\n        pass_turn",
+        "D_LOW, D_HIGH)\n    if PINGPONG:\n        pingpong_arrive",
+        "D_LOW, D_HIGH)\n    if False:\n        pingpong_arrive",
     ),
-    "no tile has a turn": ("wait_turn(turns, i, WARPGROUP)", "pass"),
+    "no tile has a turn": ("pingpong_wait(pingpong, i, WARPGROUP)", "pass"),
     "a turn is kept": (
-        "out)\n        if TURNS:\n            pass_turn",
-        "out)\n        if False:\n            pass_turn",
+        "out)\n        if PINGPONG:\n            pingpong_arrive",
+        "out)\n        if False:\n            pingpong_arrive",
     ),
     "a turn is passed on between the products": (
-        "out = multiply_add(p, matrix(s_v.index((i - 1) % STAGES)), out)\n        if TURNS:\n"
-        "            pass_turn(turns, WARPGROUP)",
-        "pass_turn(turns, WARPGROUP)\n        out = multiply_add(p, matrix(s_v.index((i - 1) % STAGES)), out)",
+        "out = mma_add(p, as_matrix(s_v.index((i - 1) % STAGES)), out)\n        if PINGPONG:\n"
+        "            pingpong_arrive(pingpong, WARPGROUP)",
+        "pingpong_arrive(pingpong, WARPGROUP)\n        out = mma_add(p, as_matrix(s_v.index((i - 1) % STAGES)), out)",
     ),
 }
 
 
-@pytest.mark.parametrize("change", OUT_OF_TURN.values(), ids=OUT_OF_TURN.keys())
-def test_a_turn_that_is_broken_is_noticed(change):
-    launch, _ = plan(IN_TURN, BOTH, programs=1)
+@pytest.mark.parametrize("change", PINGPONG_MUTATIONS.values(), ids=PINGPONG_MUTATIONS.keys())
+def test_broken_pingpong_is_noticed(change):
+    launch, _ = plan(PINGPONG_SHAPE, BOTH, programs=1)
     broken = mutated(launch.kernel, *change)
 
     def noticed(seed: int) -> bool:
         try:
-            return not in_turn(broken, launch, seed)
+            return not alternates(broken, launch, seed)
         except EmulationError:
             return True
 
     assert any(noticed(seed) for seed in range(8))
 
 
-# Where a line is changed, and the emulator must say so.
+# Changes of one line that the emulator must report.
 MUTATIONS = {
-    "P V of the tile before may still read V": ("release(v_empty, i - 1, STAGES)", "release(v_empty, i, STAGES)"),
+    "P V of the previous tile may still read V": ("release(v_empty, i - 1, STAGES)", "release(v_empty, i, STAGES)"),
     "S is used in flight": ("num_outstanding=1, deps=[scores]", "num_outstanding=2, deps=[scores]"),
     "V is read before it has arrived": ("wait_full(v_full, i, STAGES)", "wait_full(v_full, first, STAGES)"),
     "the first V is read before it has arrived": ("dtype)\n    wait_full(v_full, first, STAGES)", "dtype)"),
@@ -171,7 +171,7 @@ MUTATIONS = {
         "release(ku_empty, i, STAGES)\n        p = activate",
         "release(ku_empty, i + 1, STAGES)\n        p = activate",
     ),
-    "the output leaves without a fence": ("        fence_async_shared()\n        tma", "        tma"),
+    "the output is stored without a fence": ("        fence_async_shared()\n        tma", "        tma"),
     "Q is read before it has arrived": ("mbarrier.wait(q_full.index(WARPGROUP), n & 1)", "pass"),
 }
 PERSISTENT_MUTATIONS = {
@@ -179,7 +179,7 @@ PERSISTENT_MUTATIONS = {
     "Q's parity stays": ("mbarrier.wait(q_full.index(WARPGROUP), n & 1)", "mbarrier.wait(q_full.index(WARPGROUP), 0)"),
     "Q is released before it is read": ("PERSISTENT and Q_IN_REGISTERS:", "PERSISTENT:"),
     "Q is never released": ("PERSISTENT and not Q_IN_REGISTERS:", "False:"),
-    "the output is overwritten while it leaves": ("tma.store_wait(pendings=0)  # of the item before", "pass"),
+    "the output is overwritten while it is stored": ("tma.store_wait(pendings=0)  # of the previous work tile", "pass"),
     "the last V is never released": ("release(v_empty, (n + 1) * tiles - 1, STAGES)", "pass"),
     "the last V is released in use": (
         "out = warpgroup_mma_wait(num_outstanding=0, deps=[out])\n        if PERSISTENT:",
@@ -203,6 +203,6 @@ def test_a_broken_persistent_forward_is_caught(name):
     assert caught(launch.kernel, launch, (MUTATIONS | PERSISTENT_MUTATIONS)[name])
 
 
-def test_a_persistent_forward_that_never_releases_the_q_it_has_in_registers_is_caught():
+def test_a_persistent_forward_that_never_releases_q_is_caught():
     launch, _ = plan(Shape((300,), 2, 1, 3, 150, 64), BOTH, programs=2)
     assert caught(launch.kernel, launch, ("PERSISTENT and Q_IN_REGISTERS:", "False:"))

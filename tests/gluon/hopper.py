@@ -1,16 +1,17 @@
-"""The Hopper half of the emulated language: mbarriers, TMA and wgmma."""
+"""The emulated Hopper functions: mbarriers, TMA and wgmma."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from gluon_language import allocate_shared_memory
-from gluon_machine import EmulationError, machine, where
-from gluon_memory import SharedMemory
-from gluon_values import GLUON_DTYPES, Value, scalar
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper.mbarrier import MBarrierLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon.language import allocate_shared_memory
+from gluon.machine import EmulationError, machine, where
+from gluon.memory import SharedMemory
+from gluon.values import GLUON_DTYPES, Value, scalar
 
 # Mbarriers
 
@@ -57,7 +58,7 @@ class Descriptor:
         assert all(stride * size % 16 == 0 for stride in host.strides[:-1]), "strides must be multiples of 16 bytes"
         assert host.strides[-1] == 1, "the last dimension must be contiguous"
         assert self.block_shape[-1] * size >= 16, "the last dimension of a box has at least 16 bytes"
-        assert all(0 < n <= 256 for n in self.block_shape), f"a box has at most 256 a dimension, not {self.block_shape}"
+        assert all(0 < n <= 256 for n in self.block_shape), f"a box dimension is at most 256, not {self.block_shape}"
         assert all(0 < n < 2**32 for n in host.shape), "dimensions have 32 bits"
         assert all(0 <= stride * size < 2**40 for stride in host.strides), "strides have 40 bits"
         self.tensor = tensor.as_strided(tuple(host.shape), tuple(host.strides))
@@ -75,7 +76,7 @@ class Descriptor:
         return [int(c) for c in coord]
 
     def overlap(self, coord: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The part of the box within the tensor: where in the tensor, where in the box."""
+        """The part of the box inside the tensor, as slices of the tensor and of the box."""
         spans = [
             (max(c, 0), max(min(c + box, n), max(c, 0)))
             for c, box, n in zip(coord, self.block_shape, self.tensor.shape, strict=True)
@@ -127,7 +128,7 @@ def async_copy_shared_to_global(desc: Descriptor, coord, source: SharedMemory) -
 
 
 def tma_reduce_add(desc: Descriptor, coord, source: SharedMemory) -> None:
-    """A hook for kernels that have the builtin: adds a shared tile to global memory."""
+    """A hook for kernels that define this builtin: adds a shared tile to global memory."""
     bulk_store(desc, coord, source, torch.Tensor.add_, "a TMA reduction reads it")
 
 
@@ -140,7 +141,7 @@ def store_wait(pendings: int = 0) -> None:
 
 
 class Accumulator:
-    """What an asynchronous warpgroup_mma returns: to chain, or to wait for."""
+    """The result of an asynchronous warpgroup_mma, which may only be chained or waited for."""
 
     def __init__(self, data: torch.Tensor, layout, operation=None):
         self.data_in_flight, self.layout, self.operation = data, layout, operation
@@ -149,7 +150,7 @@ class Accumulator:
 
     def take(self) -> "Accumulator":
         if self.taken:
-            raise EmulationError(f"{where()}: a warpgroup_mma or a wait has taken this accumulator already")
+            raise EmulationError(f"{where()}: this accumulator was already consumed by a warpgroup_mma or a wait")
         self.taken = True
         return self
 

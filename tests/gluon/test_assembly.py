@@ -1,4 +1,4 @@
-"""What emulated inline assembly finds in a thread's registers is what the compiler puts there."""
+"""Emulated inline assembly sees the elements in the registers in which the compiler puts them."""
 
 import json
 import os
@@ -10,13 +10,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-import gluon_probe
 import torch
-from gluon_assembly import inline_asm_elementwise, registers
-from gluon_emulator import emulate
-from gluon_machine import RUNNING, EmulationError, Machine
-from gluon_values import Pointer, Value
 from triton.experimental.gluon import language as gl
+
+from gluon import probe
+from gluon.assembly import inline_asm_elementwise, registers
+from gluon.emulator import emulate
+from gluon.machine import RUNNING, EmulationError, Machine
+from gluon.values import Pointer, Value
 
 FRAGMENT = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 16])
 RED_V2 = "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;"
@@ -35,16 +36,16 @@ def test_a_fragment_of_wgmma():
 def test_the_compiler_adds_what_the_emulator_adds(fragments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
-    command = [sys.executable, gluon_probe.__file__, str(fragments)]
+    command = [sys.executable, probe.__file__, str(fragments)]
     ptx = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    size = (gluon_probe.ARGUMENTS["t"] + gluon_probe.BLOCK_T) * gluon_probe.ARGUMENTS["H"] * gluon_probe.COLUMNS
+    size = (probe.ARGUMENTS["t"] + probe.BLOCK_T) * probe.ARGUMENTS["H"] * probe.COLUMNS
     compiled, emulated = torch.zeros(2, size)
-    gluon_probe.run_ptx(ptx, compiled, list(gluon_probe.ARGUMENTS.values()))
-    constants = {"BLOCK_T": gluon_probe.BLOCK_T, "COLUMNS": gluon_probe.COLUMNS, "FRAGMENTS": fragments}
-    arguments = {"dq_ptr": emulated, **gluon_probe.ARGUMENTS, **constants}
-    emulate(gluon_probe.probe, (1,), arguments, num_warps=gluon_probe.THREADS // 32)
+    probe.run_ptx(ptx, compiled, list(probe.ARGUMENTS.values()))
+    constants = {"BLOCK_T": probe.BLOCK_T, "COLUMNS": probe.COLUMNS, "FRAGMENTS": fragments}
+    arguments = {"dq_ptr": emulated, **probe.ARGUMENTS, **constants}
+    emulate(probe.probe, (1,), arguments, num_warps=probe.THREADS // 32)
     assert torch.equal(compiled, emulated)
-    elements = gluon_probe.BLOCK_T * gluon_probe.COLUMNS
+    elements = probe.BLOCK_T * probe.COLUMNS
     assert int((compiled != 0).sum()) == elements - 1  # of 0, 1, 2, ...: every one is there
     assert float(compiled.double().sum()) == elements * (elements - 1) / 2
 
@@ -72,10 +73,10 @@ def test_a_reduction_takes_the_first_address_and_its_neighbours():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offsets": torch.arange(1024).view(128, 8) + 1}, "no multiple of its size"),
+        ({"offsets": torch.arange(1024).view(128, 8) + 1}, "not a multiple of its size"),
         ({"offsets": torch.arange(1024).view(128, 8) + 10}, "of a tensor of 1032"),
-        ({"layout": None}, "layout of .* is not known"),
-        ({"asm": "tanh.approx.f32 $0, $2;"}, "name a hook"),
+        ({"layout": None}, "layout of .* is unknown"),
+        ({"asm": "tanh.approx.f32 $0, $2;"}, "pass a hook"),
         ({"asm": RED_V2.replace("v2", "v4")}, "adds 2 values"),
         ({"constraints": "=r,=r,l,l,f"}, "are not 2 operands"),
     ],

@@ -1,4 +1,4 @@
-"""What operators remember of a call: never more than its metadata, and nothing of it is stale."""
+"""The call cache: it keeps only metadata, and no entry is ever stale."""
 
 import contextlib
 import copy
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flashmhf.layers import FlashMHF
-from flashmhf.ops import backends, calls, recording
+from flashmhf.ops import backends, call_cache, recording
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.triton.launch import Launch
@@ -23,7 +23,7 @@ SIZES = (16, 2, 2, 6)  # hidden, heads, sub-networks, rows
 
 @pytest.fixture(autouse=True)
 def triton_runs_here(monkeypatch):
-    """Every name but "reference" selects the Triton kernels, which run in the interpreter."""
+    """Every name except "reference" selects the Triton kernels, which run in the interpreter."""
     from flashmhf.ops import reference
     from flashmhf.ops.triton import backend
 
@@ -38,14 +38,14 @@ def make_layer(**options) -> FlashMHF:
 
 
 def check(layer: FlashMHF, x: torch.Tensor) -> None:
-    """Output and gradients are those of a new layer on the formula; twice, so that the second is remembered."""
+    """Output and gradients equal those of a copy on the reference; twice, so that the second call is a replay."""
     for _ in range(2):
         x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_() if x.is_contiguous() else x * 1.25
         results = []
         for variant in (layer, copy.deepcopy(layer)):
             variant.backend = "triton" if variant is layer else "reference"
             x_leaf = x.detach().requires_grad_()
-            with contextlib.nullcontext() if variant is layer else mock.patch.object(calls, "_calls", {}):
+            with contextlib.nullcontext() if variant is layer else mock.patch.object(call_cache, "_cache", {}):
                 out = variant(x_leaf)
                 weights = [parameter for parameter in variant.parameters() if parameter.requires_grad]
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), [x_leaf, *weights])])
@@ -56,9 +56,9 @@ def check(layer: FlashMHF, x: torch.Tensor) -> None:
             )
 
 
-def plans() -> list[Relaunch]:
-    """Every launch that is remembered."""
-    programs = [call.program for call in calls._calls.values() if call.program is not None]
+def cached_launches() -> list[Relaunch]:
+    """Every launch in the cache."""
+    programs = [call.program for call in call_cache._cache.values() if call.program is not None]
     owners = [getattr(step, "__self__", None) for program in programs for step in program.steps]
     return [owner for owner in owners if isinstance(owner, Relaunch)]
 
@@ -70,21 +70,21 @@ def with_other_strides(weight: torch.Tensor) -> nn.Parameter:
 def test_a_repeated_call_plans_nothing(monkeypatch):
     layer, x = make_layer(), torch.randn(5, 16)
     layer(x)
-    assert plans()
+    assert cached_launches()
     monkeypatch.setattr("flashmhf.ops.triton.launch.Tokens.of", None)
     monkeypatch.setattr(backends, "select", None)
     layer(torch.randn(5, 16))
 
 
-def test_one_parameter_has_other_strides_and_then_all():
+def test_parameters_with_other_strides_one_after_another():
     layer, x = make_layer(), torch.randn(5, 16)
     check(layer, x)
     for name in ("k", "u", "v"):
         setattr(layer, name, with_other_strides(getattr(layer, name)))
-        check(layer, x)  # until all three agree they are copied to one layout at every call
+        check(layer, x)  # copied to one layout in every call until all three agree
 
 
-def test_data_are_swapped_under_a_parameter():
+def test_the_data_of_a_parameter_are_replaced():
     layer, x = make_layer(), torch.randn(5, 16)
     check(layer, x)
     layer.k.data = with_other_strides(layer.k).data
@@ -152,15 +152,15 @@ def compare(*given: torch.Tensor) -> None:
     torch.testing.assert_close(flash_mhf(*given), flash_mhf(*given, backend="reference"), rtol=1e-3, atol=1e-3)
 
 
-def test_an_input_that_is_not_aligned_is_a_call_of_its_own():
+def test_alignment_is_part_of_the_key():
     compare(*inputs())
-    before = len(calls._calls)
+    before = len(call_cache._cache)
     for _ in range(2):
         q, *rest = inputs()
         shifted = torch.randn(q.numel() + 1)[1:].view(q.shape)
         assert shifted.stride() == q.stride()
         compare(shifted, *rest)
-    assert len(calls._calls) == before + 2  # on either backend
+    assert len(call_cache._cache) == before + 2  # one per backend
 
 
 def test_a_gate_of_another_dtype():
@@ -170,26 +170,26 @@ def test_a_gate_of_another_dtype():
     compare(q, k, u, v, gate)
 
 
-def test_one_tensor_given_twice_and_then_two():
+def test_a_tensor_passed_twice_is_not_recorded():
     for _ in range(2):
         q, k, _, _, gate = inputs()
         compare(q, k, k, k, gate)
-    assert not plans()  # which of the three pointers is which
+    assert not cached_launches()  # the pointers cannot be distinguished
     for _ in range(3):
         compare(*inputs())
-    assert len(plans()) == 2
+    assert len(cached_launches()) == 2
     q, k, _, _, gate = inputs()
     compare(q, k, k, k, gate)
 
 
-def test_a_copy_is_made_every_time():
+def test_copies_are_replayed():
     strided = torch.randn(1, 2, 8, 6)
     for _ in range(3):
         q, k, _, v, gate = inputs()
         compare(q, k, strided.normal_().transpose(-1, -2), v, gate)
 
 
-def test_precision_and_determinism_are_asked_for_every_time():
+def test_precision_and_determinism_are_part_of_the_key():
     given = inputs()
     flash_mhf(*given)
     torch.set_float32_matmul_precision("high")
@@ -202,33 +202,33 @@ def test_precision_and_determinism_are_asked_for_every_time():
         flash_mhf(*given)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(calls._calls) == 3
-    named = [dict(zip(plan.kernel.arg_names, plan.arguments, strict=True)) for plan in plans()]
+    assert len(call_cache._cache) == 3
+    named = [dict(zip(launch.kernel.arg_names, launch.arguments, strict=True)) for launch in cached_launches()]
     precisions = [arguments["PRECISION"] for arguments in named if "PRECISION" in arguments]
     assert sorted(precisions) == ["ieee", "ieee", "tf32"]
 
 
-def test_no_tensor_is_kept():
+def test_no_tensor_is_kept_alive():
     given = inputs()
     references = [weakref.ref(x) for x in [*given, flash_mhf(*given)]]
-    assert len(plans()) == 2
+    assert len(cached_launches()) == 2
     del given
     gc.collect()
     assert not [reference for reference in references if reference() is not None]
 
 
-def test_the_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(calls, "MAX_CALLS", 3)
+def test_the_cache_is_bounded(monkeypatch):
+    monkeypatch.setattr(call_cache, "MAX_CACHED_CALLS", 3)
     for T in (*range(1, 8), 1, 2):
         flash_mhf(*inputs(T))
-        assert 1 <= len(calls._calls) <= 3
+        assert 1 <= len(call_cache._cache) <= 3
 
 
-def test_threads_have_a_call_each(monkeypatch):
+def test_threads_do_not_interfere(monkeypatch):
     failures, one_at_a_time, start = [], threading.Lock(), Launch.start
 
     def start_alone(launch: Launch) -> None:
-        with one_at_a_time:  # Triton's interpreter is for one thread
+        with one_at_a_time:  # Triton's interpreter is not thread-safe
             start(launch)
 
     monkeypatch.setattr(Launch, "start", start_alone)
@@ -237,7 +237,7 @@ def test_threads_have_a_call_each(monkeypatch):
         try:
             for i in range(6):
                 compare(*inputs(T + i % 2))
-        except Exception as error:  # a thread's own are lost
+        except Exception as error:  # exceptions in a thread are not propagated
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(1 + i % 3,)) for i in range(6)]
@@ -253,10 +253,10 @@ def test_a_failed_launch_ends_the_recording(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         flash_mhf(*inputs())
     assert recording.recorder() is None
-    assert not plans()
+    assert not cached_launches()
 
 
-def test_a_bad_call_is_refused_every_time():
+def test_an_invalid_call_raises_every_time():
     q, k, u, v, gate = inputs()
     for _ in range(2):
         with pytest.raises(ValueError, match="gate: expected shape"):
@@ -266,16 +266,16 @@ def test_a_bad_call_is_refused_every_time():
         flash_mhf(q, torch.empty(k.shape, device="meta"), u, v, gate)
 
 
-def test_what_is_traced_is_not_remembered():
+def test_tracing_leaves_no_entry():
     torch._dynamo.reset()
     weights = [torch.randn(1, 2, 6, 8) for _ in range(3)]
     compiled = torch.compile(gated_mhf, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (3, 4, 5, 6):
         q = torch.randn(T, 2, 8)
         torch.testing.assert_close(compiled(q, *weights), gated_mhf(q, *weights))
-    sizes = [size for key in calls._calls for part in key if isinstance(part, tuple) for size in part]
+    sizes = [size for key in call_cache._cache for part in key if isinstance(part, tuple) for size in part]
     assert sizes
     assert not any(isinstance(size, torch.SymInt) for size in sizes)
-    calls.forget()
+    call_cache.clear()
     flash_mhf(*(x.to("meta") for x in inputs()))
-    assert not calls._calls
+    assert not call_cache._cache

@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from compile_kernels import TARGETS, Source, compiled_kernel
 from flashmhf.layers import FlashMHF
-from flashmhf.ops import backends, calls
+from flashmhf.ops import backends, call_cache
 from flashmhf.ops.hopper import backend as hopper
 from flashmhf.ops.hopper.tiles import ForwardTile, backward_tile, forward_tile
 from flashmhf.ops.prologue import Prologue
@@ -110,7 +110,7 @@ def prologue_launches(size, D, dtype, device: str) -> Iterator[tuple[str, list[L
     weights = [torch.zeros(*shape, dtype=dtype, device=device) for shape in ((H, D, E), (H, D))]
     for prologue, has_gate, has_norm in itertools.product(PROLOGUES, (True, False), (True, False)):
         gate_weight, norm_weight = (x if has else None for x, has in zip(weights, (has_gate, has_norm), strict=True))
-        name = f"{prologue.kind} {has_gate} {has_norm}"
+        name = f"{prologue.gate_type} {has_gate} {has_norm}"
         forward = functools.partial(portable.prologue_forward, q, gate_weight, norm_weight, prologue)
         yield f"prologue forward {name}", recorded(forward)
         dgate = gate if has_gate else None
@@ -148,7 +148,7 @@ def layers() -> None:
     """Layers as benchmarks and models run them, with few tokens and many."""
     modules = {"triton": portable, "hopper": hopper}
     for (name, module), T, q_norm in itertools.product(modules.items(), (1, 16, 200), (False, True)):
-        calls.forget()
+        call_cache.clear()
         with patch.object(backends, "select", lambda problem, name, module=module: module):
             layer = FlashMHF(256, 4, 3, 40, init="scaled", q_norm=q_norm, dtype=torch.bfloat16)
             x = torch.zeros(T, 256, dtype=torch.bfloat16, requires_grad=True)

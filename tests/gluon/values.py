@@ -4,8 +4,9 @@ import math
 import operator
 
 import torch
-from gluon_machine import EmulationError, where
 from triton.experimental.gluon import language as gl
+
+from gluon.machine import EmulationError, where
 
 TORCH_DTYPES = {
     gl.int1: torch.bool,

@@ -1,4 +1,4 @@
-"""Kernels broken on purpose, to show that a test would notice."""
+"""Kernels with one line changed, to show that a test catches it."""
 
 import inspect
 import linecache
@@ -15,7 +15,7 @@ def package(function: JITFunction) -> str:
 
 
 def mutated(kernel, old: str, new: str):
-    """`kernel` after one change of its source and of what it calls in its package, which `old` must name exactly."""
+    """`kernel` with `old` replaced by `new` in its source or in what it calls in its package; `old` must be unique."""
     modules = [kernel.fn.__module__]
     for module in modules:  # grows
         called = [f for f in vars(sys.modules[module]).values() if isinstance(f, JITFunction)]

@@ -1,13 +1,14 @@
-"""Emulated values have Triton's types, and refuse what Gluon leaves undefined."""
+"""Emulated values have Triton's types, and reject what Gluon leaves undefined."""
 
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
-from gluon_machine import EmulationError
-from gluon_values import Pointer, Value, atomic_add, load, scalar, store
 from triton.experimental.gluon import language as gl
+
+from gluon.machine import EmulationError
+from gluon.values import Pointer, Value, atomic_add, load, scalar, store
 
 
 def value(dtype: torch.dtype, *shape: int) -> Value:

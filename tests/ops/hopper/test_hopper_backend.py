@@ -1,4 +1,4 @@
-"""The Hopper kernels' own source under the emulator: numerics, schedules, and what happens when one line is wrong."""
+"""The backend `hopper` on the emulator: numerics, and when it is selected."""
 
 import dataclasses
 
@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from emulated_hopper import DTYPES, HOOKS, SHAPES, emulate_hopper, results, within_budget
 from problems import Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops import backends
@@ -15,6 +14,7 @@ from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import tiles
 from flashmhf.ops.hopper.launch import for_tma
 from flashmhf.ops.problem import Problem
+from gluon.hopper_backend import DTYPES, HOOKS, SHAPES, emulate_hopper, results, within_budget
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
@@ -53,7 +53,7 @@ def test_strides(monkeypatch):
     within_budget([q, k.mT.contiguous().mT, u, v[..., :].clone(), gate.half(), dout])
 
 
-def test_what_is_not_finite_stays_in_its_row(monkeypatch):
+def test_non_finite_inputs_affect_only_their_own_row(monkeypatch):
     emulate_hopper(monkeypatch)
     q, k, u, v, gate, _ = make_inputs(Shape((150,), 2, 2, 2, 20, 96), torch.bfloat16)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
@@ -74,17 +74,22 @@ def test_no_tokens(monkeypatch):
         assert torch.equal(mine.double(), exact)
 
 
-def test_what_tma_cannot_address_is_copied():
+def test_tensors_that_tma_cannot_address_are_copied():
     x = torch.randn(6, 2, 64, dtype=torch.bfloat16)
     assert for_tma(x) is x
     assert for_tma(x[::2]).data_ptr() == x.data_ptr()
-    for odd in (x.transpose(1, 2), x[..., 1:57], x[:1].expand(6, 2, 64), torch.randn(5, 2, 12).bfloat16()[..., :8]):
-        copy = for_tma(odd)
+    for unaligned in (
+        x.transpose(1, 2),
+        x[..., 1:57],
+        x[:1].expand(6, 2, 64),
+        torch.randn(5, 2, 12).bfloat16()[..., :8],
+    ):
+        copy = for_tma(unaligned)
         assert copy.is_contiguous()
-        assert torch.equal(copy, odd)
+        assert torch.equal(copy, unaligned)
 
 
-def test_why_not(monkeypatch):
+def test_reasons_why_it_cannot_run(monkeypatch):
     gpu = Problem(3, 2, 2, 1, 4, 64, torch.bfloat16, torch.device("cuda"), has_gate=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -92,9 +97,9 @@ def test_why_not(monkeypatch):
     assert hopper.unsupported_reason(gpu) is None
     assert "has not been measured" in hopper.auto_skip_reason(gpu)
     for change, reason in (
-        ({"dtype": torch.float32}, "runs bfloat16 and float16, got torch.float32"),
-        ({"D": 36}, "runs head dims that are multiples of 8, got 36"),
-        ({"D": 264}, "runs head dims up to 256, got 264"),
+        ({"dtype": torch.float32}, "supports bfloat16 and float16, got torch.float32"),
+        ({"D": 36}, "supports head dims that are multiples of 8, got 36"),
+        ({"D": 264}, "supports head dims up to 256, got 264"),
     ):
         assert hopper.unsupported_reason(dataclasses.replace(gpu, **change)) == reason
     with monkeypatch.context() as patch:
@@ -104,7 +109,7 @@ def test_why_not(monkeypatch):
     assert hopper.unsupported_reason(gpu) == "needs compute capability 9.0, got (10, 0)"
 
 
-def test_auto_takes_it_where_it_measured_faster(monkeypatch):
+def test_auto_selects_it_where_it_measured_faster(monkeypatch):
     emulate_hopper(monkeypatch)
     inputs = make_inputs(Shape((70,), 1, 1, 1, 20, 64), torch.bfloat16)
     problem = Problem.of(*inputs[:5])
@@ -115,14 +120,14 @@ def test_auto_takes_it_where_it_measured_faster(monkeypatch):
     assert backends.select(problem, "auto").__name__ == "flashmhf.ops.blockwise"
 
 
-def test_a_user_who_names_it_is_warned_once(monkeypatch, caplog):
+def test_selecting_it_by_name_warns_once(monkeypatch, caplog):
     emulate_hopper(monkeypatch)
     backends._warn_once.cache_clear()
     problem = Problem.of(*make_inputs(Shape((70,), 1, 1, 1, 20, 64), torch.bfloat16)[:5])
     backends.select(problem, "hopper")
     backends.select(problem, "hopper")
     (record,) = caplog.records
-    assert "no GPU has verified" in record.getMessage()
+    assert "not been verified on a GPU" in record.getMessage()
     monkeypatch.setattr(tiles, "VERIFIED", frozenset({(64, "bfloat16")}))
     backends._warn_once.cache_clear()
     backends.select(problem, "hopper")

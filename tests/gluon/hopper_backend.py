@@ -1,12 +1,9 @@
-"""Runs the backend `hopper` on the CPU: every launch of its kernels goes through the Gluon emulator."""
+"""Runs the backend `hopper` on the CPU: its kernels are launched in the emulator."""
 
 import dataclasses
 import itertools
 
 import torch
-from gluon_emulator import EmulationError, emulate, tma_reduce_add
-from gluon_mutants import mutated
-from gluon_values import Value
 from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results
 from triton.experimental.gluon._runtime import GluonJITFunction
 
@@ -15,13 +12,16 @@ from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import tiles
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.launch import Launch
+from gluon.emulator import EmulationError, emulate, tma_reduce_add
+from gluon.mutants import mutated
+from gluon.values import Value
 
 SEEDS = itertools.count()
 TANH_ERROR = 2**-11  # what NVIDIA documents for tanh.approx.f32, relative
 
 
 def tanh(x: Value) -> Value:
-    """As wrong as the hardware may be, at random."""
+    """With a random error up to the hardware's documented one."""
     return Value(torch.tanh(x.data) * (1 + TANH_ERROR * (2 * torch.rand_like(x.data) - 1)), x.layout)
 
 
@@ -33,12 +33,12 @@ SHAPES = [
     Shape((260,), 2, 2, 1, 65, 24),
 ]
 DTYPES = (torch.bfloat16, torch.float16)
-HOOKS = {"tanh": tanh, "reduce_add": tma_reduce_add}
+HOOKS = {"tanh": tanh, "tma_reduce_add": tma_reduce_add}
 REAL_START = Launch.start
 
 
 def start(launch: Launch) -> None:
-    """Each run is another interleaving; the portable kernels run as they always do."""
+    """Each launch is another interleaving; portable kernels run in Triton's interpreter."""
     if isinstance(launch.kernel, GluonJITFunction):
         options = {"num_warps": launch.num_warps, "seed": next(SEEDS), "hooks": HOOKS}
         emulate(launch.kernel, launch.grid, launch.arguments, **options)
@@ -47,7 +47,7 @@ def start(launch: Launch) -> None:
 
 
 def emulate_hopper(monkeypatch) -> None:
-    """Lets the backend take CPU tensors; its conditions on dtype and head dim stay."""
+    """Makes the backend accept CPU tensors; its conditions on dtype and head dim remain."""
 
     def unsupported_reason(problem: Problem | None) -> str | None:
         if problem is not None and problem.dtype not in (torch.bfloat16, torch.float16):
@@ -78,7 +78,7 @@ def within_budget(inputs: list) -> None:
 
 
 def caught(kernel, launch: Launch, change: tuple[str, str]) -> bool:
-    """Whether the emulator notices, in one of a few interleavings, that a line of the kernel is changed."""
+    """Whether the emulator reports an error, in one of a few interleavings, after a change of the kernel."""
     broken = mutated(kernel, *change)
     for seed in range(8):
         try:

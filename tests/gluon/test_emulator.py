@@ -1,12 +1,10 @@
-"""The emulator runs a warp-specialised forward right, and names what is wrong with each way to break it."""
+"""The emulator runs a warp-specialised forward correctly, and names the error in each broken variant of it."""
 
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
-from gluon_emulator import EmulationError, emulate
-from gluon_mutants import mutated
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,6 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon.emulator import EmulationError, emulate
+from gluon.mutants import mutated
 
 SEEDS = range(5)
 
@@ -127,7 +128,7 @@ def run_forward(kernel=forward, *, T=100, F=200, D=64, dtype=torch.bfloat16, sta
     [{}, {"T": 1, "F": 1}, {"T": 64, "F": 64, "stages": 1}, {"T": 130, "F": 513, "D": 40, "stages": 3}, {"D": 128}],
     ids=str,
 )
-def test_forward_is_right_whatever_the_interleaving(size, seed):
+def test_forward_is_correct_in_every_interleaving(size, seed):
     assert run_forward(**size, seed=seed) < 2**-8
 
 
@@ -171,7 +172,7 @@ MUTATIONS = {
     "accumulator of the tile before": (
         "acc = warpgroup_mma(p",
         "_ = warpgroup_mma(p",
-        "has taken this accumulator already",
+        "this accumulator was already consumed",
     ),
     "one tile too few": (
         "for tile in range(tiles)",
@@ -194,7 +195,7 @@ MUTATIONS = {
         r"ends with a TMA store of mutant\d+.py:\d+ in flight",
     ),
     "stage out of range": ("stage = i % STAGES", "stage = i", "full has no index 2, only 2"),
-    "barrier not initialised": ("mbarrier.init(ready, count=1)", "pass", "ready is no initialised mbarrier"),
+    "barrier not initialised": ("mbarrier.init(ready, count=1)", "pass", "ready is not an initialised mbarrier"),
 }
 
 
@@ -207,7 +208,7 @@ def test_mutations_are_caught(name):
             run_forward(kernel, seed=seed)
 
 
-def test_a_ring_of_one_stage_deadlocks():
-    """A stage is released only while the next tile is in work."""
+def test_a_pipeline_of_one_stage_deadlocks():
+    """A stage is released only while the next tile is being processed."""
     with pytest.raises(EmulationError, match=r"deadlock(.|\n)*waits on full\[0\](.|\n)*waits on empty\[0\]"):
         run_forward(stages=1)

@@ -1,4 +1,4 @@
-"""SiLU through the hardware's tanh, in Triton's interpreter: tanh is as wrong there as the hardware may be."""
+"""SiLU through tanh.approx.f32, in Triton's interpreter, with random errors up to the documented one."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ from flashmhf.ops.triton import backward as backward_module
 from flashmhf.ops.triton import common, launch, tiles
 
 TANH_ERROR = 2**-11  # what NVIDIA documents for tanh.approx.f32, relative
-# From here on float32's tanh is 1, and so, we assume, is the hardware's: the documentation says it of infinity alone.
-# SiLU' multiplies what is left of 1 - tanh by M, so that with an error there float16 would miss its budget at M = 64.
+# From here on float32's tanh is 1. We assume the same of the hardware's, which is documented only for infinity.
+# SiLU' multiplies 1 - tanh by M, so with an error there float16 would exceed its budget at M = 64.
 SATURATED = 9.02
 
 
 @pytest.fixture
 def fast_tanh(monkeypatch):
-    """Lets the kernels take the path of NVIDIA's GPUs in the interpreter; returns the arguments of tanh so far."""
+    """Makes the kernels in the interpreter use tanh as on NVIDIA; returns its arguments so far."""
     if torch.cuda.is_available():
         pytest.skip("a GPU has its own tanh")
     calls = []
@@ -74,17 +74,17 @@ def test_within_the_budget(shape, gate, fused, fast_tanh, monkeypatch):
 
 @pytest.mark.parametrize("scale", [2**-6, 8.0, 64.0])
 def test_small_and_large_arguments(scale, fast_tanh):
-    """M from 0.02 to hundreds: tanh of tiny numbers, and where it is 1 or -1."""
+    """M from 0.02 to hundreds: tanh of tiny arguments, and where it saturates."""
     q, *rest = make_inputs(Shape((40,), 2, 2, 2, 40, 32), torch.float16)
     check([q * scale, *rest])
 
 
-def test_float32_never_takes_it(fast_tanh):
+def test_float32_never_uses_it(fast_tanh):
     check(make_inputs(Shape((7,), 2, 2, 3, 5, 8), torch.float32))
     assert not fast_tanh
 
 
-def test_what_is_not_finite_stays_in_its_row(fast_tanh):
+def test_non_finite_inputs_affect_only_their_own_row(fast_tanh):
     q, k, u, v, gate, dout = make_inputs(Shape((9,), 2, 2, 2, 20, 16), torch.float16)
 
     def run(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,11 +98,11 @@ def test_what_is_not_finite_stays_in_its_row(fast_tanh):
     spoiled[3, 1] = spoiled[6, 0] = spoiled[7, 0] = True
     for dirty, clean in zip(run(dirty_q), run(q), strict=True):
         assert not dirty[spoiled].isfinite().all(-1).any()
-        # Another drawing of tanh's errors: near, not equal.
+        # With other random errors of tanh: close, not equal.
         torch.testing.assert_close(dirty[~spoiled], clean[~spoiled], rtol=2e-2, atol=2e-2)
 
 
-def test_where_it_is_taken(monkeypatch):
+def test_where_it_is_used(monkeypatch):
     gpu, interpreter = torch.device("cuda"), torch.device("cpu")
     for name in tiles.TABLE:
         monkeypatch.setattr(tiles, "device_class", lambda device, name=name: name)

@@ -1,7 +1,7 @@
-"""What the compiler makes of the additions to dQ, run instruction by instruction: the emulator's order is not its own.
+"""Compiles the additions to dQ and interprets their PTX, to check the emulator's register order against the compiler's.
 
-`python gluon_probe.py FRAGMENTS` prints the PTX of `probe`; `run_ptx` runs such code, straight from top to bottom, for
-all threads at once. Numbers do not wrap: none here comes near 2^31.
+`python probe.py FRAGMENTS` prints the PTX of `probe`; `run_ptx` runs such code, straight from top to bottom, for
+all threads at once. Integers do not wrap: none here comes near 2^31.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashmhf.ops.hopper.dq_accum import add_tile
+from flashmhf.ops.hopper.dq_accum import red_add_tile
 
 THREADS = 256
 ARGUMENTS = {"t": 128, "head": 1, "H": 3}
@@ -25,7 +25,7 @@ def probe(dq_ptr, t, head, H, BLOCK_T: gl.constexpr, COLUMNS: gl.constexpr, FRAG
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
     rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    add_tile(dq_ptr, (rows[:, None] * COLUMNS + columns[None, :]).to(gl.float32), t, t, head, H, FRAGMENTS)
+    red_add_tile(dq_ptr, (rows[:, None] * COLUMNS + columns[None, :]).to(gl.float32), t, t, head, H, FRAGMENTS)
 
 
 def compile_probe(fragments: bool) -> str:

@@ -1,9 +1,10 @@
-"""The machine under gluon_emulator.py: partitions that take turns, asynchronous operations, mbarriers.
+"""The emulated machine: a scheduler of partitions and asynchronous operations, and mbarriers.
 
-Partitions are threads of which exactly one runs. At every synchronisation point and at every asynchronous issue a
-seeded random choice says who goes on: a partition, or a pending operation, which then lands. Races do not depend on
-that choice: every agent (a partition, its wgmmas, its bulk stores, the loads of one mbarrier) has a vector clock, which
-an arrive releases and a wait acquires, and two accesses to overlapping shared memory must be ordered by those clocks.
+Partitions are threads of which exactly one runs at a time. At every synchronisation point and every asynchronous issue
+a seeded random choice selects what comes next: a partition, or a pending operation, which then completes. Race
+detection does not depend on that choice: every agent (a partition, its wgmmas, its TMA stores, the loads of one
+mbarrier) has a vector clock, released by an arrive and acquired by a wait, and two conflicting accesses to shared
+memory must be ordered by those clocks.
 """
 
 import linecache
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 OWN_FILES = {
-    str(Path(__file__).with_name(f"gluon_{name}.py"))
+    str(Path(__file__).with_name(f"{name}.py"))
     for name in ("machine", "memory", "values", "assembly", "language", "hopper", "emulator")
 }
 
@@ -28,7 +29,7 @@ class EmulationError(AssertionError):
 
 
 class Stopped(BaseException):
-    """Unwinds the other partitions after one has failed."""
+    """Unwinds the remaining partitions after one has failed."""
 
 
 def kernel_frame():
@@ -45,7 +46,7 @@ def where() -> str:
 
 
 def assigned_name() -> str:
-    """The name that the kernel's current line assigns to."""
+    """The name to which the kernel's current line assigns."""
     frame = kernel_frame()
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     match = re.match(r"\s*(\w+)\s*(?::[^=]+)?=[^=]", line)
@@ -59,7 +60,7 @@ def join(clock: dict, other: dict) -> None:
 
 @dataclass(eq=False)
 class Operation:
-    """Something asynchronous: `land` happens at a random moment after the issue, and after that of `after`."""
+    """An asynchronous operation: `land` runs at a random time after the issue, and after `after` has landed."""
 
     kind: str
     land: Callable[[], None]
@@ -76,18 +77,18 @@ class Partition:
     clock: dict = field(default_factory=dict)
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     weight: float = 1.0
-    ready: Callable[[], bool] | None = None  # None: can always go on
+    ready: Callable[[], bool] | None = None  # None: can always continue
     waits: Callable[[], str] = str
     done: bool = False
     issued: dict = field(default_factory=dict)  # kind -> how many operations so far
     in_flight: dict = field(default_factory=dict)  # kind -> operations that no wait has retired, oldest first
-    unfenced: list = field(default_factory=list)  # its stores to shared memory that no fence follows yet
+    unfenced: list = field(default_factory=list)  # its stores to shared memory since the last fence
 
     def __post_init__(self):
         self.clock[self] = 1
 
     def retire(self, kind: str, outstanding: int) -> None:
-        """Completes all but the newest `outstanding` operations of this kind, and orders what follows after them."""
+        """Completes all but the newest `outstanding` operations of a kind, and orders what follows after them."""
         operations = self.in_flight.get(kind, [])
         keep = max(len(operations) - outstanding, 0)
         for operation in operations[:keep]:
@@ -105,7 +106,7 @@ class Machine:
         self.current = self.new_partition("default", num_warps)
         self.partitions = [self.current]
         self.pending: list[Operation] = []
-        self.eagerness = 10 ** self.random.uniform(-2, 1)  # of operations to land, against partitions to go on
+        self.eagerness = 10 ** self.random.uniform(-2, 1)  # weight of landing an operation against running a partition
         self.barriers: list[Barrier] = []
         self.failure: BaseException | None = None
 
@@ -113,7 +114,7 @@ class Machine:
         return Partition(name, num_warps, weight=10 ** self.random.uniform(-1.5, 0))
 
     def issue(self, kind: str, land: Callable[[], None], *, in_order: bool = False, tracked: bool = True) -> Operation:
-        """Starts an operation; `tracked` ones are retired by a wait of the same partition."""
+        """Starts an operation; if `tracked`, a wait of the same partition retires it."""
         me = self.current
         operation = Operation(kind, land, where())
         if tracked:
@@ -135,7 +136,7 @@ class Machine:
         operation.land()
 
     def step(self, ready: Callable[[], bool] | None = None, waits: Callable[[], str] = str) -> None:
-        """Lets others go on, until this partition is chosen; with `ready`, not before that is true."""
+        """Yields until this partition is chosen again, with `ready` not before that is true."""
         me = self.current
         me.ready, me.waits = ready, waits
         if self._hand_over() is not me:
@@ -164,7 +165,7 @@ class Machine:
         return self.random.choices(able + landable, weights)[0]
 
     def specialize(self, default: Callable[[], object], workers: list[tuple[str, int, Callable[[], object]]]) -> object:
-        """Runs the workers in partitions of their own beside `default`; returns what `default` returns."""
+        """Runs the workers in partitions of their own, concurrently with `default`; returns the result of `default`."""
         me = self.current
         partitions = [self.new_partition(name, num_warps) for name, num_warps, _ in workers]
         for partition in partitions:
@@ -191,7 +192,7 @@ class Machine:
             join(me.clock, partition.clock)
         return result
 
-    @torch.no_grad()  # which is a thread's own
+    @torch.no_grad()  # a thread-local setting
     def _run(self, me: Partition, body: Callable[[], object]) -> None:
         try:
             me.baton.acquire()
@@ -205,7 +206,7 @@ class Machine:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Keeps the first error and wakes every partition, so that each unwinds."""
+        """Keeps the first error and wakes every partition to unwind."""
         if self.failure is None:
             self.failure = error
             for partition in self.partitions:
@@ -230,27 +231,27 @@ RUNNING: list[Machine] = []
 
 
 def machine() -> Machine:
-    """That of the program that runs."""
+    """The machine of the running program."""
     return RUNNING[-1]
 
 
 class Barrier:
-    """An mbarrier: a phase completes when no arrival and no byte is outstanding."""
+    """An mbarrier: a phase completes when no arrivals and no bytes are outstanding."""
 
     def __init__(self, label: str, count: int):
         self.label, self.count = label, count
         self.pending, self.bytes, self.phase = count, 0, 0
-        self.awaited = 0  # bytes expected for which no load has been issued
-        self.issued, self.loads = 0, 0  # loads issued, and landed
-        self.gathered: dict = {}  # clocks of who arrived
-        self.released: dict = {}  # of the completed phases
+        self.awaited = 0  # expected bytes for which no load has been issued
+        self.issued, self.loads = 0, 0  # loads issued and landed
+        self.gathered: dict = {}  # clocks of the arrivals in the current phase
+        self.released: dict = {}  # clocks of the completed phases
         machine().barriers.append(self)
 
     def arrive(self, count: int) -> None:
         me = machine().current
         if count > self.pending:
             raise EmulationError(
-                f"{where()}: {count} arrivals on {self.label}, which wants {self.pending} of {self.count}"
+                f"{where()}: {count} arrivals on {self.label}, which expects {self.pending} more of {self.count}"
             )
         self.pending -= count
         join(self.gathered, me.clock)
@@ -258,7 +259,7 @@ class Barrier:
         self._complete()
 
     def expect(self, nbytes: int) -> None:
-        """mbarrier.arrive.expect_tx: it arrives, too."""
+        """mbarrier.arrive.expect_tx, which also arrives."""
         self.bytes += nbytes
         self.awaited += nbytes
         self.arrive(1)

@@ -1,18 +1,19 @@
-"""The emulated machine: mbarriers, bulk stores and sums, and the order of what two partitions do."""
+"""The emulated machine: mbarriers, TMA stores and reductions, and ordering between partitions."""
 
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
-from gluon_emulator import EmulationError, emulate, tma_reduce_add
-from gluon_machine import RUNNING, Barrier, Machine
-from gluon_mutants import mutated
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon.emulator import EmulationError, emulate, tma_reduce_add
+from gluon.machine import RUNNING, Barrier, Machine
+from gluon.mutants import mutated
 
 SEEDS = range(5)
 
@@ -176,7 +177,7 @@ def test_a_phase_ends_with_its_last_byte(barrier):
 
 
 def test_too_many_arrivals_and_bytes(barrier):
-    with pytest.raises(EmulationError, match="3 arrivals on bar, which wants 2 of 2"):
+    with pytest.raises(EmulationError, match="3 arrivals on bar, which expects 2 more of 2"):
         barrier.arrive(3)
     barrier.expect(16)
     barrier.land(32)

@@ -1,21 +1,22 @@
-"""The Hopper backwards' own source under the emulator: one pass, tokens split, deterministic, tokens alone."""
+"""The Hopper backward kernels on the emulator: fused, with split tokens, deterministic; and broken variants."""
 
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
-from emulated_hopper import DTYPES, HOOKS, SHAPES, caught, emulate_hopper, results, within_budget
-from gluon_emulator import emulate
-from gluon_mutants import mutated
 from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
 
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.hopper import backend as backend_module
 from flashmhf.ops.hopper import backward as backward_module
-from flashmhf.ops.hopper import backward_dq as tokens_module
+from flashmhf.ops.hopper import backward_dq as dq_module
 from flashmhf.ops.hopper import splits as splits_module
 from flashmhf.ops.hopper import tiles
+from flashmhf.ops.tensors import Gradients, Inputs
+from gluon.emulator import emulate
+from gluon.hopper_backend import DTYPES, HOOKS, SHAPES, caught, emulate_hopper, results, within_budget
+from gluon.mutants import mutated
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "q gate"])
@@ -37,7 +38,7 @@ def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
 
 @pytest.fixture
 def deterministic():
-    """As torch has it, whose torch.empty then is full of NaN, too."""
+    """torch's deterministic algorithms, under which torch.empty returns NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -52,7 +53,7 @@ def test_deterministic_gradients(shape, dtype, gate, monkeypatch, deterministic)
     within_budget(make_inputs(shape, dtype, gate))
 
 
-def test_deterministic_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch, deterministic):
+def test_deterministic_gradients_are_the_same_bits_in_every_interleaving(monkeypatch, deterministic):
     emulate_hopper(monkeypatch)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     inputs = make_inputs(Shape((300,), 4, 2, 3, 70, 64), torch.bfloat16)
@@ -67,7 +68,7 @@ def test_many_interleavings_of_the_deterministic_backward(seed, monkeypatch, det
     within_budget(make_inputs(Shape((300,), 2, 1, 3, 150, 64), torch.bfloat16, seed=seed))
 
 
-def test_head_dim_256_takes_the_portable_backward(monkeypatch):
+def test_head_dim_256_uses_the_portable_backward(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the portable kernels, on the CPU")
     emulate_hopper(monkeypatch)
@@ -79,11 +80,11 @@ def test_head_dim_256_takes_the_portable_backward(monkeypatch):
 @pytest.mark.parametrize("splits", [2, 3, 6])
 @pytest.mark.parametrize("shape", [Shape((300,), 4, 2, 2, 100, 64), Shape((700,), 2, 2, 1, 65, 96)], ids=str)
 def test_tokens_split_over_programs(shape, splits, monkeypatch):
-    """Splits with as many tiles, with fewer, and beginning in another head than the first of their group."""
+    """Splits with equal and unequal numbers of tiles, and splits that start in a later head of their group."""
     emulate_hopper(monkeypatch)
-    tile = tiles.backward_tile(shape.D)._replace(splits_tokens=True)
+    tile = tiles.backward_tile(shape.D)._replace(split_tokens=True)
     monkeypatch.setattr(tiles, "BACKWARD", (tile, tile, None))
-    monkeypatch.setattr(splits_module, "token_splits", lambda *sizes: splits)
+    monkeypatch.setattr(splits_module, "num_splits_heuristic", lambda *sizes: splits)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     combined = []
     plan = backward_module.plan_combine
@@ -98,7 +99,7 @@ def test_tokens_split_over_programs(shape, splits, monkeypatch):
         assert torch.equal(a, b) or name in ("dq", "dgate"), name
 
 
-def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch):
+def test_weight_gradients_are_the_same_bits_in_every_interleaving(monkeypatch):
     emulate_hopper(monkeypatch)
     monkeypatch.setitem(HOOKS, "tanh", lambda x: type(x)(torch.tanh(x.data), x.layout))
     inputs = make_inputs(Shape((300,), 2, 1, 2, 70, 64), torch.bfloat16)
@@ -107,14 +108,14 @@ def test_weights_gradients_keep_their_bits_whatever_the_interleaving(monkeypatch
         assert torch.equal(a, b) or name in ("dq", "dgate"), name
 
 
-# Where a line of the backward is changed, and the emulator must say so.
+# Changes of one line that the emulator must report.
 BACKWARD_MUTATIONS = {
     "S and dA are used in flight": ("num_outstanding=2, deps=[scores, da]", "num_outstanding=3, deps=[scores, da]"),
-    "the first tile is released": ("release(empty, before, STAGES, i > 0)", "release(empty, before, STAGES)"),
-    "Q and dO are released early": ("release(empty, before, STAGES, i > 0)", "release(empty, i, STAGES)"),
-    "P is shared without a fence": (
-        "s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))\n    fence_async_shared()",
-        "s_dmn.index(zero(i)).store(side_by_side(dm, dn, pair))",
+    "the first tile is released": ("release(empty, prev, STAGES, i > 0)", "release(empty, prev, STAGES)"),
+    "Q and dO are released early": ("release(empty, prev, STAGES, i > 0)", "release(empty, i, STAGES)"),
+    "P is stored without a fence": (
+        "s_dmn.index(opaque_zero(i)).store(join_columns(dm, dn, mn_layout))\n    fence_async_shared()",
+        "s_dmn.index(opaque_zero(i)).store(join_columns(dm, dn, mn_layout))",
     ),
     "P is overwritten in flight": (
         "dv, dku = warpgroup_mma_wait(num_outstanding=0, deps=[dv, dku])\n        dv = ",
@@ -123,30 +124,30 @@ BACKWARD_MUTATIONS = {
 }
 
 
-TOKENS_MUTATIONS = {
-    "S and dA are used in flight": ("num_outstanding=2 if NEEDS_Q", "num_outstanding=3 if NEEDS_Q"),
-    "K and U are released early": ("release(empty, before, STAGES, i > 0)", "release(empty, i, STAGES)"),
-    "the first tile is released twice": ("release(empty, before, STAGES, i > 0)", "release(empty, before, STAGES)"),
-    "dQ of the tile before may still read K": (
+DQ_KERNEL_MUTATIONS = {
+    "S and dA are used in flight": ("num_outstanding=2 if NEEDS_DQ", "num_outstanding=3 if NEEDS_DQ"),
+    "K and U are released early": ("release(empty, prev, STAGES, i > 0)", "release(empty, i, STAGES)"),
+    "the first tile is released twice": ("release(empty, prev, STAGES, i > 0)", "release(empty, prev, STAGES)"),
+    "dQ of the previous tile may still read K": (
         "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dq]))\n        release",
         "dq = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[dq]))\n        release",
     ),
     "V is read before it has arrived": ("wait_full(v_full, i, STAGES)", "wait_full(v_full, 0, STAGES)"),
     "dO is not waited for": ("q_full = allocate_barriers(2, 2)", "q_full = allocate_barriers(2, 1)"),
-    "dQ leaves without a fence": ("    fence_async_shared()\n        tma", "    tma"),
+    "dQ is stored without a fence": ("    fence_async_shared()\n        tma", "    tma"),
 }
-# What no rule forbids: the sums are wrong.
-TOKENS_ERRORS = {
+# Changes that break no rule of the machine but give wrong results.
+DQ_KERNEL_ERRORS = {
     "unchanged": None,
-    "dR goes on in the next sub-network": ("gl.where(last, 0.0, dr)", "dr"),
-    "dR is written at another tile": ("last = f + BLOCK_F >= F", "last = f + BLOCK_F < F"),
+    "dgate is not reset for the next sub-network": ("gl.where(last, 0.0, dgate)", "dgate"),
+    "dgate is stored at another tile": ("last = f + BLOCK_F >= F", "last = f + BLOCK_F < F"),
     "the gate of another sub-network": ("gate_ptrs + e.to(gl.int64) *", "gate_ptrs + 0 * e.to(gl.int64) *"),
     "rows of another sub-network": ("gl.where(f < F, e, e + 1)", "gl.where(f < F, e, e)"),
     "U in K's place": ("s_pair.slice(BLOCK_F, BLOCK_F)", "s_pair.slice(0, BLOCK_F)"),
     "the last tile is left out": ("issue_dq(dm, dn, s_ku, dq, tiles - 1", "issue_dq(dm * 0.0, dn, s_ku, dq, tiles - 1"),
 }
-# Where dQ would be added to the wrong place, or something else to it. The emulator cannot know, but the sums are wrong.
-DQ_MUTATIONS = {
+# Changes that add dQ to the wrong place: no rule of the machine forbids them, but the results are wrong.
+DQ_ACCUM_MUTATIONS = {
     "fragments": {
         "unchanged": None,
         "columns in their own order": ("columns *= 2", "columns *= 1"),
@@ -166,13 +167,13 @@ DQ_MUTATIONS = {
     },
     "tma": {
         "unchanged": None,
-        "another head's": ("reduce_add(dq_desc, [t, head, 0]", "reduce_add(dq_desc, [t, 0, 0]"),
-        "a tile leaves without a fence": ("    fence_async_shared()\n    reduce_add", "    reduce_add"),
-        "the tile before may still leave": (
-            "tma.store_wait(pendings=0)  # the tile before has",
-            "tma.store_wait(pendings=1)  # the tile before has",
+        "another head's": ("tma_reduce_add(dq_desc, [t, head, 0]", "tma_reduce_add(dq_desc, [t, 0, 0]"),
+        "a tile is reduced without a fence": ("    fence_async_shared()\n    tma_reduce_add", "    tma_reduce_add"),
+        "the previous tile may still be in flight": (
+            "tma.store_wait(pendings=0)  # the previous tile",
+            "tma.store_wait(pendings=1)  # the previous tile",
         ),
-        "the last tile is not waited for": ("    if ADDS_Q and BY_TMA:\n        tma.store_wait(pendings=0)\n", ""),
+        "the last tile is not waited for": ("    if ACCUM_DQ and BY_TMA:\n        tma.store_wait(pendings=0)\n", ""),
     },
 }
 
@@ -183,23 +184,24 @@ def test_a_broken_backward_is_caught(change):
     assert caught(launch.kernel, launch, change)
 
 
-def tokens_launch(inputs: list):
-    """The launch of the kernel for dQ and dR alone, and where it writes them."""
+def dq_launch(inputs: list):
+    """The launch of the dQ kernel, and the tensors that it writes."""
     q, k, u, v, gate, dout = inputs
     dq, dgate = (torch.full_like(x, torch.nan) for x in (q, gate))
-    return tokens_module.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate), dq, dgate
+    grads = Gradients(dq, None, None, None, dgate)
+    return dq_module.plan_backward_dq(dout, Inputs(q, k, u, v, gate), grads), dq, dgate
 
 
-@pytest.mark.parametrize("change", TOKENS_MUTATIONS.values(), ids=TOKENS_MUTATIONS.keys())
-def test_a_broken_backward_of_tokens_is_caught(change):
-    launch, *_ = tokens_launch(make_inputs(Shape((130,), 1, 1, 3, 250, 64), torch.bfloat16))
+@pytest.mark.parametrize("change", DQ_KERNEL_MUTATIONS.values(), ids=DQ_KERNEL_MUTATIONS.keys())
+def test_a_broken_dq_kernel_is_caught(change):
+    launch, *_ = dq_launch(make_inputs(Shape((130,), 1, 1, 3, 250, 64), torch.bfloat16))
     assert caught(launch.kernel, launch, change)
 
 
-@pytest.mark.parametrize("change", TOKENS_ERRORS.values(), ids=TOKENS_ERRORS.keys())
-def test_a_backward_of_tokens_that_errs_is_noticed(change):
+@pytest.mark.parametrize("change", DQ_KERNEL_ERRORS.values(), ids=DQ_KERNEL_ERRORS.keys())
+def test_a_wrong_dq_kernel_is_noticed(change):
     inputs = make_inputs(Shape((130,), 2, 1, 2, 100, 96), torch.bfloat16)
-    launch, *written = tokens_launch(inputs)
+    launch, *written = dq_launch(inputs)
     kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
     emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
     exact, eager = exact_results(inputs), eager_results(inputs)
@@ -213,27 +215,27 @@ def test_a_backward_of_tokens_that_errs_is_noticed(change):
 
 
 def backward_launch(inputs: list, tile: tiles.BackwardTile):
-    """The launch of the fused backward, and the memory that dQ is added to."""
+    """The launch of the fused backward, and its dQ accumulator."""
     q, k, u, v, gate, dout = inputs
-    weights = (torch.empty_like(x) for x in (k, u, v))
-    added = backward_module.dq_buffer(q, tile)
-    dgate = torch.zeros_like(gate)
-    return backward_module.plan_backward(dout, q, k, u, v, gate, *weights, added, dgate, tile), added
+    weights = [torch.empty_like(x) for x in (k, u, v)]
+    dq_accum = backward_module.allocate_dq_accum(q, tile)
+    grads = Gradients(dq_accum, *weights, torch.zeros_like(gate))
+    return backward_module.plan_backward(dout, Inputs(q, k, u, v, gate), grads, tile), dq_accum
 
 
 @pytest.mark.parametrize(
     ("dq", "change"),
-    [(dq, change) for dq, changes in DQ_MUTATIONS.items() for change in changes.values()],
-    ids=[f"{dq}, {name}" for dq, changes in DQ_MUTATIONS.items() for name in changes],
+    [(dq, change) for dq, changes in DQ_ACCUM_MUTATIONS.items() for change in changes.values()],
+    ids=[f"{dq}, {name}" for dq, changes in DQ_ACCUM_MUTATIONS.items() for name in changes],
 )
-def test_dq_is_added_where_it_belongs(dq, change):
+def test_dq_is_accumulated_in_the_right_place(dq, change):
     inputs = make_inputs(Shape((150,), 2, 1, 1, 70, 56 if dq == "tma" else 96), torch.bfloat16)
     tile = tiles.backward_tile(inputs[0].shape[-1])._replace(dq=dq)
-    launch, added = backward_launch(inputs, tile)
+    launch, dq_accum = backward_launch(inputs, tile)
     kernel = launch.kernel if change is None else mutated(launch.kernel, *change)
     try:
         emulate(kernel, launch.grid, launch.arguments, num_warps=launch.num_warps, hooks=HOOKS)
-        dq = backward_module.rounded_dq(added, inputs[0], tile)
+        dq = backward_module.convert_dq(dq_accum, inputs[0], tile)
         assert dq.is_contiguous()
         exact, eager = (results(inputs)[1] for results in (exact_results, eager_results))
         assert_within_budget("dq", dq, eager, exact, precision=torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Shared memory of the emulated machine: views as Gluon has them, and who may touch what when.
+"""Shared memory of the emulated machine: Gluon's views, and race detection.
 
-Every access is recorded with its agent and time; a new one must be ordered after each conflicting old one (see
-gluon_machine.py). What the generic proxy wrote must be fenced before the asynchronous one (wgmma, TMA) touches it.
+Every access is recorded with its agent and time; a new one must be ordered after each conflicting earlier one (see
+machine.py). Stores of the generic proxy must be fenced before the asynchronous proxy (wgmma, TMA) accesses the data.
 """
 
 import functools
@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from gluon_machine import Barrier, EmulationError, Partition, assigned_name, machine, where
-from gluon_values import TORCH_DTYPES, Value
+
+from gluon.machine import Barrier, EmulationError, Partition, assigned_name, machine, where
+from gluon.values import TORCH_DTYPES, Value
 
 
 @dataclass(eq=False)
@@ -59,7 +60,7 @@ class Allocation:
                 raise EmulationError(f"no fence_async_shared on {label}: {new}, after {old}")
 
     def record(self, new: Access) -> None:
-        """Keeps it, and forgets what it supersedes: later accesses ordered after it are ordered after those as well."""
+        """Keeps the access and drops those that it supersedes: what is ordered after it is ordered after them, too."""
         self.accesses = [
             old
             for old in self.accesses
@@ -143,7 +144,7 @@ class SharedMemory:
         self.written.fill_(True)
 
     def access(self, verb: str, *, writes: bool, asynchronous: bool, agent, time: float) -> Access:
-        """Checks and records what the current partition does, or has done on its behalf by `agent`."""
+        """Checks and records an access by the current partition, or by `agent` on its behalf."""
         data = self.data
         region = (data.storage_offset(), tuple(data.shape), data.stride())
         me = machine().current
@@ -162,5 +163,5 @@ class SharedMemory:
     def barrier(self) -> Barrier:
         barrier = self.allocation.barriers.get(self.data.storage_offset())
         if barrier is None or self.data.numel() != 1:
-            raise EmulationError(f"{where()}: {self.label} is no initialised mbarrier")
+            raise EmulationError(f"{where()}: {self.label} is not an initialised mbarrier")
         return barrier
