@@ -1,13 +1,13 @@
-"""Sizes of activations, and of their changes in a few Adam steps, against width and against number of heads.
+"""RMS of activations, and of their change over a few Adam steps, against width and number of heads.
 
-    python benchmarks/coordinate_check.py benchmarks/results/coordinate_check.json docs/coordinate_check.png
+    python benchmarks/coordinate_check.py benchmarks/results/coordinate_check.csv docs/coordinate_check.png
 
-A one-layer model on the bytes of a module of the standard library. Along "width" a head keeps 64 numbers and the number
-of heads grows; along "heads" the width stays 256. Prints the exponents of the power laws as Markdown. A few minutes.
+A one-layer model on the bytes of a module of the standard library. Along "width" the head dim stays 64 and the number of
+heads grows; along "heads" the width stays 256. Prints the exponents of the power laws as Markdown. A few minutes.
 """
 
 import argparse
-import json
+import csv
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ WIDTHS, HEADS, HEADS_WIDTH = (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16), 256
 VARIANTS = ("flashmhf", "mhffn", "pkv", "swiglu")
 SETTINGS = (("reference", False), ("scaled", False), ("scaled", True))  # (init, learning rates by fan-in)
 PARTS = ("scores", "gate", "ffn", "attention", "logits")
+CASE = ("axis", "variant", "init", "by_fan_in", "width", "heads")  # what identifies a case, seeds apart
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model: heads of its feed-forward layer, and whether learning rates go by fan-in."""
+    """One model; `by_fan_in`: learning rates scale with the fan-in; `heads` of its feed-forward layer."""
 
     variant: str
     init: str
@@ -37,7 +38,7 @@ class Case:
 
 
 def configuration(case: Case) -> dict[str, Any]:
-    """The model of a case, as a configuration's values: d_ff in proportion to the width, sub-networks of one size."""
+    """The FlashMHFConfig values of a case: d_ff proportional to the width, sub-networks of constant size."""
     rows = 3 * case.width
     values = {"ffn_type": case.variant, "init": case.init, "hidden_size": case.width, "intermediate_size": rows}
     values |= {"num_hidden_layers": 1, "num_attention_heads": case.width // HEAD_DIM, "vocab_size": 256}
@@ -74,7 +75,7 @@ def tokens(seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def parts(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """What each part of the model computes for a batch."""
+    """The output of each part of the model for a batch."""
     block = model.model.layers[0]  # type: ignore[union-attr, index]
     found: dict[str, Tensor] = {}
 
@@ -92,7 +93,7 @@ def parts(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 
 
 def inner_parts(layer: Any, x: Tensor) -> dict[str, Tensor]:
-    """Scores M (a SwiGLU's gate_proj, PKV's logits), and the logits of the gate where there is one."""
+    """Scores M (a SwiGLU's gate_proj, PKV's logits), and the gate's logits if it has a gate."""
     from flashmhf.layers import FlashMHF, SwiGLU
 
     if isinstance(layer, SwiGLU):
@@ -112,7 +113,7 @@ def rms(x: Tensor) -> float:
 
 
 def cases() -> list[tuple[str, Case]]:
-    """(axis, case), all of them."""
+    """All cases, each with the axis it belongs to."""
     along_width = [("width", width, width // HEAD_DIM) for width in WIDTHS]
     along_heads = [("heads", HEADS_WIDTH, heads) for heads in HEADS]
     return [
@@ -125,7 +126,7 @@ def cases() -> list[tuple[str, Case]]:
 
 
 def run() -> list[dict[str, Any]]:
-    """A row for every part of every case, the seeds' geometric means."""
+    """One row per part of every case: geometric means over seeds."""
     measured: dict[tuple[str, Case], list[dict[str, tuple[float, float]]]] = {}
     for axis, case in cases():
         measured.setdefault((axis, Case(**{**asdict(case), "seed": 0})), []).append(measure(case))
@@ -150,12 +151,45 @@ def exponent(rows: list[dict[str, Any]], axis: str, quantity: str) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
+def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
+    """As CSV: one line per case, with two columns per part."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        case = {name: row[name] for name in CASE}
+        line = lines.setdefault(tuple(case.values()), case)
+        line |= {f"{row['part']}_{name}": f"{row[name]:.6g}" for name in ("size", "change")}
+    columns = [*CASE, *(f"{part}_{name}" for part in PARTS for name in ("size", "change"))]
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines.values())
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows that `run` returned."""
+    with file.open(newline="") as opened:
+        lines = list(csv.DictReader(opened))
+    return [
+        {
+            "axis": line["axis"],
+            "variant": line["variant"],
+            "init": line["init"],
+            "by_fan_in": line["by_fan_in"] == "True",
+        }
+        | {"width": int(line["width"]), "heads": int(line["heads"]), "part": part}
+        | {name: float(line[f"{part}_{name}"]) for name in ("size", "change")}
+        for line in lines
+        for part in PARTS
+        if line[f"{part}_size"]
+    ]
+
+
 def line_of(rows: list[dict[str, Any]], **chosen: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[name] == value for name, value in chosen.items())]
 
 
 def table(rows: list[dict[str, Any]], axis: str, quantity: str) -> str:
-    """Markdown: exponents of a quantity along an axis, a line for each variant and part."""
+    """Markdown: exponents of a quantity along an axis, one line per variant and part."""
     settings = [pair for pair in SETTINGS if axis == "width" or not pair[1]]
     lines = [f"| {quantity} along {axis} | " + " | ".join(label(*pair) for pair in settings) + " |"]
     lines.append("|---|" + "---:|" * len(settings))
@@ -176,7 +210,7 @@ def label(init: str, by_fan_in: bool) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Changes against width and against heads, a column a setting, a row a part."""
+    """Changes against width and heads: one column per setting, one row per part."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,7 +239,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 panel.set_xlabel(axis)
         axes[y][0].set_ylabel(f"{part}: RMS")
     axes[0][0].legend(fontsize="small")
-    figure.suptitle(f"change after {STEPS} Adam steps at {LEARNING_RATE:g} (lines); size at the beginning (dotted)")
+    figure.suptitle(f"change after {STEPS} Adam steps at {LEARNING_RATE:g} (lines); size at initialisation (dotted)")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=80)
     plt.close(figure)
@@ -215,20 +249,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--draw-only", action="store_true", help="from the results that are there")
+    parser.add_argument("--draw-only", action="store_true", help="from existing results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.draw_only:
-        settings: dict[str, Any] = {
-            "steps": STEPS,
-            "tokens_a_step": BATCH * CONTEXT,
-            "learning_rate": LEARNING_RATE,
-            "seeds": SEEDS,
-        }
-        settings |= {"base_width": BASE_WIDTH, "torch": str(torch.__version__)}
-        content = ",\n".join(json.dumps(row) for row in run())
-        arguments.results.write_text(f'{{"settings": {json.dumps(settings)}, "rows": [\n{content}\n]}}\n')
-    rows = json.loads(arguments.results.read_text())["rows"]
+        write_rows(run(), arguments.results)
+    rows = read_rows(arguments.results)
     for axis in ("width", "heads"):
         for quantity in ("size", "change"):
             print(table(rows, axis, quantity) + "\n")

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row, Shape
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.benchmarking.workloads import LayerShape
 from flashmhf.ops.backends import backends
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.problem import Problem
 from gpu_rows import failed, rows_of
 
-SHAPES = {"370m": Shape(1024, 8, 7, 384), "1.3b": Shape(2048, 16, 15, 384)}
-TOY = Shape(128, 2, 2, 24)
+SHAPES = {"370m": LayerShape(1024, 8, 7, 384), "1.3b": LayerShape(2048, 16, 15, 384)}
+TOY = LayerShape(128, 2, 2, 24)
 REPEATS = 20
 FUSED = ("hopper", "triton")
 LAYER_KERNELS = ("forward", "backward")  # what a layer launches by default
@@ -125,7 +126,7 @@ class Bench:
         return any("failed" in row for row in self._about(variant, dtype))
 
     def _about(self, variant: Variant, dtype: torch.dtype) -> list[Row]:
-        about = variant.row() | {"dtype": name_of(dtype)}
+        about = variant.row() | {"dtype": dtype_name(dtype)}
         return [row for row in self._rows if all(row.get(key) == value for key, value in about.items())]
 
     def passed_backends(self, D: int, dtype: torch.dtype) -> list[str]:
@@ -162,5 +163,5 @@ def _differences(tile: Any, shipped: Any) -> list[str]:
     return [f"{key}={value}" for key, value in fields.items() if shipped is None or getattr(shipped, key) != value]
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

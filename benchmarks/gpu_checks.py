@@ -14,14 +14,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row, dtype_name
 from flashmhf.ops import calls, reference
 from flashmhf.ops.backends import select
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.tiles import Tile, device_class, fused_tile, table_rows
-from gpu_bench import Bench, Case, Size, Variant, name_of
+from gpu_bench import Bench, Case, Size, Variant
 from gpu_kernels import Case as Compilation
 from gpu_kernels import check_kernel, checked, expected, relative_error
 
@@ -83,13 +83,13 @@ def rounds(bench: Bench) -> Iterator[Case]:
 
 
 def _case(check: Callable[[], Iterator[Row]], variant: Variant, dtype: torch.dtype, size: Size) -> Case:
-    name = f"{variant.name} {variant.kernel} {name_of(dtype)} D={variant.D} {size}"
-    return Case(name, check, variant.row() | {"dtype": name_of(dtype)})
+    name = f"{variant.name} {variant.kernel} {dtype_name(dtype)} D={variant.D} {size}"
+    return Case(name, check, variant.row() | {"dtype": dtype_name(dtype)})
 
 
 def _check(bench: Bench, variant: Variant, size: Size, dtype: torch.dtype, rounds: int, repeats: int) -> Iterator[Row]:
     """The worst of every result over rounds of fresh data; the last round is repeated."""
-    case = variant.row() | {"dtype": name_of(dtype), "sizes": _sizes(size), "rounds": rounds}
+    case = variant.row() | {"dtype": dtype_name(dtype), "sizes": _sizes(size), "rounds": rounds}
     worst: dict[str, Row] = {}
     for _ in range(rounds):
         inputs = bench.inputs(*size, variant.D, dtype)
@@ -162,9 +162,9 @@ def _sizes(size: Size) -> str:
 def tiles(bench: Bench) -> Iterator[Case]:
     """Every row of the tile table for this device, bfloat16 first; gate and norm; addresses beyond 32 bits."""
     for kernel, dtype, D, tile in _shipped(bench):
-        about = {"kernel": kernel, "dtype": name_of(dtype), "D": D, "tile": "x".join(map(str, tile))}
+        about = {"kernel": kernel, "dtype": dtype_name(dtype), "D": D, "tile": "x".join(map(str, tile))}
         check = functools.partial(_check_tile, bench, kernel, dtype, D, tile)
-        yield Case(f"{kernel} {name_of(dtype)} D={D}", check, about)
+        yield Case(f"{kernel} {dtype_name(dtype)} D={D}", check, about)
     yield from _gated_cases(bench, DTYPES, (48,) if bench.dry_run else (48, 64, 128, 256))
     for backend in bench.backends(*WIDE, bench.dtype):
         yield Case(f"beyond 32 bits {backend}", functools.partial(_beyond_32_bits, bench, backend))
@@ -203,7 +203,7 @@ def _gated_cases(bench: Bench, dtypes: tuple[torch.dtype, ...], dims: tuple[int,
     for dtype, D in itertools.product(dtypes, dims):
         for backend in bench.backends(H, H, E, F, D, dtype):
             check = functools.partial(_gated, bench, backend, T, H, E, F, D, dtype)
-            yield Case(f"gated {backend} {name_of(dtype)} D={D}", check)
+            yield Case(f"gated {backend} {dtype_name(dtype)} D={D}", check)
 
 
 def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, dtype: torch.dtype) -> list[Row]:
@@ -223,7 +223,7 @@ def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, d
         got = [results(functools.partial(gated_mhf, backend=bench.runs_as(backend)), dtype) for _ in range(2)]
     eager, exact = results(formula, dtype), results(formula, torch.float64)
     sizes = f"T {T}, H {H} / {H}, E {E}, F {F}"
-    case = {"kernel": "gated_mhf", "backend": backend, "dtype": name_of(dtype), "D": D, "sizes": sizes}
+    case = {"kernel": "gated_mhf", "backend": backend, "dtype": dtype_name(dtype), "D": D, "sizes": sizes}
     names = ("out", "dq", "dk", "du", "dv", "dgate_weight", "dnorm_weight")
     return [
         checked(case | {"call": call}, *result)
@@ -240,6 +240,6 @@ def _beyond_32_bits(bench: Bench, backend: str) -> list[Row]:
     call = functools.partial(flash_mhf, backend=bench.runs_as(backend))
     tail = call(q[-150:].clone(), k, u, v)
     error, budget = relative_error(call(q, k, u, v)[-150:], tail), torch.finfo(q.dtype).eps
-    case = {"kernel": "beyond 32 bits", "backend": backend, "dtype": name_of(q.dtype), "D": D}
+    case = {"kernel": "beyond 32 bits", "backend": backend, "dtype": dtype_name(q.dtype), "D": D}
     sizes = f"q of {q.numel():,} elements, its last tokens"
     return [{**case, "sizes": sizes, "result": "out", "error": error, "budget": budget, "passed": error <= budget}]

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import flashmhf
-from flashmhf.benchmarking import Row, provenance
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.benchmarking.provenance import provenance
 from flashmhf.ops.backends import backends
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.tiles import device_class

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row
-from flashmhf.benchmarking.measuring import graphed
+from flashmhf.benchmarking.measuring import Row, dtype_name, graphed
 from flashmhf.layers import FlashMHF
-from gpu_bench import Bench, Case, name_of
+from gpu_bench import Bench, Case
 from gpu_checks import SMOKE_DIM
 from gpu_kernels import relative_error
 
@@ -42,7 +41,13 @@ def _check_graph(
     )
     xs = [bench.randn(T, shape.hidden_size, dtype=bench.dtype) for _ in range(4)]
     budget = torch.finfo(bench.dtype).eps  # another product may be chosen, so the last bit is free
-    case: dict[str, Any] = {"mode": mode, "backend": backend, "shape": name, "tokens": T, "dtype": name_of(bench.dtype)}
+    case: dict[str, Any] = {
+        "mode": mode,
+        "backend": backend,
+        "shape": name,
+        "tokens": T,
+        "dtype": dtype_name(bench.dtype),
+    }
     rows = []
     for result, (got, eager) in check(bench, layer, xs).items():
         error = relative_error(got, eager)

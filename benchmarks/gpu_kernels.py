@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row, dtype_name
 from flashmhf.ops import reference
 from flashmhf.ops.hopper import backward as hopper_backward
 from flashmhf.ops.hopper import backward_dq as hopper_tokens
@@ -24,7 +24,6 @@ from flashmhf.ops.triton.forward import plan_combine, plan_forward, splits_for
 from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import plan_prologue_backward, plan_prologue_forward, programs_per_head
 from flashmhf.ops.triton.tiles import Tile
-from gpu_bench import name_of
 
 BACKENDS = ("triton", "hopper")
 # Kernel, sizes T, H, H_kv, E, F, head dim, dtype, tile. In the place of a kernel one of BACKENDS, without a tile, is
@@ -223,5 +222,5 @@ def check_kernel(kernel: str, inputs: list[Tensor], tile: Tile | HopperTile) -> 
     q, k = inputs[:2]
     T, H, D = q.shape
     sizes = f"T {T}, H {H} / {k.shape[0]}, E {k.shape[1]}, F {k.shape[2]}"
-    case = {"kernel": kernel, "dtype": name_of(q.dtype), "D": D, "tile": "x".join(map(str, tile)), "sizes": sizes}
+    case = {"kernel": kernel, "dtype": dtype_name(q.dtype), "D": D, "tile": "x".join(map(str, tile)), "sizes": sizes}
     return [checked(case, name, result, eager[name], exact[name]) for name, result in got.items()]

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from flashmhf.benchmarking import Row
-from flashmhf.benchmarking.measuring import copy_call, interleaved_times, matmul_call
+from flashmhf.benchmarking.measuring import Row, copy_call, dtype_name, interleaved_times, matmul_call
 from flashmhf.ops.triton.tiles import device_class
-from gpu_bench import Bench, Case, Size, name_of
+from gpu_bench import Bench, Case, Size
 from gpu_checks import CANDIDATE_SIZE, FEW_TOKENS_SIZES, HEAD_DIMS, SMOKE_DIM, SMOKE_SIZES, portable_cases
 from gpu_compile import compile_ahead
 from gpu_kernels import Case as Compilation
@@ -48,7 +47,7 @@ def _yardsticks(bench: Bench) -> list[Row]:
     matmul, flops = matmul_call(bench.device, bench.dtype)
     copy, copied_bytes = copy_call(bench.device)
     times = interleaved_times({"matmul": matmul, "copy": copy}, bench.device, bench.repeats)
-    common = {"dtype": name_of(bench.dtype)}
+    common = {"dtype": dtype_name(bench.dtype)}
     return [
         {"variant": "cublas", **common, **vars(times["matmul"]), "tflops": flops / times["matmul"].median_ms / 1e9},
         {"variant": "copy", **vars(times["copy"]), "gb_s": copied_bytes / times["copy"].median_ms / 1e6},
@@ -68,7 +67,7 @@ def compile_second(bench: Bench) -> Iterator[Case]:
     yield from _backends(bench, [CANDIDATE_SIZE], HEAD_DIMS, (torch.bfloat16, torch.float16))
     yield from _candidates(bench, [CANDIDATE_SIZE], (64, 256))
     for dtype, cases in portable_cases(bench).items():
-        yield Case(f"tiles {name_of(dtype)}", functools.partial(_compile, bench, cases))
+        yield Case(f"tiles {dtype_name(dtype)}", functools.partial(_compile, bench, cases))
 
 
 def _backends(
@@ -81,7 +80,7 @@ def _backends(
             for D in dims
             for backend in bench.backends(*size[1:], D, dtype)
         ]
-        yield Case(f"backends {name_of(dtype)}", functools.partial(_compile, bench, cases))
+        yield Case(f"backends {dtype_name(dtype)}", functools.partial(_compile, bench, cases))
 
 
 def _candidates(bench: Bench, sizes: list[Size], dims: tuple[int, ...]) -> Iterator[Case]:

@@ -6,7 +6,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from flashmhf.benchmarking import table
 from flashmhf.evaluation.bootstrap import student_t
 from flashmhf.files import atomic_write
 from gpu_facts import facts

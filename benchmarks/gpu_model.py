@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.model import bench_generation, bench_training
 from gpu_bench import Bench, Case
 from gpu_checks import SMOKE_DIM

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row
 from flashmhf.files import atomic_write
 from flashmhf.reports.benchmark_figures import Panels, grid, panels, png
 

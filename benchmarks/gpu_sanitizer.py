@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row
 from flashmhf.layers import FlashMHF
 from gpu_bench import Bench, Case, OutOfTimeError
 

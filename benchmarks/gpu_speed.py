@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from flashmhf.benchmarking import Row, Shape, bench_decode, bench_layer
-from flashmhf.benchmarking.layer import describe
-from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
-from gpu_bench import Bench, Case, name_of
+from flashmhf.benchmarking.decode import bench_decode
+from flashmhf.benchmarking.layer import bench_layer, describe
+from flashmhf.benchmarking.measuring import Row, dtype_name, interleaved_times, matmul_call
+from flashmhf.benchmarking.workloads import LayerShape
+from gpu_bench import Bench, Case
 from gpu_checks import HEAD_DIMS, SMOKE_DIM, prepared
 
 PRODUCTS = {
@@ -45,20 +46,20 @@ def dims(bench: Bench) -> Iterator[Case]:
         for D in (64,) if bench.dry_run else HEAD_DIMS:
             if (D, dtype) != (SMOKE_DIM, torch.bfloat16):
                 E, F = (2, 24) if bench.dry_run else (15, 384)
-                shape = Shape(D_hidden // D * D, D_hidden // D, E, F)
+                shape = LayerShape(D_hidden // D * D, D_hidden // D, E, F)
                 for T in (16,) if bench.dry_run else DIMS_TOKENS:
                     measure = functools.partial(_op, bench, f"D={D}", shape, D, dtype, T)
-                    yield Case(f"{name_of(dtype)} D={D} T={T}", measure)
+                    yield Case(f"{dtype_name(dtype)} D={D} T={T}", measure)
 
 
-def _op(bench: Bench, name: str, shape: Shape, D: int, dtype: torch.dtype, T: int) -> Iterator[Row]:
+def _op(bench: Bench, name: str, shape: LayerShape, D: int, dtype: torch.dtype, T: int) -> Iterator[Row]:
     H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
     inputs = bench.inputs(T, H, H, E, F, D, dtype)
     matmul, matmul_flops = matmul_call(bench.device, dtype)
     variants = [variant for variant in bench.variants(D, dtype) if bench.passed(variant, dtype)]
     for kernel, products in PRODUCTS.items():
         named = {variant.name: variant for variant in variants if variant.kernel == kernel}
-        common = {"dtype": name_of(dtype), "shape": name, "tokens": T, "measured_pass": kernel}
+        common = {"dtype": dtype_name(dtype), "shape": name, "tokens": T, "measured_pass": kernel}
         calls = {"matmul": matmul}
         for key, variant in named.items():
             yield {"state": "trying", **variant.row(), **common}

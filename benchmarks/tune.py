@@ -19,12 +19,11 @@ import torch
 
 import gpu_kernels
 from compile_kernels import SHARED_LIMITS, Compiled, grid
-from flashmhf.benchmarking import Row
 from flashmhf.benchmarking.layer import describe
-from flashmhf.benchmarking.measuring import copy_call, interleaved_times
+from flashmhf.benchmarking.measuring import Row, copy_call, dtype_name, interleaved_times
 from flashmhf.ops.triton.tiles import BLOCK_DS, KERNELS, Tile, device_class, table_rows
 from gpu import add_options, run_safely
-from gpu_bench import Bench, Case, OutOfTimeError, name_of
+from gpu_bench import Bench, Case, OutOfTimeError
 from gpu_compile import compile_ahead
 from gpu_plan import Step
 
@@ -48,7 +47,9 @@ def tune(
     for dtype, D, kernel in itertools.product((getattr(torch, name) for name in dtypes), dims, kernels):
         shipped = {(kernel, D): tile for kernel, D, tile in table_rows(device_class(bench.device), dtype.itemsize)}
         if (kernel, D) in shipped:
-            yield Case(f"{kernel} {name_of(dtype)} D={D}", functools.partial(_tune, bench, kernel, dtype, D, shipped))
+            yield Case(
+                f"{kernel} {dtype_name(dtype)} D={D}", functools.partial(_tune, bench, kernel, dtype, D, shipped)
+            )
 
 
 def _tune(bench: Bench, kernel: str, dtype: torch.dtype, D: int, shipped: dict[tuple[str, int], Tile]) -> list[Row]:
@@ -62,7 +63,7 @@ def _tune(bench: Bench, kernel: str, dtype: torch.dtype, D: int, shipped: dict[t
     times = _times(bench, kernel, dtype, D, [own, *finalists], bench.repeats)
     best = min(times, key=lambda tile: _slowdown(times, tile, own))
     row: Row = {
-        "kernel": kernel, "dtype": name_of(dtype), "D": D, "shipped": list(own), "best": list(best),
+        "kernel": kernel, "dtype": dtype_name(dtype), "D": D, "shipped": list(own), "best": list(best),
         "speedup": 1 / _slowdown(times, best, own), "shipped_ms": times[own], "best_ms": times[best],
         **{key: checks[best][key] for key in ("error", "budget", "passed")},
         "fitting": len(fitting), "wrong": wrong,
