@@ -65,7 +65,7 @@ def test_defaults_are_resolved_and_saved(tmp_path):
     assert FlashMHFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_the_name_of_the_gate_before_version_0_2_is_still_read(tmp_path):
+def test_the_former_name_of_gate_type_is_still_read(tmp_path):
     config = FlashMHFConfig.from_preset("flashmhf-tiny", gate_type="softmax")
     old = {name: value for name, value in config.to_dict().items() if name != "gate_type"} | {"gate": "softmax"}
     (tmp_path / "config.json").write_text(json.dumps(old))

@@ -65,7 +65,7 @@ class FlashMHFConfig(LlamaConfig):
     reference_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if "gate" in kwargs:  # its name before version 0.2
+        if "gate" in kwargs:  # its former name
             self.gate_type = kwargs.pop("gate")
         if self.num_ffn_heads is None:
             self.num_ffn_heads = self.num_attention_heads
