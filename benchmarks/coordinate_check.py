@@ -2,8 +2,8 @@
 
     python benchmarks/coordinate_check.py benchmarks/results/coordinate_check.csv docs/coordinate_check.png
 
-A one-layer model on the bytes of a module of the standard library. Along "width" the head dim stays 64 and the number of
-heads grows; along "heads" the width stays 256. Prints the exponents of the power laws as Markdown. A few minutes.
+A one-layer model on the bytes of a module of the standard library. Along "width" the head dim stays 64 and the number
+of heads grows; along "heads" the width stays 256. Prints the exponents of the power laws as Markdown. A few minutes.
 """
 
 import argparse

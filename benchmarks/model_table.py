@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
     tile: str
     shipped: bool
     clocks: Clocks | None
-    programs_per_processor: int | None
+    programs_per_sm: int | None
     shape: str
     tokens: int
     programs: int | None

@@ -13,12 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from compile_kernels import DTYPES, TARGETS, compiled_kernel, plan, read, shipped
+from compile_kernels import DTYPES, TARGETS, TargetTile, compiled_kernel, read, shipped
 from flashmhf.benchmarking.workloads import LayerShape
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from gpu_bench import SHAPES
+from gpu_kernels import KernelCase, launches
 from kernel_table import tile_name
 from loop_costs import PROCESSORS, Clocks, Processor, loop_clocks
 from machine_code import machine_code
@@ -32,26 +31,24 @@ MODELS = {"128m": LayerShape(), **SHAPES}
 TOKENS = (4096, 16384, 65536)
 MEMORY_BOUND = ("decode", "prologue_forward", "prologue_backward")  # not predicted
 
-Case = tuple[str, str, int, torch.dtype, Any]  # as compile_kernels.shipped has them
-
 
 class Loop(NamedTuple):
     """A kernel's main loop, and its occupancy: resident programs per SM."""
 
-    case: Case
+    case: TargetTile
     shipped: bool
     clocks: Clocks
-    programs_per_processor: int
+    programs_per_sm: int
 
 
-def cases(target: str) -> list[tuple[Case, bool]]:
+def cases(target: str) -> list[tuple[TargetTile, bool]]:
     """Every kernel to predict in bfloat16, and whether it ships."""
-    kernels = [case for case in shipped(target) if case[3] == DTYPES[2] and case[1] not in MEMORY_BOUND]
+    kernels = [case for case in shipped(target) if case.dtype == DTYPES[2] and case.kernel not in MEMORY_BOUND]
     if target != "sm_90a":
         return [(case, True) for case in kernels]
     by_kernel: dict[str, Any] = {**hopper_tiles.CANDIDATES}
     candidates = [
-        (target, f"hopper_{kernel}", D, DTYPES[2], tile)
+        TargetTile(target, f"hopper_{kernel}", D, DTYPES[2], tile)
         for kernel, by_dim in by_kernel.items()
         for D, tiles in by_dim.items()
         for tile in tiles
@@ -59,18 +56,19 @@ def cases(target: str) -> list[tuple[Case, bool]]:
     return [(case, case in kernels) for case in dict.fromkeys(kernels + candidates)]
 
 
-def read_loop(kernel_and_ships: tuple[Case, bool]) -> Loop:
+def read_loop(kernel_and_ships: tuple[TargetTile, bool]) -> Loop:
     """Compiles a kernel and counts the clocks of its main loop."""
     case, ships = kernel_and_ships
     target, kernel, D, dtype, tile = case
-    compiled = compiled_kernel(plan(kernel, 4096, 8, 8, 7, 384, D, dtype, tile, target), TARGETS[target])
+    launch = launches(target, KernelCase(kernel, (4096, 8, 8, 7, 384), D, dtype, tile))[0]
+    compiled = compiled_kernel(launch, TARGETS[target])
     clocks = loop_clocks(machine_code(compiled.asm), partitions(compiled), PROCESSORS[target], tma_bytes(case))
     found = read(compiled, TARGETS[target])
     held = programs_held(PROCESSORS[target], compiled.metadata.num_warps, found.registers, found.shared_bytes)
     return Loop(case, ships, clocks, held)
 
 
-def tma_bytes(case: Case) -> int:
+def tma_bytes(case: TargetTile) -> int:
     """Bytes that a Hopper kernel's producer loads per iteration: K, U and V, or Q and dO; 0 for other kernels."""
     _, kernel, D, dtype, tile = case
     rows = {
@@ -99,7 +97,8 @@ def predict(loop: Loop, name: str, T: int) -> Prediction:
     H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
     block_t = tile.block_t * WARPGROUPS.get(kernel, 1)
     tiles = H * math.ceil(T / block_t) * E * math.ceil(F / tile.block_f)
-    programs = math.prod(plan(kernel, T, H, H, E, F, D, dtype, _one_tile_per_program(tile), target).grid)
+    launch = launches(target, KernelCase(kernel, (T, H, H, E, F), D, dtype, _one_tile_per_program(tile)))[0]
+    programs = math.prod(launch.grid)
     # Programs on one SM share its rates, so a round is one program per SM.
     rounds, iterations = math.ceil(programs / processor.count), math.ceil(tiles / programs)
     flops = PRODUCTS[kernel] * 2 * T * H * D * E * F
@@ -107,9 +106,9 @@ def predict(loop: Loop, name: str, T: int) -> Prediction:
     overlapped, exposed = (
         min_clocks / (rounds * iterations * clocks) for clocks in (loop.clocks.overlapped, loop.clocks.exposed)
     )
-    waves = math.ceil(programs / (processor.count * loop.programs_per_processor))
+    waves = math.ceil(programs / (processor.count * loop.programs_per_sm))
     return Prediction(
-        target, kernel, D, tile_name(tile._asdict()), loop.shipped, loop.clocks, loop.programs_per_processor,
+        target, kernel, D, tile_name(tile._asdict()), loop.shipped, loop.clocks, loop.programs_per_sm,
         name, T, programs, waves, overlapped, exposed,
     )  # fmt: skip
 
@@ -122,7 +121,7 @@ def _one_tile_per_program(tile: Any) -> Any:
 def two_kernels(tokens: Prediction, weights: Prediction) -> Prediction:
     """The portable backward: five and six products, of which the algorithm needs eight."""
     return tokens._replace(
-        kernel="backward", tile="", clocks=None, programs_per_processor=None, programs=None, waves=None,
+        kernel="backward", tile="", clocks=None, programs_per_sm=None, programs=None, waves=None,
         overlapped=8 / (5 / tokens.overlapped + 6 / weights.overlapped),
         exposed=8 / (5 / tokens.exposed + 6 / weights.exposed),
     )  # fmt: skip

@@ -3,8 +3,8 @@
     python benchmarks/sweep_width.py DATA benchmarks/results/sweep_width.jsonl [--minutes 30]
     python benchmarks/sweep_width.py DATA ROWS --minutes 0 --picture docs/width_sweep.png
 
-Two-layer models with heads of 32 on bytes, equal parameters at every width, one thread, one line of JSON a run.
-Finished rows are kept, and no new run starts after so many minutes.
+Two-layer models with head dim 32 on bytes, equal parameters at every width, one thread, one JSON line per run.
+Finished runs are kept, and no run starts after `--minutes`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 
 STEPS, BATCH, CONTEXT, WARMUP = 160, 4, 128, 16
 BASE_WIDTH, HEAD_DIM = 64, 32
-SUBNETWORK_SIZE = 74  # with E = d / 32: d_ff = 2.3125 d, level with a SwiGLU of 3 d
-# Learning rates as powers of 1/2, (init, by fan-in, width) -> which; around what is best there.
+SUBNETWORK_SIZE = 74  # with E = d / 32: d_ff = 2.3125 d, as many parameters as a SwiGLU with 3 d
+# (init, by fan-in, width) -> exponents of learning rates, powers of 1/2 around the best.
 GRID: dict[tuple[str, bool, int], tuple[int, ...]] = {
     ("scaled", False, 64): (5, 6, 7, 8, 9, 10),
     ("scaled", False, 128): (8, 7, 9),
@@ -34,8 +34,8 @@ SEEDS, LARGE = 2, 256
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One training run. With `by_fan_in` the learning rate is that of BASE_WIDTH."""
+class Run:
+    """One training run. With `by_fan_in` the learning rate is that at BASE_WIDTH."""
 
     variant: str
     width: int
@@ -45,30 +45,30 @@ class Trial:
     seed: int = 0
 
 
-def trials() -> list[Trial]:
-    """The whole grid, seed by seed, the large width first. At BASE_WIDTH both rules are the same for `scaled`."""
+def runs() -> list[Run]:
+    """The complete grid, seed by seed, the large width first. At BASE_WIDTH both rules agree for `scaled`."""
     grid = [
-        Trial(variant, width, 2.0**-power, init, by_fan_in, seed)
+        Run(variant, width, 2.0**-power, init, by_fan_in, seed)
         for seed in range(SEEDS)
         for (init, by_fan_in, width), powers in GRID.items()
         for power in powers
         for variant in ("flashmhf", "swiglu")
     ]
-    return sorted(grid, key=lambda trial: trial.width < LARGE)
+    return sorted(grid, key=lambda run: run.width < LARGE)
 
 
-def configuration(trial: Trial) -> dict[str, Any]:
-    """The model of a trial, as a configuration's values."""
-    heads = trial.width // HEAD_DIM
-    values = {"ffn_type": trial.variant, "init": trial.init, "hidden_size": trial.width, "num_hidden_layers": 2}
+def configuration(run: Run) -> dict[str, Any]:
+    """The FlashMHFConfig values of a run."""
+    heads = run.width // HEAD_DIM
+    values = {"ffn_type": run.variant, "init": run.init, "hidden_size": run.width, "num_hidden_layers": 2}
     values |= {"num_attention_heads": heads, "tie_word_embeddings": False, "max_position_embeddings": CONTEXT}
-    if trial.variant == "swiglu":
-        return values | {"intermediate_size": 3 * trial.width}
+    if run.variant == "swiglu":
+        return values | {"intermediate_size": 3 * run.width}
     sizes = {"num_ffn_heads": heads, "num_subnetworks": heads, "intermediate_size": heads * SUBNETWORK_SIZE}
     return values | sizes | {"q_norm": True}
 
 
-def run_trial(trial: Trial, data: str) -> dict[str, Any]:
+def train_run(run: Run, data: str) -> dict[str, Any]:
     """Trains one model and returns its row."""
     from flashmhf.data.config import DataConfig
     from flashmhf.models import FlashMHFConfig
@@ -77,30 +77,30 @@ def run_trial(trial: Trial, data: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        file.write_text(json.dumps(FlashMHFConfig(**configuration(trial)).to_dict()))
-        flags = ["--max-steps", str(STEPS), "--per-device-train-batch-size", str(BATCH), "--seed", str(trial.seed)]
-        flags += ["--learning-rate", str(trial.learning_rate), "--warmup-steps", str(WARMUP), "--report-to", "none"]
+        file.write_text(json.dumps(FlashMHFConfig(**configuration(run)).to_dict()))
+        flags = ["--max-steps", str(STEPS), "--per-device-train-batch-size", str(BATCH), "--seed", str(run.seed)]
+        flags += ["--learning-rate", str(run.learning_rate), "--warmup-steps", str(WARMUP), "--report-to", "none"]
         flags += ["--eval-strategy", "no", "--save-strategy", "no", "--disable-tqdm", "true"]
-        base_width = BASE_WIDTH if trial.by_fan_in else None
+        base_width = BASE_WIDTH if run.by_fan_in else None
         config = TrainConfig(
             model=str(file),
             data=DataConfig(source=data, context_length=CONTEXT, validation_tokens=2**15),
             mup_base_width=base_width,
         )
         result = train(config, parse_arguments(flags, f"{folder}/run"))
-    return asdict(trial) | {name: result[name] for name in ("parameters", "validation_loss", "elapsed_s")}
+    return asdict(run) | {name: result[name] for name in ("parameters", "validation_loss", "elapsed_s")}
 
 
 def sweep(data: str, output: Path, minutes: float) -> None:
     import torch
 
     torch.set_num_threads(1)
-    finished = {Trial(**{name: row[name] for name in asdict(Trial("", 0, 0.0))}) for row in read(output)}
+    finished = {Run(**{name: row[name] for name in asdict(Run("", 0, 0.0))}) for row in read(output)}
     started = time.monotonic()
-    for trial in trials():
-        if trial in finished or time.monotonic() - started >= 60 * minutes:
+    for run in runs():
+        if run in finished or time.monotonic() - started >= 60 * minutes:
             continue
-        row = run_trial(trial, data)
+        row = train_run(run, data)
         assert math.isfinite(row["validation_loss"])
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -112,7 +112,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]]:
-    """learning rate -> validation losses of its seeds, for the rows that have these values."""
+    """Learning rate -> validation losses of its seeds, for the rows with these values."""
     found: dict[float, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
         if all(row[name] == value for name, value in chosen.items()):
@@ -121,7 +121,7 @@ def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]
 
 
 def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool, str, int]]:
-    """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH stands under both rules."""
+    """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH appears under both rules."""
     found = {(row["init"], row["by_fan_in"], row["variant"], row["width"]) for row in rows}
     found |= {(init, True, *rest) for init, _, *rest in found if init == "scaled" and rest[1] == BASE_WIDTH}
     return sorted(found)
@@ -134,7 +134,7 @@ def line(rows: list[dict[str, Any]], init: str, by_fan_in: bool, variant: str, w
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the losses of every seed, a column a learning rate; the best mean of three or more is bold."""
+    """Markdown: the losses of every seed, one column per learning rate; the best mean of three or more is bold."""
     rates = sorted({row["learning_rate"] for row in rows})
     text = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
     for init, by_fan_in, variant, width in lines_of(rows):
@@ -150,13 +150,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Loss against learning rate, a panel a rule and a variant, a line a width."""
+    """Loss against learning rate: one panel per rule and variant, one line per width."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [entry for entry in lines_of(rows) if entry[0] == "scaled"]
+    shown = [line for line in lines_of(rows) if line[0] == "scaled"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained")
     for _, by_fan_in, variant, width in shown:
         found = line(rows, "scaled", by_fan_in, variant, width)
