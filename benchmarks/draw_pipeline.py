@@ -7,10 +7,9 @@ per clock); activations and loads take round numbers of clocks.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from flashmhf.reports.benchmark_figures import png
 
 FILE = Path(__file__).parents[1] / "docs/pipeline.png"
 ACTIVATE, LOAD, ADD = 320, 400, 200  # clocks
@@ -116,7 +115,7 @@ def main() -> None:
     figure, axes = plt.subplots(2, 1, figsize=(13, 6), layout="constrained")
     draw(axes[0], "Forward: S of the next tile is issued before O of this one; A and B activate in turn", forward(5, 4))
     draw(axes[1], "Backward: dV, dK and dU of a tile run while the next one is activated", backward(4, 2))
-    figure.savefig(FILE, dpi=130)
+    FILE.write_bytes(png(figure, dpi=130))
 
 
 if __name__ == "__main__":

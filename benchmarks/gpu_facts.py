@@ -69,13 +69,13 @@ def check_device(device: torch.device) -> None:
 
 
 def code_hash() -> str:
-    """Of package and benchmarks: identifies a modified tree, and a copy without a repository."""
+    """A hash of package and benchmarks: identifies a modified tree, and a copy without a repository."""
     files = [*Path(flashmhf.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
     return _hash(sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
 
 
 def kernel_hashes(ops: Path = OPS) -> dict[str, str]:
-    """Of each backend's sources without blank lines and comment lines, which change no kernel."""
+    """A hash of each backend's sources without blank lines and comment lines, which change no kernel."""
     hashes = {}
     for backend, folders in KERNELS.items():
         files = sorted(file for folder in folders for file in (ops / folder).glob("*.py") if file.name not in TABLES)

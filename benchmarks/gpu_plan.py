@@ -36,8 +36,6 @@ class Plan:
     steps: tuple[Step, ...]
 
 
-QUERY_S = 20  # of the device: starting Python, torch and the driver
-
 FIRST = (
     Step("machine", 15, "versions, nvidia-smi, cuBLAS at 8192^3, copy", "gpu_machine:machine", shows="tflops"),
     Step("compile", 25, "what this plan launches, over all cores", "gpu_machine:compile_first"),

@@ -211,7 +211,7 @@ class RunLog:
         return step * run.validations // run.steps > (step - 1) * run.validations // run.steps
 
     def row(self, step: int) -> Row:
-        """Of the interval since the last row; has "failed" if training has diverged."""
+        """The interval since the last row; has "failed" if training has diverged."""
         run, final = self.run, step == self.run.steps
         loss = float(torch.stack(self.losses).mean())  # waits for the device
         self.losses = []

@@ -27,7 +27,7 @@ class Processor:
     matrix_flops: int
     """16-bit operands, float32 sums."""
     mma_sync_share: float
-    """Of `matrix_flops`, for instructions of single warps."""
+    """Fraction of `matrix_flops` for instructions of single warps."""
     shared_bytes_held: int
     """Shared memory of all resident programs; each needs 1 KiB more than it allocates."""
     special: int = 16
@@ -48,7 +48,7 @@ PROCESSORS = {
 
 
 class Clocks(NamedTuple):
-    """Of one SM for one iteration of one program, by unit."""
+    """Clocks of one SM for one iteration of one program, by unit."""
 
     matrix: float
     special: float
@@ -76,7 +76,7 @@ class Clocks(NamedTuple):
 
 
 def loop_clocks(code: MachineCode, warps: list[int], processor: Processor, tma_bytes: int = 0) -> Clocks:
-    """Of the main loops of all partitions with matrix instructions, `warps` of each.
+    """Clocks of the main loops of all partitions with matrix instructions, `warps` of each.
 
     `tma_bytes` is what a producer partition loads to shared memory per iteration; its few instructions do not count.
     """

@@ -71,21 +71,21 @@ class MachineCode:
     """The basic blocks of one kernel in order, and its loops."""
 
     def __init__(self, lines: list[str | Instruction]) -> None:
-        """From labels (text) and instructions, in order."""
+        """Takes labels (text) and instructions, in order."""
         self.blocks = _blocks(lines)
 
     @classmethod
     def of_sass(cls, text: str) -> "MachineCode":
-        """From the output of `nvdisasm -c`."""
+        """Parses the output of `nvdisasm -c`."""
         return cls([line for line in map(_sass_line, text.splitlines()) if line is not None])
 
     @classmethod
     def of_amd(cls, text: str) -> "MachineCode":
-        """From LLVM's assembly."""
+        """Parses LLVM's assembly."""
         return cls([line for line in map(_amd_line, text.splitlines()) if line is not None])
 
     def instructions(self, blocks: frozenset[int] | None = None) -> list[Instruction]:
-        """Those of some blocks, or of all."""
+        """The instructions of some blocks, or of all."""
         return [
             instruction
             for index, block in enumerate(self.blocks)
@@ -139,7 +139,7 @@ class MachineCode:
 
 
 def machine_code(asm: dict) -> MachineCode:
-    """Of a kernel that Triton compiled: `asm` holds a cubin or AMD's assembly."""
+    """The code of a kernel that Triton compiled: `asm` holds a cubin or AMD's assembly."""
     return MachineCode.of_amd(asm["amdgcn"]) if "amdgcn" in asm else MachineCode.of_sass(disassemble(asm["cubin"]))
 
 

@@ -61,14 +61,14 @@ def issued_ratio(work: MatrixWork, kernel: str, tile: Any, block_d: int) -> floa
 
 
 def algorithm_flops(kernel: str, tile: Any, block_d: int) -> int:
-    """Of one tile, at the padded head dim."""
+    """The algorithm's FLOPs per tile, at the padded head dim."""
     block_t = tile.block_t * WARPGROUPS.get(kernel, 1)
     block_f = BLOCK_E if kernel.startswith("prologue") else tile.block_f
     return 2 * PRODUCTS[kernel] * block_t * block_f * block_d
 
 
 def matrix_work(compiled: Any) -> MatrixWork:
-    """Of a kernel that Triton compiled."""
+    """Matrix FLOPs of a kernel that Triton compiled."""
     return work_of(machine_code(compiled.asm), partitions(compiled))
 
 
@@ -87,7 +87,7 @@ def partitions(compiled: Any) -> list[int]:
 
 
 def work_of(code: MachineCode, warps: list[int]) -> MatrixWork:
-    """`warps`: of each partition with matrix instructions."""
+    """Matrix FLOPs of parsed code; `warps` as `partitions` returns them."""
     total = _flops(code, code.instructions(), warps[0])
     main = sum(_flops(code, code.instructions(loop.blocks), warps[0]) for loop in main_loops(code, warps))
     return MatrixWork(main, total - main)
@@ -127,7 +127,7 @@ def instruction_flops(instruction: Instruction, code: MachineCode, warps: int) -
 
 
 def _tcgen05_shape(instruction: Instruction, code: MachineCode) -> tuple[int, int, int]:
-    """From the instruction descriptor, a constant that an earlier instruction moves to a uniform register."""
+    """M, N and K from the instruction descriptor, a constant that an earlier instruction moves to a register."""
     register = re.search(r"idesc\[(UR\d+)\]", instruction.operands)
     assert register is not None, instruction
     value = None

@@ -128,7 +128,7 @@ def two_kernels(tokens: Prediction, weights: Prediction) -> Prediction:
 
 
 def predictions(loops: list[Loop]) -> list[Prediction]:
-    """Of all kernels at all shapes, and of the portable backward's two kernels together."""
+    """Predictions of all kernels at all shapes, and of the portable backward's two kernels together."""
     rows = [predict(loop, name, T) for loop in loops for name in MODELS for T in TOKENS]
     weights = {_place(row): row for row in rows if row.kernel == "backward_dkuv"}
     return rows + [two_kernels(row, weights[_place(row)]) for row in rows if row.kernel == "backward_dq"]

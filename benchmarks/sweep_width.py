@@ -16,6 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.table import Table
+
 STEPS, BATCH, CONTEXT, WARMUP = 160, 4, 128, 16
 BASE_WIDTH, HEAD_DIM = 64, 32
 SUBNETWORK_SIZE = 74  # with E = d / 32: d_ff = 2.3125 d, as many parameters as a SwiGLU with 3 d
@@ -68,7 +74,7 @@ def configuration(run: Run) -> dict[str, Any]:
     return values | sizes | {"q_norm": True}
 
 
-def train_run(run: Run, data: str) -> dict[str, Any]:
+def train_run(run: Run, data: str) -> Row:
     """Trains one model and returns its row."""
     from flashmhf.data.config import DataConfig
     from flashmhf.models import FlashMHFConfig
@@ -107,11 +113,11 @@ def sweep(data: str, output: Path, minutes: float) -> None:
         print(json.dumps(row), flush=True)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]]:
+def losses(rows: list[Row], **chosen: Any) -> dict[float, list[float]]:
     """Learning rate -> validation losses of its seeds, for the rows with these values."""
     found: dict[float, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
@@ -120,42 +126,36 @@ def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]
     return found
 
 
-def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool, str, int]]:
+def lines_of(rows: list[Row]) -> list[tuple[str, bool, str, int]]:
     """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH appears under both rules."""
     found = {(row["init"], row["by_fan_in"], row["variant"], row["width"]) for row in rows}
     found |= {(init, True, *rest) for init, _, *rest in found if init == "scaled" and rest[1] == BASE_WIDTH}
     return sorted(found)
 
 
-def line(rows: list[dict[str, Any]], init: str, by_fan_in: bool, variant: str, width: int) -> dict[float, list[float]]:
+def line(rows: list[Row], init: str, by_fan_in: bool, variant: str, width: int) -> dict[float, list[float]]:
     """The losses of one of `lines_of`."""
     by_fan_in = by_fan_in and width != BASE_WIDTH
     return losses(rows, init=init, by_fan_in=by_fan_in, variant=variant, width=width)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: the losses of every seed, one column per learning rate; the best mean of three or more is bold."""
     rates = sorted({row["learning_rate"] for row in rows})
-    text = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    lines = []
     for init, by_fan_in, variant, width in lines_of(rows):
         found = line(rows, init, by_fan_in, variant, width)
         best = min(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
-        cells = [", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates]
-        cells = [
-            f"**{cell}**" if rate == best and len(found) > 2 else cell for rate, cell in zip(rates, cells, strict=True)
-        ]
+        cells = {rate: ", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates}
+        if len(found) > 2:
+            cells[best] = f"**{cells[best]}**"
         rule = "by fan-in" if by_fan_in else "one rate"
-        text.append(f"| {variant} {width}, `{init}`, {rule} | " + " | ".join(cells) + " |")
-    return "\n".join(text)
+        lines.append([f"{variant} {width}, `{init}`, {rule}", *cells.values()])
+    return Table(["", *(f"2^{math.log2(rate):.0f}" for rate in rates)], lines).markdown()
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
+def draw(rows: list[Row], file: Path) -> None:
     """Loss against learning rate: one panel per rule and variant, one line per width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     shown = [line for line in lines_of(rows) if line[0] == "scaled"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained")
     for _, by_fan_in, variant, width in shown:
@@ -170,8 +170,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
+    file.write_bytes(png(figure, dpi=80))
 
 
 def main() -> None:

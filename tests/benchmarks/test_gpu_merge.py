@@ -30,8 +30,8 @@ def test_leases_of_two_machines_become_one_file_with_tables(tmp_path):
     merged = tmp_path / "gpu.jsonl"
     for name, ratio in (("H100", 0.7), ("H200", 0.75)):
         lease_of(tmp_path / name, name, ratio)
-        said = merge([tmp_path / name], merged)
-    assert said == f"{merged}: 24 rows, 1 files added"
+        summary = merge([tmp_path / name], merged)
+    assert summary == f"{merged}: 24 rows, 1 files added"
     rows = [json.loads(line) for line in merged.read_text().splitlines()]
     assert len(rows) == 24
     assert all({"device", "torch", "triton", "code", "commit"} <= row.keys() for row in rows)
@@ -60,8 +60,8 @@ def test_corrupt_lines_and_dry_runs_are_ignored_and_reported(tmp_path):
     with (folder / "rows.jsonl").open("a") as file:
         file.write('{"step": "op", "ca')
     merged = tmp_path / "gpu.jsonl"
-    said = merge([folder], merged)
-    assert said.endswith("no rows of a GPU in 1 files, 1 corrupt lines ignored")
+    summary = merge([folder], merged)
+    assert summary.endswith("no rows of a GPU in 1 files, 1 corrupt lines ignored")
     assert not merged.exists()
 
 

@@ -143,8 +143,8 @@ def test_a_base_width_must_be_positive(corpus_folder, model_file, tmp_path):
 
 
 def test_the_scripts_find_exponents_and_match_parameters():
-    rows = [{"width": width, "change": 3 * math.sqrt(width)} for width in (64, 256, 1024)]
-    assert coordinate_check.exponent(rows, "width", "change") == pytest.approx(0.5)
+    widths = [64, 256, 1024]
+    assert coordinate_check.exponent(widths, [3 * math.sqrt(width) for width in widths]) == pytest.approx(0.5)
     for width in (64, 128, 256):
         runs = [sweep_width.Run(variant, width, 1e-3) for variant in ("flashmhf", "swiglu")]
         configs = [FlashMHFConfig(**sweep_width.configuration(run)) for run in runs]

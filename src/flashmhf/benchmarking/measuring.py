@@ -129,17 +129,17 @@ class _GpuStopwatch:
         while True:
             elapsed_ms, host_ms, queued = self._measure(before)
             wanted_ms = max(2 * host_ms, MIN_BUSY_MS)
-            alone = queued or host_ms <= MAX_HOST_SHARE * elapsed_ms
-            if not alone:
+            excluded = queued or host_ms <= MAX_HOST_SHARE * elapsed_ms
+            if not excluded:
                 wanted_ms = max(wanted_ms, 2 * self._busy_ms)
             too_long = wanted_ms > MAX_BUSY_MS  # the call synchronizes, or fills the launch queue
-            if alone or self._busy_ms == 0 or (too_long and self._busy_ms <= MAX_HOST_SHARE * elapsed_ms):
+            if excluded or self._busy_ms == 0 or (too_long and self._busy_ms <= MAX_HOST_SHARE * elapsed_ms):
                 break
             self._attempts -= too_long
             self._busy_ms = 0 if too_long else wanted_ms
         self._taken_ms.append(elapsed_ms)
         self._host_ms.append(host_ms)
-        self._device_only &= alone
+        self._device_only &= excluded
         self._busy_ms = 0 if self._attempts <= 0 else MIN_BUSY_MS if too_long else wanted_ms
 
     def times(self) -> Times:
@@ -186,7 +186,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def gradient_bytes(function: Callable[..., Tensor]) -> int:
-    """Of the gradients of all parameters."""
+    """Bytes of the gradients of all parameters."""
     parameters = function.parameters() if isinstance(function, nn.Module) else ()
     return sum(parameter.nbytes for parameter in parameters)
 

@@ -110,7 +110,7 @@ class TrainingStep:
         return self.batch.numel() * cost.training_flops_per_token
 
     def state_bytes(self) -> int:
-        """Of parameters and optimizer, which outlive a step."""
+        """Bytes of parameters and optimizer state, which outlive a step."""
         moments = (x for state in self.optimizer.state.values() for x in state.values())
         return sum(x.nbytes for x in (*self.model.parameters(), *moments))
 

@@ -35,7 +35,7 @@ class Provenance:
 
 
 def provenance(device: torch.device) -> Provenance:
-    """Of what this process measures on `device`."""
+    """The provenance of what this process measures on `device`."""
     return Provenance(
         machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         processor=_processor(),

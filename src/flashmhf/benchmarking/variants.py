@@ -70,19 +70,19 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
-def _flash(shape: LayerShape, options: dict[str, Any], backend: str = "auto") -> FlashMHF:
+def _flash(shape: LayerShape, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> FlashMHF:
     sizes = (shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size)
-    return FlashMHF(*sizes, init="scaled", backend=backend, **options)
+    return FlashMHF(*sizes, init="scaled", backend=backend, dtype=dtype, device=device)
 
 
-def _swiglu(shape: LayerShape, options: dict[str, Any]) -> SwiGLU:
-    return SwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", **options)
+def _swiglu(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> SwiGLU:
+    return SwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", dtype=dtype, device=device)
 
 
-def _liger(shape: LayerShape, options: dict[str, Any]) -> nn.Module:
+def _liger(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if find_spec("liger_kernel") is None:
         raise ValueError("variants: expected the package liger-kernel for 'swiglu-liger', got none")
-    return LigerSwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", **options)
+    return LigerSwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", dtype=dtype, device=device)
 
 
 def _compiled(module: nn.Module) -> nn.Module:
@@ -91,7 +91,7 @@ def _compiled(module: nn.Module) -> nn.Module:
 
 
 # Builders. A chunk's activations fit a large L2 cache; those of `chunked-large` make cuBLAS's products larger.
-LAYERS: dict[str, Callable[[LayerShape, dict[str, Any]], nn.Module]] = {
+LAYERS: dict[str, Callable[[LayerShape, torch.dtype, torch.device], nn.Module]] = {
     "swiglu": _swiglu,
     "swiglu-compiled": lambda *arguments: _compiled(_swiglu(*arguments)),
     "swiglu-liger": _liger,
@@ -100,8 +100,8 @@ LAYERS: dict[str, Callable[[LayerShape, dict[str, Any]], nn.Module]] = {
     "chunked": lambda *arguments: Chunked(_flash(*arguments), mib=8),
     "chunked-large": lambda *arguments: Chunked(_flash(*arguments), mib=128),
     "flashmhf": _flash,
-    "flashmhf-triton": lambda shape, options: _flash(shape, options, "triton"),
-    "flashmhf-hopper": lambda shape, options: _flash(shape, options, "hopper"),
+    "flashmhf-triton": lambda shape, dtype, device: _flash(shape, dtype, device, "triton"),
+    "flashmhf-hopper": lambda shape, dtype, device: _flash(shape, dtype, device, "hopper"),
     "flashmhf-compiled": lambda *arguments: _compiled(_flash(*arguments)),
 }
 
@@ -110,7 +110,7 @@ def build_layers(
     shape: LayerShape, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Module]:
     """The named layers, each with its own random parameters."""
-    return {name: LAYERS[name](shape, {"dtype": dtype, "device": device}) for name in names}
+    return {name: LAYERS[name](shape, dtype, device) for name in names}
 
 
 def backend_of(module: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:

@@ -148,8 +148,8 @@ def _keep_one_shard(model: Any, config: PreTrainedConfig, ranks: int) -> int:
                 _cut(module, ranks)
     if config.tie_word_embeddings:
         return 0
-    whole = sum(p.numel() for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters())
-    return whole - whole // ranks
+    total = sum(p.numel() for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters())
+    return total - total // ranks
 
 
 def _cut(module: nn.Module, ranks: int) -> None:
