@@ -1,15 +1,15 @@
-"""How many programs one processor holds at once, by their registers, shared memory and warps.
+"""Occupancy: resident programs per SM, by their registers, shared memory and warps.
 
 python benchmarks/occupancy.py    the forward's rows of the tile table, as `OCCUPANCY` in ops/triton/tiles.py has them
 """
 
 from typing import NamedTuple
 
-from compile_kernels import BLOCK_DS, DTYPES, TABLE, Compiled, compile_row
+from compile_kernels import BLOCK_DS, DTYPES, TABLE, Compiled, TargetTile, compile_row
 
 
 class Processor(NamedTuple):
-    """What the programs on a processor share: 32-bit registers (AMD: of a lane, in each SIMD), bytes, warps."""
+    """Limits of an SM (AMD: compute unit): 32-bit registers (AMD: per lane and SIMD), bytes, warps."""
 
     registers: int
     shared_bytes: int
@@ -25,13 +25,13 @@ PROCESSORS = {
     "sm_120": Processor(65536, 102400, 48),
     "gfx942": Processor(512, 65536, 32),
 }
-RESERVED_BYTES = 1024  # of shared memory, by CUDA, for each program
-SIMDS = 4  # of a compute unit
-REGISTER_UNIT = 8  # registers of a thread are handed out by eights
+RESERVED_BYTES = 1024  # of shared memory per program, by CUDA
+SIMDS = 4  # per compute unit
+REGISTER_UNIT = 8  # registers per thread are allocated in units of 8
 
 
 def resident_programs(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
-    """Programs of `num_warps` warps that one processor holds at once; registers are a thread's."""
+    """Resident programs of `num_warps` warps per SM; `registers` are per thread."""
     processor = PROCESSORS[target]
     registers = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     if target == "gfx942":
@@ -42,10 +42,10 @@ def resident_programs(target: str, registers: int, shared_bytes: int, num_warps:
 
 
 def resident(target: str, element_bytes: int, kernel: str) -> tuple[int, ...]:
-    """For each of BLOCK_DS, the row's programs on one processor, compiled by the Triton that is installed."""
+    """Resident programs per SM for each of BLOCK_DS, as the installed Triton compiles the rows."""
     counts = []
     for block_d, tile in zip(BLOCK_DS, TABLE[target][element_bytes][kernel], strict=True):
-        compiled = compile_row((target, kernel, block_d, DTYPES[element_bytes], tile))
+        compiled = compile_row(TargetTile(target, kernel, block_d, DTYPES[element_bytes], tile))
         assert isinstance(compiled, Compiled), compiled
         counts.append(resident_programs(target, compiled.registers, compiled.shared_bytes, tile.num_warps))
     return tuple(counts)
