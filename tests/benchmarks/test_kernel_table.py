@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from test_triton_compiles import run
+from offline import run
 
 from kernel_table import Row, options, summary, tile_name, write_csv
 

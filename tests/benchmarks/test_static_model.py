@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_triton_compiles import run
+from offline import run
 
 from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile
 from flashmhf.ops.roofline import GPUS

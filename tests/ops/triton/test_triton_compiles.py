@@ -3,13 +3,10 @@
 The compiler runs in a process of its own, because the tests switch Triton to its interpreter.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from offline import run
 
 ROOT = Path(__file__).parents[3]
 COMPILE = """
@@ -70,15 +67,6 @@ HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_dq"}
 HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
 KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of this depth need more registers
-
-
-def run(script: str, *arguments: object) -> list:
-    """The parsed JSON lines that a script prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def check(target: str, element_bytes: int, block_d: int) -> None:
