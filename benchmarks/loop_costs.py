@@ -21,29 +21,24 @@ GLOBAL_LOAD = r"(LDG|LDGSTS)$"
 
 @dataclass(frozen=True)
 class Processor:
-    """A streaming multiprocessor, the number of them, and its limits. Rates are per clock."""
+    """A streaming multiprocessor, and the number of them. Rates are per clock."""
 
     count: int
     matrix_flops: int
     """16-bit operands, float32 sums."""
     mma_sync_share: float
     """Fraction of `matrix_flops` for instructions of single warps."""
-    shared_bytes_held: int
-    """Shared memory of all resident programs; each needs 1 KiB more than it allocates."""
     special: int = 16
     schedulers: int = 4
     shared_bytes: int = 128
     cache_bytes_of_all: int = 5120
     """L2 to all SMs together: NVIDIA's figure for the A100; none is published for the H100."""
-    warps: int = 64
-    programs: int = 32
-    registers: int = 65536
 
 
 # mma.sync on Hopper: 62.9 % of the peak on average, as arXiv 2402.13499 reports; not measured here.
 PROCESSORS = {
-    "sm_90a": Processor(count=132, matrix_flops=4096, mma_sync_share=0.629, shared_bytes_held=228 * 1024),
-    "sm_80": Processor(count=108, matrix_flops=2048, mma_sync_share=1.0, shared_bytes_held=164 * 1024),
+    "sm_90a": Processor(count=132, matrix_flops=4096, mma_sync_share=0.629),
+    "sm_80": Processor(count=108, matrix_flops=2048, mma_sync_share=1.0),
 }
 
 

@@ -8,22 +8,23 @@ from typing import NamedTuple
 from compile_kernels import BLOCK_DS, DTYPES, TABLE, Compiled, TargetTile, compile_row
 
 
-class Processor(NamedTuple):
-    """Limits of an SM (AMD: compute unit): 32-bit registers (AMD: per lane and SIMD), bytes, warps."""
+class Limits(NamedTuple):
+    """An SM's (AMD: compute unit's) 32-bit registers (AMD: per lane and SIMD), bytes, warps and programs."""
 
     registers: int
     shared_bytes: int
     warps: int
+    programs: int
 
 
-PROCESSORS = {
-    "sm_80": Processor(65536, 167936, 64),
-    "sm_86": Processor(65536, 102400, 48),
-    "sm_89": Processor(65536, 102400, 48),
-    "sm_90a": Processor(65536, 233472, 64),
-    "sm_100": Processor(65536, 233472, 64),
-    "sm_120": Processor(65536, 102400, 48),
-    "gfx942": Processor(512, 65536, 32),
+LIMITS = {
+    "sm_80": Limits(65536, 167936, 64, 32),
+    "sm_86": Limits(65536, 102400, 48, 16),
+    "sm_89": Limits(65536, 102400, 48, 24),
+    "sm_90a": Limits(65536, 233472, 64, 32),
+    "sm_100": Limits(65536, 233472, 64, 32),
+    "sm_120": Limits(65536, 102400, 48, 24),
+    "gfx942": Limits(512, 65536, 32, 32),
 }
 RESERVED_BYTES = 1024  # of shared memory per program, by CUDA
 SIMDS = 4  # per compute unit
@@ -32,13 +33,13 @@ REGISTER_UNIT = 8  # registers per thread are allocated in units of 8
 
 def resident_programs(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
     """Resident programs of `num_warps` warps per SM; `registers` are per thread."""
-    processor = PROCESSORS[target]
+    limits = LIMITS[target]
     registers = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     if target == "gfx942":
-        warps, reserved = SIMDS * min(processor.registers // registers, processor.warps // SIMDS), 0
+        warps, reserved = SIMDS * min(limits.registers // registers, limits.warps // SIMDS), 0
     else:
-        warps, reserved = min(processor.registers // (32 * registers), processor.warps), RESERVED_BYTES
-    return min(warps // num_warps, processor.shared_bytes // (shared_bytes + reserved))
+        warps, reserved = min(limits.registers // (32 * registers), limits.warps), RESERVED_BYTES
+    return min(limits.programs, warps // num_warps, limits.shared_bytes // (shared_bytes + reserved))
 
 
 def resident(target: str, element_bytes: int, kernel: str) -> tuple[int, ...]:

@@ -19,10 +19,11 @@ from flashmhf.ops.hopper import tiles as hopper_tiles
 from gpu_bench import SHAPES
 from gpu_kernels import KernelCase, launches
 from kernel_table import tile_name
-from loop_costs import PROCESSORS, Clocks, Processor, loop_clocks
+from loop_costs import PROCESSORS, Clocks, loop_clocks
 from machine_code import machine_code
 from matrix_work import PRODUCTS, WARPGROUPS, partitions
 from model_table import Prediction, line_of, measured, measurements, short_table, write_csv
+from occupancy import resident_programs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/static_model.md"
@@ -64,8 +65,8 @@ def read_loop(kernel_and_ships: tuple[TargetTile, bool]) -> Loop:
     compiled = compiled_kernel(launch, TARGETS[target])
     clocks = loop_clocks(machine_code(compiled.asm), partitions(compiled), PROCESSORS[target], tma_bytes(case))
     found = read(compiled, TARGETS[target])
-    held = programs_held(PROCESSORS[target], compiled.metadata.num_warps, found.registers, found.shared_bytes)
-    return Loop(case, ships, clocks, held)
+    resident = resident_programs(target, found.registers, found.shared_bytes, compiled.metadata.num_warps)
+    return Loop(case, ships, clocks, resident)
 
 
 def tma_bytes(case: TargetTile) -> int:
@@ -77,17 +78,6 @@ def tma_bytes(case: TargetTile) -> int:
         "hopper_backward": 2 * tile.block_t,
     }
     return rows.get(kernel, 0) * D * dtype.itemsize
-
-
-def programs_held(processor: Processor, warps: int, registers: int, shared_bytes: int) -> int:
-    """Occupancy: resident programs per SM. Registers are allocated to warps, in units of 8 per thread."""
-    registers_of_all = warps * 32 * -(-registers // 8) * 8
-    return min(
-        processor.programs,
-        processor.warps // warps,
-        processor.registers // registers_of_all,
-        processor.shared_bytes_held // (shared_bytes + 1024),
-    )
 
 
 def predict(loop: Loop, name: str, T: int) -> Prediction:

@@ -14,7 +14,8 @@ from kernel_table import tile_name
 from loop_costs import PROCESSORS, Clocks, loop_clocks
 from machine_code import MachineCode
 from model_table import SHOWN, measured, measurements, short_table, write_csv
-from static_model import ROOT, Loop, cases, predict, programs_held, tma_bytes, two_kernels
+from occupancy import resident_programs
+from static_model import ROOT, Loop, cases, predict, tma_bytes, two_kernels
 
 SASS = """
 kernel:
@@ -84,7 +85,7 @@ def test_rates_are_those_of_the_data_sheets(target, gpu, ghz):
     ],
 )
 def test_occupancy_by_hand(warps, registers, shared_bytes, held):
-    assert programs_held(H100, warps, registers, shared_bytes) == held
+    assert resident_programs("sm_90a", registers, shared_bytes, warps) == held
 
 
 def loop(kernel, tile, clocks, target="sm_90a", D=128, held=1) -> Loop:
@@ -189,6 +190,7 @@ from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile
 from machine_code import machine_code
 from gpu_kernels import KernelCase, launches
 from matrix_work import main_loops, partitions
+from occupancy import resident_programs
 from static_model import read_loop
 for kernel, tile in (("hopper_forward", ForwardTile(64, 64, 4, True)), ("hopper_backward", BackwardTile(128, 64, 2))):
     launch = launches("sm_90a", KernelCase(kernel, (4096, 8, 8, 7, 384), 128, torch.bfloat16, tile))[0]
