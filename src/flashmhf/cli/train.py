@@ -12,7 +12,12 @@ from flashmhf.cli.output import (
     SOURCE,
     BadData,
     ContextLength,
+    DocumentMask,
+    FusedLoss,
     Json,
+    MaxNonFiniteSteps,
+    MupBaseWidth,
+    RegionalCompilation,
     TextColumn,
     Tokenizer,
     ValidationTokens,
@@ -42,26 +47,13 @@ def train(
     text_column: TextColumn = DataConfig.text_column,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read data as needed; wants --max-steps.")] = False,
     validation_tokens: ValidationTokens = DataConfig.validation_tokens,
-    document_mask: Annotated[
-        bool, typer.Option("--document-mask", help="No attention from one document to another in a block.")
-    ] = False,
+    document_mask: DocumentMask = DataConfig.document_mask,
     bad_data: BadData = DataConfig.bad_data,
-    mup_base_width: Annotated[
-        int | None,
-        typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given one is for this width."),
-    ] = TrainConfig.mup_base_width,
+    mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    max_non_finite_steps: Annotated[
-        int, typer.Option(help="So many in a row without a finite loss end the run.")
-    ] = TrainConfig.max_non_finite_steps,
-    regional_compilation: Annotated[
-        bool,
-        typer.Option("--regional-compilation", help="Compile each decoder layer by itself; not with --torch-compile."),
-    ] = False,
-    fused_loss: Annotated[
-        str,
-        typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, without whole logits."),
-    ] = TrainConfig.fused_loss,
+    max_non_finite_steps: MaxNonFiniteSteps = TrainConfig.max_non_finite_steps,
+    regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
+    fused_loss: FusedLoss = TrainConfig.fused_loss,
     tensor_parallel: Annotated[
         int, typer.Option(help="Split the heads over so many of torchrun's processes; the others have other data.")
     ] = TrainConfig.tensor_parallel,
