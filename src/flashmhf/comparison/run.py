@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmhf.comparison.evaluate import HeldOut
 from flashmhf.comparison.launcher import train_runs
-from flashmhf.comparison.plan import Plan
+from flashmhf.comparison.plan import Plan, Run
 from flashmhf.comparison.results import RESULTS_FILE, ComparisonResult, write_comparison
 from flashmhf.comparison.scoring import score_runs
 from flashmhf.comparison.settings import Comparison
@@ -62,18 +62,24 @@ def compare(
     _claim(output_dir, settings)
     for variant in variants:
         write_json(plan.config_file(variant), variant.config.to_dict())
-    train_runs(plan.sweep(), jobs, environment, progress)
-    runs = plan.final()
-    train_runs(runs, jobs, environment, progress)
-    if not any(run.finished for run in runs):
-        where = "their standard error" if jobs == 1 else runs[0].log
-        raise RunError(f"training failed in every run; {where} has the reason")
+    runs = _train(plan, progress, jobs, environment)
     held_out = HeldOut.of(settings, documents, tokenizer)
     scores = score_runs(runs, held_out, jobs, progress)
     unigram = unigram_entropy(tokenize(documents, tokenizer))
     result = summarise(plan, runs, scores, held_out, jobs=jobs, unigram=unigram)
     write_comparison(result, output_dir / RESULTS_FILE)
     return result
+
+
+def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:
+    """The sweep over learning rates, then the final runs, which it returns."""
+    train_runs(plan.sweep(), jobs, environment, progress)
+    runs = plan.final()
+    train_runs(runs, jobs, environment, progress)
+    if not any(run.finished for run in runs):
+        where = "their standard error" if jobs == 1 else runs[0].log
+        raise RunError(f"training failed in every run; {where} has the reason")
+    return runs
 
 
 def _held_out_documents(settings: Comparison, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -7,8 +7,8 @@ from flashmhf.evaluation.loss import (
     TokenizedDocuments,
     evaluate,
     evaluate_tokenized,
-    split_windows,
 )
+from flashmhf.evaluation.windows import split_windows
 
 __all__ = [
     "DocumentLoss",

@@ -1,22 +1,22 @@
 """Language-model loss over whole documents: nats/token, perplexity, bits/byte."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.data.corpus import text_hash
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation.bootstrap import ratio_interval
+from flashmhf.evaluation.onednn import onednn_linear
+from flashmhf.evaluation.windows import Batch, window_batches
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import IGNORED
 from flashmhf.serialization import from_plain
@@ -151,20 +151,18 @@ def evaluate_tokenized(
         InputError: sizes that do not fit the model, or no token to predict.
         RunError: a loss is not finite.
     """
-    context_length = check_context_length(model.config, context_length)
-    stride = context_length if stride is None else stride
-    if not 1 <= stride <= context_length:
-        raise InputError(f"stride: expected 1 to the context length {context_length}, got {stride}")
+    context_length, stride = _checked_sizes(model, context_length, stride)
     lengths = np.array([len(ids) - 1 for ids in documents.tokens["input_ids"]])
     total = int(lengths.sum())
     if total == 0:
         raise InputError(f"data: expected a document with a token to predict, got none in {len(lengths)} documents")
-    windows = _all_windows(documents.tokens["input_ids"], context_length, stride)
     totals = _Totals(len(lengths), context_length)
-    for batch in _batches(windows, _batch_size(model, context_length)):
-        totals.add(batch, _losses(model, batch))
-        if progress is not None:
-            progress(int(totals.position_tokens.sum()), total)
+    batch_size = _batch_size(model, context_length)
+    with torch.inference_mode(), onednn_linear(model):
+        for batch in window_batches(documents.tokens["input_ids"], context_length, stride, batch_size):
+            totals.add(batch, _losses(model, batch))
+            if progress is not None:
+                progress(int(totals.position_tokens.sum()), total)
     per_document = _per_document(documents, totals.document_nats, lengths)
     return Evaluation(
         **_measures(per_document),
@@ -175,20 +173,6 @@ def evaluate_tokenized(
     )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Windows, padded on the right, where causal attention never sees it.
-
-    Attributes:
-        documents: index of each window's document.
-        input_ids, labels: (windows, positions).
-    """
-
-    documents: list[int]
-    input_ids: Tensor
-    labels: Tensor
-
-
 class _Totals:
     """Nats of each document, and nats and tokens by position: entry i had i + 1 tokens of context."""
 
@@ -196,40 +180,23 @@ class _Totals:
         self.document_nats = np.zeros(documents)
         self.position_nats, self.position_tokens = np.zeros(context_length), np.zeros(context_length, dtype=np.int64)
 
-    def add(self, batch: _Batch, losses: np.ndarray) -> None:
+    def add(self, batch: Batch, losses: np.ndarray) -> None:
         np.add.at(self.document_nats, batch.documents, losses.sum(1))
         self.position_nats[: losses.shape[1]] += losses.sum(0)
         self.position_tokens[: losses.shape[1]] += (batch.labels != IGNORED).sum(0).numpy()
 
 
+def _checked_sizes(model: PreTrainedModel, context_length: int | None, stride: int | None) -> tuple[int, int]:
+    context_length = check_context_length(model.config, context_length)
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise InputError(f"stride: expected 1 to the context length {context_length}, got {stride}")
+    return context_length, stride
+
+
 def _batch_size(model: PreTrainedModel, context_length: int) -> int:
     elements = CPU_LOGIT_ELEMENTS if model.device.type == "cpu" else ACCELERATOR_LOGIT_ELEMENTS
     return max(1, elements // (context_length * model.config.vocab_size))
-
-
-def _all_windows(
-    documents: Iterable[list[int]], context_length: int, stride: int
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    for index, ids in enumerate(documents):
-        for input_ids, labels in split_windows(ids, context_length, stride):
-            yield index, input_ids, labels
-
-
-def split_windows(ids: list[int], context_length: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """One document (its EOS token last) as (input_ids, labels); label i is the token after input i, or IGNORED.
-
-    The EOS token is moved to the front, as in training, where it precedes each document; every other token is a label
-    exactly once.
-    """
-    sequence = [ids[-1], *ids[:-1]]
-    targets = len(sequence) - 1
-    scored = 0
-    for start in range(0, targets, stride):
-        stop = min(start + context_length, targets)
-        if stop > scored:
-            labels = [IGNORED] * (scored - start) + sequence[scored + 1 : stop + 1]
-            yield sequence[start:stop], labels
-            scored = stop
 
 
 def _per_document(documents: TokenizedDocuments, nats: np.ndarray, lengths: np.ndarray) -> list[DocumentLoss]:
@@ -281,19 +248,7 @@ def _by_position(nats: np.ndarray, tokens: np.ndarray) -> list[PositionLoss]:
     return bins
 
 
-def _batches(windows: Iterator[tuple[int, list[int], list[int]]], batch_size: int) -> Iterator[_Batch]:
-    while batch := list(islice(windows, batch_size)):
-        documents, input_ids, labels = zip(*batch, strict=True)
-        longest = max(map(len, input_ids))
-        yield _Batch(list(documents), _padded(input_ids, longest, 0), _padded(labels, longest, IGNORED))
-
-
-def _padded(rows: Sequence[list[int]], length: int, padding: int) -> Tensor:
-    return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-
-
-@torch.inference_mode()
-def _losses(model: PreTrainedModel, batch: _Batch) -> np.ndarray:
+def _losses(model: PreTrainedModel, batch: Batch) -> np.ndarray:
     """Nats of every label, (windows, positions), 0 where there is none."""
     logits = model(batch.input_ids.to(model.device), use_cache=False).logits
     labels = batch.labels.to(model.device).flatten()
