@@ -18,7 +18,7 @@ def onednn_linear(model: nn.Module) -> Iterator[None]:
     """Within the context, linear layers with float32 weights on the CPU are oneDNN's. There is no derivative."""
     layers = [module for module in model.modules() if _is_plain_linear(module)] if _is_available() else []
     for layer in layers:
-        layer.forward = partial(_linear, layer)
+        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
