@@ -24,9 +24,9 @@ def reproducible():
 @pytest.fixture(autouse=True)
 def fresh_calls():
     """Forgets what earlier calls found, since tests change backends and tables."""
-    from flashmhf.ops import calls
+    from flashmhf.ops import call_cache
 
-    calls.forget()
+    call_cache.clear()
 
 
 @pytest.fixture

@@ -145,15 +145,15 @@ def test_a_base_width_must_be_positive(corpus_folder, model_file, tmp_path):
 
 
 def test_the_scripts_find_exponents_and_match_parameters():
-    rows = [{"width": width, "change": 3 * math.sqrt(width)} for width in (64, 256, 1024)]
-    assert coordinate_check.exponent(rows, "width", "change") == pytest.approx(0.5)
+    widths = [64, 256, 1024]
+    assert coordinate_check.exponent(widths, [3 * math.sqrt(width) for width in widths]) == pytest.approx(0.5)
     for width in (64, 128, 256):
-        trials = [sweep_width.Trial(variant, width, 1e-3) for variant in ("flashmhf", "swiglu")]
-        configs = [FlashMHFConfig(**sweep_width.configuration(trial)) for trial in trials]
+        runs = [sweep_width.Run(variant, width, 1e-3) for variant in ("flashmhf", "swiglu")]
+        configs = [FlashMHFConfig(**sweep_width.configuration(run)) for run in runs]
         counts = [FlashMHFForCausalLM(config).num_parameters() for config in configs]
         assert spread(counts) < 1.01
     stored = Path(sweep_width.__file__).parent / "results/sweep_width.jsonl"
-    known = set(sweep_width.trials())
-    fields = sweep_width.Trial.__dataclass_fields__
+    known = set(sweep_width.runs())
+    fields = sweep_width.Run.__dataclass_fields__
     found = [json.loads(line) for line in stored.read_text().splitlines()]
-    assert {sweep_width.Trial(**{name: row[name] for name in fields}) for row in found} <= known
+    assert {sweep_width.Run(**{name: row[name] for name in fields}) for row in found} <= known

@@ -18,14 +18,32 @@ BadData = Annotated[
     typer.Option(
         "--bad-data",
         metavar="skip|refuse",
-        help="Corrupt records. Empty documents are always skipped; all are counted.",
+        help="Corrupt records. Empty documents are always skipped; both are counted.",
     ),
 ]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
 ContextLength = Annotated[int, typer.Option(help="Tokens per training block.")]
-ValidationTokens = Annotated[int, typer.Option(help="At most this many are used for validation.")]
-Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, else the CPU.")]
+ValidationTokens = Annotated[int, typer.Option(help="Maximum number of tokens for validation.")]
+DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between the documents of a block.")]
+MupBaseWidth = Annotated[
+    int | None,
+    typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given rate is for this hidden size."),
+]
+MaxNonFiniteSteps = Annotated[
+    int, typer.Option(help="This many in a row without a finite loss and gradient end the run.")
+]
+RegionalCompilation = Annotated[
+    bool,
+    typer.Option(
+        "--regional-compilation", help="Compile each decoder layer separately; not together with --torch-compile."
+    ),
+]
+FusedLoss = Annotated[
+    str,
+    typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, which never hold all logits."),
+]
+Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, otherwise the CPU.")]
 
 
 @contextlib.contextmanager
@@ -36,7 +54,7 @@ def results_only() -> Iterator[None]:
 
 
 def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
-    """Prints a command's result; `output` is a file that also gets it, as JSON."""
+    """Prints a command's result, and writes it as JSON into the file `output`."""
     if output is not None:
         from flashmhf.files import write_json
 

@@ -12,7 +12,12 @@ from flashmhf.cli.output import (
     SOURCE,
     BadData,
     ContextLength,
+    DocumentMask,
+    FusedLoss,
     Json,
+    MaxNonFiniteSteps,
+    MupBaseWidth,
+    RegionalCompilation,
     TextColumn,
     Tokenizer,
     ValidationTokens,
@@ -44,34 +49,15 @@ def train(
         bool, typer.Option("--streaming", help="Read data as needed; requires --max-steps.")
     ] = DataConfig.streaming,
     validation_tokens: ValidationTokens = DataConfig.validation_tokens,
-    document_mask: Annotated[
-        bool, typer.Option("--document-mask", help="No attention between the documents of a block.")
-    ] = DataConfig.document_mask,
+    document_mask: DocumentMask = DataConfig.document_mask,
     bad_data: BadData = DataConfig.bad_data,
-    mup_base_width: Annotated[
-        int | None,
-        typer.Option(
-            metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given rate is for this hidden size."
-        ),
-    ] = TrainConfig.mup_base_width,
+    mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last complete checkpoint in the folder.")
     ] = False,
-    max_non_finite_steps: Annotated[
-        int, typer.Option(help="This many in a row without a finite loss and gradient end the run.")
-    ] = TrainConfig.max_non_finite_steps,
-    regional_compilation: Annotated[
-        bool,
-        typer.Option(
-            "--regional-compilation", help="Compile each decoder layer separately; not together with --torch-compile."
-        ),
-    ] = TrainConfig.regional_compilation,
-    fused_loss: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, which never hold all logits."
-        ),
-    ] = TrainConfig.fused_loss,
+    max_non_finite_steps: MaxNonFiniteSteps = TrainConfig.max_non_finite_steps,
+    regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
+    fused_loss: FusedLoss = TrainConfig.fused_loss,
     tensor_parallel: Annotated[
         int, typer.Option(help="Split the heads over groups of this many processes; each group has its own data.")
     ] = TrainConfig.tensor_parallel,

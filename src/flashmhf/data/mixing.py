@@ -76,17 +76,26 @@ def parse_sources(data: str) -> list[tuple[float, str]]:
     return used
 
 
-def load_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> TrainingData:
+def load_blocks(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, corpora: Sequence[Corpus] | None = None
+) -> TrainingData:
     """Reads and tokenizes every source; `seed` gives the order of the blocks.
+
+    Args:
+        config: what is read.
+        tokenizer: the model's.
+        seed: of the order.
+        corpora: the sources, if they are loaded already.
 
     Raises:
         InputError: a source, a weight or the amount of text does not fit.
     """
     weights, sources = zip(*parse_sources(config.source), strict=True)
-    corpora = [
-        load_corpus(source, text_column=config.text_column, streaming=config.streaming, bad_data=config.bad_data)
-        for source in sources
-    ]
+    if corpora is None:
+        corpora = [
+            load_corpus(source, text_column=config.text_column, streaming=config.streaming, bad_data=config.bad_data)
+            for source in sources
+        ]
     validation, bytes_per_token = _validation(corpora, weights, tokenizer, config)
     train: ShuffledBlocks | IterableDataset
     if config.streaming:
