@@ -1,4 +1,4 @@
-"""Several processes on one machine: functions of (rank, ...) in a gloo process group, with a limit in time."""
+"""Several processes on one machine: a function in a gloo process group, with a time limit."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ TIMEOUT_S = 120
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> Any:
-    """What `function(*arguments)`, a module's own, returns on rank 0; raises what the first rank to fail raised."""
+    """Returns what `function(*arguments)` returns on rank 0; raises the error of the first rank to fail."""
     context = mp.start_processes(
         _rank, (function, world_size, str(folder), arguments), world_size, join=False, start_method="spawn"
     )

@@ -1,4 +1,4 @@
-"""The command under torchrun, as its users start it, on the CPU."""
+"""`flashmhf train` under torchrun on the CPU, as users start it."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ FLAGS = ["--context-length", "32", "--learning-rate", "1e-2", "--logging-steps",
 
 
 def command(run: TrainConfig, folder: Path, processes: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    """Four sequences a step, whatever the number of processes."""
+    """Four sequences per step with any number of processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     train = [
         "-m",
