@@ -1,6 +1,6 @@
 """What the launcher would look up in Triton's cache, and what compiling ahead leaves there.
 
-    compile_ahead_cases.py ahead | launched      one JSON line a launch: [case, key]
+    compile_ahead_cases.py ahead | launched      one JSON line per launch: [case, key]
     compile_ahead_cases.py layers                [case, keys of a layer's launches that its backend's case lacks]
     compile_ahead_cases.py compile               compiles ahead, launches, prints what only the launch had compiled
 
@@ -52,7 +52,7 @@ TABLE: list[KernelCase] = [
 
 
 class Driver:
-    """What a launch asks before it loads the compiled kernel."""
+    """What a launch queries before it loads the compiled kernel."""
 
     def get_current_target(self):
         return TARGETS[CLASS]
@@ -65,7 +65,7 @@ class Driver:
 
 
 class CaughtError(Exception):
-    """In the place of a compilation: its source, target and options."""
+    """In place of a compilation: its source, target and options."""
 
 
 def catch(source, target=None, options=None, **_):
@@ -73,7 +73,7 @@ def catch(source, target=None, options=None, **_):
 
 
 def key(call: Callable[[], object]) -> str:
-    """Everything but the environment that the name of a compiled kernel on the disk is a hash of."""
+    """What Triton's cache key is a hash of, without the environment."""
     try:
         call()
     except CaughtError as caught:
@@ -92,7 +92,7 @@ def tensors(size: tuple[int, ...], D: int, dtype: torch.dtype, device: str) -> l
 
 
 def backend_launches(backend, size, D, dtype, device: str) -> Iterator[tuple[str, list[Launch]]]:
-    """Of a backend's own functions: with and without a gate, all gradients and some, a batch that is no flat view."""
+    """A backend's own functions: with and without a gate, all gradients and some, a batch that is not a flat view."""
     q, k, u, v, gate, dout = tensors(size, D, dtype, device)
     for r in (gate, None):
         yield f"forward {r is None}", recorded(functools.partial(backend.forward, q, k, u, v, r))
@@ -119,7 +119,7 @@ def prologue_launches(size, D, dtype, device: str) -> Iterator[tuple[str, list[L
 
 
 def everything(device: str) -> Iterator[tuple[str, list[Launch]]]:
-    """Everything that can be launched, by name; two calls with two devices give the same names."""
+    """Everything that can be launched, by name; the names do not depend on the device."""
     for case in TABLE:
         yield f"{case}", launches(CLASS, case, device)
     for size, D, dtype in itertools.product(SIZES, (48, 64), (torch.bfloat16, torch.float32)):
@@ -130,7 +130,7 @@ def everything(device: str) -> Iterator[tuple[str, list[Launch]]]:
     mended = patch.object(tiles, "miscompiles_transposed_results", lambda name: False)
     with mended, patch.object(tiles, "FUSED_FASTER", {(CLASS, 64)}):
         for name, some in backend_launches(portable, SIZES[0], 64, torch.bfloat16, device):
-            yield f"one pass {name}", some
+            yield f"fused {name}", some
     for size, D, dtype in itertools.product(SIZES, (64, 96, 128, 256), (torch.bfloat16, torch.float16)):
         for name, some in backend_launches(hopper, size, D, dtype, device):
             yield f"hopper {size} {D} {dtype} {name}", some
@@ -165,7 +165,7 @@ def planned(backend: str, T: int) -> list[Launch]:
 
 
 def compile_and_launch() -> None:
-    """One JSON line a launch of the table: what was not found, as the compiler's listener tells it."""
+    """One JSON line per launch of the table: what was not found, as reported by the compiler's listener."""
     for case, compiled in zip(TABLE, compile_ahead(CLASS, TABLE), strict=True):
         assert not isinstance(compiled, str), (case, compiled)
     kept = set(Path(os.environ["TRITON_CACHE_DIR"]).iterdir())

@@ -1,4 +1,4 @@
-"""The stopwatch on a simulated GPU: a host that queues kernels, and a device that runs them in order."""
+"""The stopwatch on a simulated GPU (a host that queues kernels, a device that runs them in order), and peak memory."""
 
 import json
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashmhf.benchmarking import measuring
-from flashmhf.benchmarking.measuring import Times, interleaved_times
+from flashmhf.benchmarking.measuring import Times, interleaved_times, peak_bytes
 
 CUDA = torch.device("cuda")
 
@@ -132,3 +132,13 @@ def test_on_a_cpu_there_is_one_time():
     times = interleaved_times({"call": lambda: None}, torch.device("cpu"), 3)["call"]
     assert (times.host_ms, times.device_only) == (None, None)
     assert json.loads(json.dumps(vars(times)))["host_ms"] is None
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def call():
+        first = torch.empty(1000, dtype=torch.float64)
+        del first
+        second, third = torch.empty(2000, dtype=torch.float64), torch.empty(500, dtype=torch.float64)
+        return second, third
+
+    assert peak_bytes(call, torch.device("cpu")) == 2500 * 8
