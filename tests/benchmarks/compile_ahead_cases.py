@@ -32,7 +32,7 @@ from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.tiles import Tile
 from gpu_compile import compile_ahead
-from gpu_kernels import BACKENDS, Case, launches, recorded
+from gpu_kernels import BACKENDS, KernelCase, launches, recorded
 
 CLASS = "sm_90a"
 EVERYTHING = (True,) * 5
@@ -41,7 +41,7 @@ NEEDS = (EVERYTHING, (True,) + (False,) * 4, (False, True, False, False, False),
 SIZES = ((16, 4, 4, 3, 384), (3, 4, 2, 3, 200), (300, 2, 2, 1, 1), (512, 16, 1, 16, 64))
 PROLOGUES = (Prologue("sigmoid", 1.0, 1e-6), Prologue("softmax", 2.0, 1e-6))
 FUSED = Tile(32, 64, 4, 2)
-TABLE: list[Case] = [
+TABLE: list[KernelCase] = [
     *((name, SIZES[0], 64, torch.bfloat16, Tile(16, 32, 4, 2)) for name in tiles.KERNELS),
     ("forward", SIZES[3], 64, torch.float32, Tile(32, 32, 4, 2)),
     ("hopper_forward", SIZES[1], 96, torch.bfloat16, forward_tile(96)),

@@ -90,7 +90,7 @@ def test_amd_assembly():
 
 
 def test_partitions_of_unequal_sizes_are_an_error():
-    with pytest.raises(AssertionError, match=re.escape("unequal sizes that all multiply, [8, 4]")):
+    with pytest.raises(AssertionError, match=re.escape("partitions of unequal sizes, [8, 4]")):
         work_of(MachineCode.of_sass(SASS), [8, 4])
 
 
@@ -119,7 +119,7 @@ def test_flops_of_tcgen05_come_from_its_descriptor(descriptor, m, n, k):
     multiply = Instruction("UTCHMMA", "gdesc[UR6], gdesc[UR64], tmem[UR10], tmem[UR28], idesc[UR29], !UPT")
     assert instruction_flops(multiply, MachineCode([move, multiply, later]), 8) == 2 * m * n * k
     computed = Instruction("UIADD3", "UR29, UR28, 0x10, URZ")
-    with pytest.raises(AssertionError, match="is no constant"):
+    with pytest.raises(AssertionError, match="is not constant"):
         instruction_flops(multiply, MachineCode([move, computed, multiply]), 8)
 
 

@@ -7,8 +7,9 @@ from flashmhf.data.config import DataConfig
 from flashmhf.data.mixing import load_blocks, parse_sources
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +74,10 @@ def test_a_run_says_what_it_used(two, tmp_path, model_file, streaming):
     )
     flags = ["--max-steps", "50", "--per-device-train-batch-size", "4", "--report-to", "none", "--disable-tqdm", "true"]
     result = train(run, parse_arguments([*flags, "--eval-strategy", "no"], str(tmp_path / "run")))
-    used = result["tokens_used"]
-    assert sum(used.values()) == result["tokens"] == 50 * 4 * 16
-    assert used[two[0]] / result["tokens"] == pytest.approx(0.75, abs=0.08)
-    assert result["validation_loss"] > 0
+    used = result.tokens_used
+    assert sum(used.values()) == result.tokens == 50 * 4 * 16
+    assert used[two[0]] / result.tokens == pytest.approx(0.75, abs=0.08)
+    assert result.validation_loss > 0
 
 
 @pytest.mark.parametrize("streaming", [False, True])

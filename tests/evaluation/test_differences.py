@@ -23,7 +23,7 @@ def evaluation(nats, tokens, digests=None):
 
 @pytest.fixture
 def losses():
-    """400 documents that differ much from each other, of 20 to 200 tokens."""
+    """400 documents of 20 to 200 tokens with very different losses."""
     generator = np.random.default_rng(1)
     tokens = generator.integers(20, 200, 400)
     return tokens * generator.normal(3.0, 0.5, 400), tokens, generator
@@ -42,7 +42,7 @@ def test_an_interval_agrees_with_the_normal_approximation(losses):
 def test_a_draw_cut_into_parts(losses, monkeypatch):
     nats, tokens, _ = losses
     whole = ratio_interval(nats, tokens)
-    monkeypatch.setattr("flashmhf.evaluation.bootstrap.ELEMENTS", 400 * (RESAMPLES // 3))  # three parts and a rest
+    monkeypatch.setattr("flashmhf.evaluation.bootstrap.MAX_ELEMENTS", 400 * (RESAMPLES // 3))  # three parts and a rest
     assert ratio_interval(nats, tokens) == pytest.approx(whole, abs=0.02)
 
 
@@ -99,8 +99,8 @@ def test_refusals():
     for others, message in (
         (evaluation([1.0, 2.0], [1, 1], ["0", "f"]), "expected the same documents, got document 1 and document 1"),
         (evaluation([1.0], [1]), "expected the same documents, got 2 and 1"),
-        ([mine, mine], "expected as many of either model, got 1 and 2"),
-        ([], "expected as many of either model, got 1 and 0"),
+        ([mine, mine], "expected as many of one model as of the other, got 1 and 2"),
+        ([], "expected as many of one model as of the other, got 1 and 0"),
     ):
         with pytest.raises(InputError, match=f"evaluations: {message}"):
             paired_difference(mine, others)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmhf import cli
-from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from flashmhf.data.tokenizer import byte_tokenizer, train_bpe
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import Evaluation, evaluate, split_windows
 from flashmhf.models.fused_loss import IGNORED
@@ -65,7 +65,7 @@ def test_sums_agree_with_scoring_token_by_token(model, stride):
 
 def test_batches_change_nothing(model, monkeypatch):
     together = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=16)
-    monkeypatch.setattr("flashmhf.evaluation.loss.LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr("flashmhf.evaluation.loss.CPU_LOGIT_ELEMENTS", 1)
     alone = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=16)
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 
@@ -112,7 +112,7 @@ def test_the_last_bin_ends_with_the_context_and_short_documents_fill_the_first(m
     assert short.context_length == 32
 
 
-def test_documents_are_named_and_known_again(model):
+def test_documents_have_origins_and_digests(model):
     documents = DOCUMENTS.add_column("origin", ["a.txt", "b.jsonl, line 1", "b.jsonl, line 2"])
     result = evaluate(model, byte_tokenizer(), documents)
     assert [one.origin for one in result.per_document] == documents["origin"][:]
@@ -138,7 +138,10 @@ def test_a_result_survives_json(model):
     single = evaluate(model, byte_tokenizer(), DOCUMENTS.select([0]))
     assert Evaluation.from_dict(single.as_dict()) == single
     del written["per_document"]
-    with pytest.raises(InputError, match="evaluation: expected the result of flashmhf eval, got one without 'per_doc"):
+    with pytest.raises(
+        InputError,
+        match="evaluation: expected the result of flashmhf eval, got another: Evaluation: expected per_doc",
+    ):
         Evaluation.from_dict(written)
 
 
@@ -180,7 +183,7 @@ def test_a_tokenizer_of_another_model(model):
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    save_tokenizer(byte_tokenizer(), tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "books/test").mkdir(parents=True)
     (tmp_path / "books/train.txt").write_text("to train with " * 20)
     for i, text in enumerate(DOCUMENTS["text"]):
@@ -215,12 +218,12 @@ def test_from_the_command_line(model, folder, monkeypatch, capsys):
     for i in (0, 1):
         (folder / f"books/test/{i}.txt").unlink()
     _, printed = run(monkeypatch, capsys, folder)
-    assert "no interval: it takes two documents" in printed.out
+    assert "no interval: it requires two documents" in printed.out
 
 
 def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
     other, books = folder / "other", folder / "books"
-    save_tokenizer(train_bpe(["some text"] * 3, 270), other)
+    train_bpe(["some text"] * 3, 270).save_pretrained(other)
     shutil.copytree(folder / "model", folder / "torn")
     (folder / "torn/model.safetensors").write_bytes(b"{}")
     (folder / "empty").mkdir()

@@ -65,7 +65,7 @@ def test_defaults_are_resolved_and_saved(tmp_path):
     assert FlashMHFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_gate_type_is_read_under_its_name_before_version_0_2(tmp_path):
+def test_gate_type_is_read_under_its_former_name(tmp_path):
     config = FlashMHFConfig.from_preset("flashmhf-tiny", gate_type="softmax")
     old = {name: value for name, value in config.to_dict().items() if name != "gate_type"} | {"gate": "softmax"}
     (tmp_path / "config.json").write_text(json.dumps(old))

@@ -18,8 +18,9 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.fused_loss import choose_linear_loss, fuse_loss, use_fused_loss
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 
 called_in: list[torch.dtype] = []
 

@@ -14,12 +14,12 @@ from flashmhf.models.reference.conversion import convert
 
 
 def rename_gate_type(config: dict) -> dict:
-    """The configuration as versions before 0.2 wrote it."""
+    """The configuration with the former name of gate_type."""
     return {"gate" if name == "gate_type" else name: value for name, value in config.items()}
 
 
 @pytest.mark.parametrize("gate_type", ["sigmoid", "softmax", None])
-def test_configurations_from_before_version_0_2_are_read(tmp_path, gate_type):
+def test_configurations_with_the_former_name_of_gate_type_are_read(tmp_path, gate_type):
     config = FlashMHFConfig.from_preset("flashmhf-tiny", gate_type=gate_type)
     old = rename_gate_type(config.to_dict())
     assert "gate_type" not in old
@@ -36,7 +36,7 @@ def test_configurations_from_before_version_0_2_are_read(tmp_path, gate_type):
         assert "gate" not in read.to_dict()
 
 
-def test_checkpoints_from_before_version_0_2_load_and_convert(make_model, tmp_path):
+def test_checkpoints_with_the_former_name_of_gate_type_load_and_convert(make_model, tmp_path):
     model = make_model(num_subnetworks=3, score_scale=1.0, gate_scale=1.0, output_scale=1.0)
     model.save_pretrained(tmp_path / "old")
     file = tmp_path / "old/config.json"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmhf.benchmarking import peak_bytes
+from flashmhf.benchmarking.measuring import peak_bytes
 from flashmhf.ops import blockwise, reference
 
 

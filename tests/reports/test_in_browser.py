@@ -1,12 +1,12 @@
-"""Reports in a real browser: nothing complains, every plot is drawn, and it is legible on a phone and on a desk.
+"""Pages in a real browser: no warnings, every plot is drawn and legible, on a phone and on a desktop.
 
-It wants Chromium and its driver (Debian: apt-get install chromium chromium-driver).
+Requires Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 """
 
 import shutil
 
 import pytest
-from test_run_report import log_lines, results
+from test_run_report import log_lines, result
 
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
@@ -55,7 +55,7 @@ def browser():
 
 @pytest.fixture
 def pages(tmp_path):
-    write_report(results(), tmp_path / "comparison.html")
+    write_report(result(), tmp_path / "comparison.html")
     row = {"tokens_per_second": 1000.0, "memory_mib": 512.0, "grad_norm": 1.0}
     log_lines(
         tmp_path,

@@ -1,8 +1,8 @@
-"""flashmhf compare: feed-forward layers against each other at matched parameters."""
+"""flashmhf compare: feed-forward layers at matched parameters or FLOPs."""
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,124 +10,127 @@ from flashmhf.cli.output import (
     BadData,
     ContextLength,
     Data,
+    DocumentMask,
+    FusedLoss,
     Json,
+    MaxNonFiniteSteps,
+    MupBaseWidth,
+    RegionalCompilation,
     TextColumn,
     Tokenizer,
     ValidationTokens,
     emit,
     results_only,
 )
-from flashmhf.cli.train import CONTEXT, train
 from flashmhf.data.config import DataConfig
+from flashmhf.training.config import TrainConfig
 
-OWN = ("streaming", "resume", "config")  # options of `flashmhf train` that a comparison decides
+if TYPE_CHECKING:
+    from flashmhf.comparison import Comparison, ComparisonResult
+
+OutputDir = Annotated[
+    str,
+    typer.Option(help="New, empty, or this comparison's, which is resumed; seeds, variants, ablations may be added."),
+]
+Variants = Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")]
+Models = Annotated[
+    str, typer.Option(metavar="PRESET|FILE|DIR,...", help="Backbones, and the sizes to match; several: each of them.")
+]
+Seeds = Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")]
+LearningRates = Annotated[
+    str, typer.Option(metavar="RATES", help="1e-3,2e-3: the best of these per variant; or VARIANT=RATE/RATE,...")
+]
+GateType = Annotated[str, typer.Option(help="Ablations of flashmhf: some of sigmoid,softmax,none.")]
+OnOff = Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")]
+HeadDim = Annotated[str, typer.Option(help="Ablations of flashmhf, such as 32,64,128.")]
+Subnetworks = Annotated[str, typer.Option(help="Ablations of flashmhf, such as 1,3,6.")]
+Match = Annotated[str, typer.Option(help="What is equal: parameters or flops.")]
+Depth = Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")]
+Jobs = Annotated[int, typer.Option(help="Runs at a time.")]
+DocumentBytes = Annotated[int, typer.Option(help="Score this many bytes of each held-out document, from its start.")]
+
+ABLATIONS = ("gate_type", "q_norm", "projections", "head_dim", "subnetworks")
+DECIDED = ("streaming", "resume", "config")  # options of `flashmhf train` that a comparison decides
+VALIDATION_TOKENS = DataConfig.validation_tokens // 4  # for each of many short runs
 
 
 def compare(
     context: typer.Context,
-    output_dir: Annotated[
-        str,
-        typer.Option(
-            help="New, empty, or holding this comparison, which goes on; seeds, variants, ablations may be added."
-        ),
-    ],
-    variants: Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")] = "swiglu,flashmhf",
-    model: Annotated[
-        str,
-        typer.Option(metavar="PRESET|FILE|DIR,...", help="Gives backbone and size to match; several: of each."),
-    ] = "flashmhf-tiny",
+    output_dir: OutputDir,
+    variants: Variants = "swiglu,flashmhf",
+    model: Models = "flashmhf-tiny",
     data: Data = DataConfig.source,
     tokenizer: Tokenizer = DataConfig.tokenizer,
-    seeds: Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")] = "0",
+    seeds: Seeds = "0",
     context_length: ContextLength = DataConfig.context_length,
-    learning_rate: Annotated[
-        str, typer.Option(metavar="RATES", help="1e-3,2e-3: each variant its best of these; or VARIANT=RATE/RATE,...")
-    ] = "",
-    gate_type: Annotated[str, typer.Option(help="Ablations of flashmhf: some of sigmoid,softmax,none.")] = "",
-    q_norm: Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")] = "",
-    projections: Annotated[str, typer.Option(help="Ablations of flashmhf: on,off.")] = "",
-    head_dim: Annotated[str, typer.Option(help="Ablations of flashmhf, such as 32,64,128.")] = "",
-    subnetworks: Annotated[str, typer.Option(help="Ablations of flashmhf, such as 1,3,6.")] = "",
-    match: Annotated[str, typer.Option(help="parameters or flops: what is equal.")] = "parameters",
-    depth: Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")] = "same",
-    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    learning_rate: LearningRates = "",
+    gate_type: GateType = "",
+    q_norm: OnOff = "",
+    projections: OnOff = "",
+    head_dim: HeadDim = "",
+    subnetworks: Subnetworks = "",
+    match: Match = "parameters",
+    depth: Depth = "same",
+    jobs: Jobs = 1,
     text_column: TextColumn = DataConfig.text_column,
     bad_data: BadData = DataConfig.bad_data,
-    validation_tokens: ValidationTokens = DataConfig.validation_tokens // 4,  # for each of many short runs
-    document_bytes: Annotated[
-        int, typer.Option(help="Of each held-out document at most so many are scored at the end.")
-    ] = 2**16,
+    validation_tokens: ValidationTokens = VALIDATION_TOKENS,
+    document_mask: DocumentMask = DataConfig.document_mask,
+    mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
+    max_non_finite_steps: MaxNonFiniteSteps = TrainConfig.max_non_finite_steps,
+    regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
+    fused_loss: FusedLoss = TrainConfig.fused_loss,
+    document_bytes: DocumentBytes = 2**16,
     json: Json = False,
 ) -> None:
-    """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train` too."""
+    """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train`, too."""
     with results_only():
-        from flashmhf.comparison import Comparison
         from flashmhf.comparison import compare as run_comparison
-        from flashmhf.reports.comparison import markdown_table
+        from flashmhf.reports.comparison import write_files
 
-        flags = list(context.args)
-        _check_flags(flags, output_dir)
-        names = _split(variants)
-        ablations = {
-            "gate-type": gate_type,
-            "q-norm": q_norm,
-            "projections": projections,
-            "head-dim": head_dim,
-            "subnetworks": subnetworks,
-        }
-        settings = Comparison(
-            variants=names,
-            models=_split(model),
-            data=DataConfig(
-                source=data,
-                tokenizer=tokenizer,
-                context_length=context_length,
-                text_column=text_column,
-                validation_tokens=validation_tokens,
-                bad_data=bad_data,
-            ),
-            seeds=tuple(_number(int, "seeds", seed) for seed in _split(seeds)),
-            learning_rates=_learning_rates(learning_rate, names),
-            training_flags=tuple(flags),
-            document_bytes=document_bytes,
-            ablations={name: _split(values) for name, values in ablations.items() if values},
-            match=match,
-            depth=depth,
-        )
-        results = run_comparison(
-            settings, Path(output_dir), lambda line: typer.echo(line, err=True), jobs=jobs, environment=os.environ
-        )
-    report = Path(output_dir) / "report.html"
-    samples = results["samples"]
-    text = [markdown_table(results), ""]
-    text += [f"unigram entropy: {results['unigram_entropy_nats']:.3f} nats/token", ""]
-    for variant, continuation in samples["continuations"].items():
-        text += [f"--- {variant}, continuing a held-out document", samples["prompt"] + continuation, ""]
-    emit({**results, "report": str(report)}, "\n".join([*text, f"report: {report}"]), json)
-    raise typer.Exit(1 if any(run["status"] != "finished" for run in results["runs"]) else 0)
+        settings = _settings(context.params, tuple(context.args))
+        result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+        report = write_files(result, Path(output_dir))
+    emit({**result.as_dict(), "report": str(report)}, _text(result, report), json)
+    raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 
 
-def _check_flags(flags: list[str], output_dir: str) -> None:
-    """Raises InputError for a flag that `flashmhf train` does not know or that a comparison gives itself."""
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":
+    from flashmhf.comparison import Comparison
+
+    _check_flags(flags, options["output_dir"])
+    variants = _split(options["variants"])
+    return Comparison(
+        variants=variants,
+        models=_split(options["model"]),
+        train=TrainConfig.from_options({**options, "model": ""}),
+        training_flags=flags,
+        seeds=tuple(_number(int, "seeds", seed) for seed in _split(options["seeds"])),
+        learning_rates=_learning_rates(options["learning_rate"], variants),
+        document_bytes=options["document_bytes"],
+        ablations={name.replace("_", "-"): _split(options[name]) for name in ABLATIONS if options[name]},
+        match=options["match"],
+        depth=options["depth"],
+    )
+
+
+def _check_flags(flags: tuple[str, ...], output_dir: str) -> None:
+    """Raises InputError for a flag that TrainingArguments does not have or that a comparison decides."""
     from flashmhf.errors import InputError
-    from flashmhf.training.run import parse_arguments
+    from flashmhf.training.arguments import parse_arguments
 
-    own = typer.main.get_command(_train_alone()).make_context("train", [*flags, "--model", "", "--output-dir", ""])
-    with own:
-        for name in OWN:
-            if own.params[name]:
-                raise InputError(f"{name.replace('_', '-')}: expected nothing, since a comparison decides, got a value")
-        arguments, usual = (parse_arguments(given, output_dir) for given in (own.args, []))
+    for name in DECIDED:
+        if any(flag.partition("=")[0] == f"--{name}" for flag in flags):
+            raise InputError(f"{name}: expected nothing, since a comparison decides, got a value")
+    arguments, defaults = (parse_arguments(given, output_dir) for given in (list(flags), []))
     for name in ("seed", "data_seed", "logging_steps", "logging_strategy"):
-        if getattr(arguments, name) != getattr(usual, name):
+        if getattr(arguments, name) != getattr(defaults, name):
             instead = "--seeds" if "seed" in name else "nothing, since every step is logged"
             raise InputError(f"{name.replace('_', '-')}: expected {instead}, got {getattr(arguments, name)}")
-
-
-def _train_alone() -> typer.Typer:
-    alone = typer.Typer(add_completion=False)
-    alone.command(context_settings=CONTEXT)(train)
-    return alone
 
 
 def _split(values: str) -> tuple[str, ...]:
@@ -150,3 +153,12 @@ def _number(kind, option: str, text: str):
     except ValueError as error:
         what = "a whole number" if kind is int else "a number"
         raise InputError(f"{option}: expected {what}, got {text!r}") from error
+
+
+def _text(result: "ComparisonResult", report: Path) -> str:
+    from flashmhf.reports.comparison import markdown_table
+
+    lines = [markdown_table(result), "", f"unigram entropy: {result.unigram_entropy_nats:.3f} nats/token", ""]
+    for variant, continuation in result.samples.continuations.items():
+        lines += [f"--- {variant}, continuing a held-out document", result.samples.prompt + continuation, ""]
+    return "\n".join([*lines, f"report: {report}"])

@@ -1,31 +1,44 @@
 """flashmhf eval: language-model loss and downstream tasks of a trained model."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashmhf.cli.output import BadData, Data, Device, Json, TextColumn, check_file, emit, pick_device, results_only
+from flashmhf.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from flashmhf.evaluation import Evaluation
+
+Model = Annotated[str, typer.Argument(metavar="DIR", help="A trained model with its tokenizer.")]
+ContextLength = Annotated[int | None, typer.Option(help="Tokens in a window. Default: the model's maximum.")]
+Stride = Annotated[int | None, typer.Option(help="Tokens that a window moves on. Default: the context length.")]
+Split = Annotated[
+    str, typer.Option(help="validation (as held out in training), train, all, or one that the data has: test.")
+]
+DocumentBytes = Annotated[
+    int | None, typer.Option(help="Score this many bytes of each document, from its start. Default: all.")
+]
+Tasks = Annotated[str, typer.Option(help="Run these lm-eval tasks instead, with commas; paper: its six.")]
+TasksPath = Annotated[str | None, typer.Option(help="Folder with task definitions of your own.")]
+Tokenizer = Annotated[str | None, typer.Option(metavar="bytes|DIR|ID", help="Default: the model's own.")]
+Output = Annotated[str | None, typer.Option(metavar="FILE", help="Write the JSON object there, too.")]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A trained model with its tokenizer.")],
-    data: Data = "stdlib",
-    context_length: Annotated[
-        int | None, typer.Option(help="Tokens in a window. Default: the model's longest.")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a window moves on. Default: the context length.")] = None,
-    split: Annotated[
-        str, typer.Option(help="validation (as training holds it out), train, all, or one that the data has: test.")
-    ] = "validation",
-    document_bytes: Annotated[
-        int | None, typer.Option(help="Score at most so many bytes of each document. Default: all.")
-    ] = None,
-    text_column: TextColumn = "text",
-    bad_data: BadData = "refuse",
-    tasks: Annotated[str, typer.Option(help="Run these lm-eval tasks instead, with commas; paper: its six.")] = "",
-    tasks_path: Annotated[str | None, typer.Option(help="Folder with task definitions of your own.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="bytes|DIR|ID", help="Default: the model's own.")] = None,
-    output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the JSON object there, too.")] = None,
+    context: typer.Context,
+    model: Model,
+    data: Data = DataConfig.source,
+    context_length: ContextLength = None,
+    stride: Stride = None,
+    split: Split = "validation",
+    document_bytes: DocumentBytes = None,
+    text_column: TextColumn = DataConfig.text_column,
+    bad_data: BadData = DataConfig.bad_data,
+    tasks: Tasks = "",
+    tasks_path: TasksPath = None,
+    tokenizer: Tokenizer = None,
+    output: Output = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -39,73 +52,70 @@ def evaluate(
         loaded = load_model(model).to(pick_device(device))
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
-        result: dict[str, Any] = {"model": model}
-        if tasks:
-            from flashmhf.evaluation.tasks import evaluate_tasks
-
-            measures = evaluate_tasks(
-                loaded, own_tokenizer, tasks.split(","), tasks_path=tasks_path, context_length=context_length
-            )
-            result["tasks"], text = measures, _tasks_text(measures)
-        else:
-            from flashmhf.data.splits import load_documents, truncate_documents
-
-            documents = load_documents(data, split=split, text_column=text_column, bad_data=bad_data)
-            if document_bytes is not None:
-                documents = truncate_documents(documents, document_bytes)
-            result |= {"data": data, "split": split}
-            result |= _language_modelling(loaded, own_tokenizer, documents, context_length, stride)
-            text = _text(result)
-    emit(result, text, json, output)
+        measure = _tasks if tasks else _language_modelling
+        result, text = measure(loaded, own_tokenizer, context.params)
+    emit({"model": model, **result}, text, json, output)
 
 
-def _language_modelling(model, tokenizer, documents, context_length: int | None, stride: int | None) -> dict:
+def _tasks(model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    from flashmhf.evaluation.tasks import evaluate_tasks
+    from flashmhf.reports.table import Table
+
+    names, limits = options["tasks"].split(","), {key: options[key] for key in ("tasks_path", "context_length")}
+    measures = evaluate_tasks(model, tokenizer, names, **limits)
+    rows = []
+    for task, values in measures.items():
+        for name, value in values.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                error = values.get(name.replace(",", "_stderr,"), "")
+                shown = f"{error:.4f}" if isinstance(error, float) else ""
+                rows.append((task, name.removesuffix(",none"), f"{value:.4f}", shown))
+    return {"tasks": measures}, Table(("task", "measure", "value", "standard error"), rows).markdown()
+
+
+def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
     from rich.console import Console
     from rich.progress import Progress
 
+    from flashmhf.data.splits import load_documents, truncate_documents
     from flashmhf.evaluation import evaluate as run_evaluation
 
+    source, split = options["data"], options["split"]
+    documents = load_documents(source, split=split, text_column=options["text_column"], bad_data=options["bad_data"])
+    if options["document_bytes"] is not None:
+        documents = truncate_documents(documents, options["document_bytes"])
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("evaluating", total=None)
         result = run_evaluation(
             model,
             tokenizer,
             documents,
-            context_length=context_length,
-            stride=stride,
+            context_length=options["context_length"],
+            stride=options["stride"],
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return result.as_dict()
+    return {"data": source, "split": split, **result.as_dict()}, _text(result)
 
 
-def _text(result: dict[str, Any]) -> str:
+def _text(result: "Evaluation") -> str:
+    from flashmhf.reports.table import Table
+
     lines = [
-        f"{result['nats_per_token']:.4f} nats/token, perplexity {result['perplexity']:,.2f}, "
-        f"{result['bits_per_byte']:.4f} bits/byte",
-        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['documents']:,} documents; "
-        f"windows of {result['context_length']}, stride {result['stride']}",
+        f"{result.nats_per_token:.4f} nats/token, perplexity {result.perplexity:,.2f}, "
+        f"{result.bits_per_byte:.4f} bits/byte",
+        f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; "
+        f"windows of {result.context_length}, stride {result.stride}",
     ]
-    if result["intervals"] is None:
-        lines.append("no interval: it takes two documents")
+    if result.intervals is None:
+        lines.append("no interval: it requires two documents")
     else:
-        ends = {name: f"{low:,.4f} to {high:,.4f}" for name, (low, high) in result["intervals"].items()}
+        ends = {name: f"{low:,.4f} to {high:,.4f}" for name, (low, high) in result.intervals.items()}
         lines.append(
             f"95 % intervals, by a bootstrap over documents: {ends['nats_per_token']} nats/token, "
             f"perplexity {ends['perplexity']}, {ends['bits_per_byte']} bits/byte"
         )
-    lines += ["", "| tokens of context | nats/token | tokens |", "|---|---:|---:|"]
-    for one in result["by_position"]:
-        context = f"{one['first']} to {one['last']}" if one["last"] > one["first"] else one["first"]
-        lines.append(f"| {context} | {one['nats_per_token']:.4f} | {one['tokens']:,} |")
-    return "\n".join(lines)
-
-
-def _tasks_text(measures: dict) -> str:
-    lines = ["| task | measure | value | standard error |", "|---|---|---:|---:|"]
-    for task, values in measures.items():
-        for name, value in values.items():
-            if isinstance(value, float) and "_stderr" not in name:
-                error = values.get(name.replace(",", "_stderr,"), "")
-                error = f"{error:.4f}" if isinstance(error, float) else ""
-                lines.append(f"| {task} | {name.removesuffix(',none')} | {value:.4f} | {error} |")
-    return "\n".join(lines)
+    rows = []
+    for one in result.by_position:
+        context = f"{one.first} to {one.last}" if one.last > one.first else f"{one.first}"
+        rows.append((context, f"{one.nats_per_token:.4f}", one.tokens))
+    return "\n".join([*lines, "", Table(("tokens of context", "nats/token", "tokens"), rows).markdown()])

@@ -6,7 +6,7 @@ import typer
 
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
 
-LARGEST_SEED = 2**32 - 1  # that numpy takes
+MAX_SEED = 2**32 - 1  # of numpy
 
 
 def generate(
@@ -14,12 +14,12 @@ def generate(
         list[str], typer.Argument(metavar="DIR...", help="Trained models with their tokenizers, side by side.")
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue, any number of times; none starts a new document.")
+        list[str] | None, typer.Option(help="Text to continue; may be repeated. Default: start a new document.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of every sample: the same gives the same.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of every sample.")] = 0,
     device: Device = None,
     json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: options, and standard output kept for the result alone."""
+"""What the commands share: options, and a standard output that holds only the result."""
 
 import contextlib
 import json
@@ -16,25 +16,45 @@ Data = Annotated[str, typer.Option(metavar="SOURCE", help=f"{SOURCE}.")]
 BadData = Annotated[
     str,
     typer.Option(
-        "--bad-data", metavar="skip|refuse", help="What cannot be read. Empty documents are skipped; all is counted."
+        "--bad-data",
+        metavar="skip|refuse",
+        help="Corrupt records. Empty documents are always skipped; both are counted.",
     ),
 ]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
-ContextLength = Annotated[int, typer.Option(help="Tokens in a training block.")]
-ValidationTokens = Annotated[int, typer.Option(help="At most so many are used for validation.")]
-Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, else the CPU.")]
+ContextLength = Annotated[int, typer.Option(help="Tokens per training block.")]
+ValidationTokens = Annotated[int, typer.Option(help="Maximum number of tokens for validation.")]
+DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between the documents of a block.")]
+MupBaseWidth = Annotated[
+    int | None,
+    typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given rate is for this hidden size."),
+]
+MaxNonFiniteSteps = Annotated[
+    int, typer.Option(help="This many in a row without a finite loss and gradient end the run.")
+]
+RegionalCompilation = Annotated[
+    bool,
+    typer.Option(
+        "--regional-compilation", help="Compile each decoder layer separately; not together with --torch-compile."
+    ),
+]
+FusedLoss = Annotated[
+    str,
+    typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, which never hold all logits."),
+]
+Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, otherwise the CPU.")]
 
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """Sends what libraries print to standard error, so that standard output holds the command's result."""
+    """Sends what libraries print to standard error, so that standard output holds only the command's result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
-    """Prints a command's result; `output` is a file that gets it as JSON, too."""
+    """Prints a command's result, and writes it as JSON into the file `output`."""
     if output is not None:
         from flashmhf.files import write_json
 
@@ -43,7 +63,7 @@ def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = 
 
 
 def check_file(output: str) -> None:
-    """Raises InputError where no file of this name can be written, before any work is done."""
+    """Raises InputError if no file of this name can be written, before any work is done."""
     from flashmhf.errors import InputError
 
     path = Path(output)

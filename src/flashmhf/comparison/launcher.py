@@ -1,23 +1,20 @@
-"""Training runs as processes of their own, several at a time."""
+"""Training runs as processes, several at a time."""
 
 import logging
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashmhf.comparison.plan import Run
 from flashmhf.errors import Interrupted
 from flashmhf.files import write_json
-from flashmhf.training.resuming import read_result, was_begun
 
 logger = logging.getLogger(__name__)
 
@@ -25,39 +22,8 @@ INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training run: `flashmhf train` of a configuration, with further flags, into `folder`."""
-
-    label: str
-    folder: Path
-    config: dict[str, Any]
-    flags: tuple[str, ...] = ()
-
-    @property
-    def finished(self) -> bool:
-        return read_result(self.folder) is not None
-
-    @property
-    def log(self) -> Path:
-        """What it prints where several run at a time."""
-        return self.folder.with_name(self.folder.name + ".log")
-
-    @property
-    def config_file(self) -> Path:
-        """Hands the configuration to the process that trains."""
-        return self.folder.with_name(self.folder.name + ".json")
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """In a process of this Python; goes on where there is something to go on from."""
-        resume = ("--resume",) if was_begun(self.folder) else ()
-        files = ("--config", str(self.config_file), "--output-dir", str(self.folder))
-        return (sys.executable, "-m", "flashmhf", "train", *files, *self.flags, *resume)
-
-
 class _Processes:
-    """Processes that a terminal's Ctrl-C does not reach; once they are told to stop, no further one begins."""
+    """Processes that a terminal's Ctrl-C does not reach. None starts after `stop`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -77,45 +43,45 @@ class _Processes:
         return code
 
     def stop(self) -> None:
-        """Each saves a checkpoint after its step."""
+        """Each saves a checkpoint after its current step."""
         with self._lock:
             self._stopped = True
             for process in self._running:
                 process.terminate()
 
 
-def run_trials(
-    trials: Sequence[Trial], jobs: int, environment: Mapping[str, str] | None, progress: Callable[[str], None]
+def train_runs(
+    runs: Sequence[Run], jobs: int, environment: Mapping[str, str] | None, progress: Callable[[str], None]
 ) -> None:
-    """Runs those that have not finished, in turn.
+    """Trains the runs that have not finished.
 
-    One that ends with an error leaves the others alone; SIGINT, SIGTERM and SIGHUP end all of them with a checkpoint.
+    One that fails does not affect the others; SIGINT, SIGTERM and SIGHUP end all of them with a checkpoint.
 
     Args:
-        trials: in the order in which they begin.
-        jobs: at a time.
-        environment: variables of the processes, to which each one's share of the CPU's cores, or the next of several
-            GPUs, is added; None leaves these as they are.
+        runs: in the order in which they start.
+        jobs: how many at a time.
+        environment: variables of the processes, to which each one's share of the CPU's cores, or one of several GPUs,
+            is added; None for those of this process, without a share.
         progress: called with one line at the start of each run.
     """
-    waiting = [trial for trial in trials if not trial.finished]
+    waiting = [run for run in runs if not run.finished]
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
     processes = _Processes()
 
-    def run(trial: Trial) -> None:
+    def train(run: Run) -> None:
         slot = slots.get()
         try:
-            progress(f"run {trials.index(trial) + 1} of {len(trials)}: {trial.label}")
-            mine = None if environment is None else {**environment, **_share(environment, slot, jobs)}
-            _run(trial, mine, jobs == 1, processes)
+            progress(f"run {runs.index(run) + 1} of {len(runs)}: {run.label}")
+            own = None if environment is None else {**environment, **_share(environment, slot, jobs)}
+            _train(run, own, jobs == 1, processes)
         finally:
             slots.put(slot)
 
-    with _signals_interrupt(), ThreadPoolExecutor(jobs) as pool:
+    with signals_interrupt(), ThreadPoolExecutor(jobs) as pool:
         try:
-            list(pool.map(run, waiting))
+            list(pool.map(train, waiting))
         except BaseException:
             processes.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -123,14 +89,14 @@ def run_trials(
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP are raised as Ctrl-C is; the processes would not know of them."""
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Interrupted`, so that the processes are told to stop."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # which alone may say what a signal does
+        yield  # only the main thread can set signal handlers
         return
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -140,16 +106,16 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(trial: Trial, environment: Mapping[str, str] | None, alone: bool, processes: _Processes) -> None:
-    write_json(trial.config_file, trial.config)
-    with trial.log.open("ab") as log:
-        code = processes.run(trial.command, stderr=None if alone else log, env=environment)
+def _train(run: Run, environment: Mapping[str, str] | None, alone: bool, processes: _Processes) -> None:
+    write_json(run.config_file, run.options)
+    with run.log.open("ab") as log:
+        code = processes.run(run.command, stderr=None if alone else log, env=environment)
     if code in INTERRUPTED:
         raise KeyboardInterrupt
-    if code != 0 or not trial.finished:
-        logger.warning("%s failed with exit code %d", trial.label, code)
+    if code != 0 or not run.finished:
+        logger.warning("%s failed with exit code %d", run.label, code)
     else:
-        trial.log.unlink()
+        run.log.unlink()
 
 
 def _share(environment: Mapping[str, str], slot: int, jobs: int) -> dict[str, str]:

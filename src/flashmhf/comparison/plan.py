@@ -1,44 +1,76 @@
-"""Which runs a comparison is made of: learning rates first, then seeds."""
+"""Which runs a comparison consists of: learning rates first, then seeds."""
 
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashmhf.comparison.launcher import Trial
 from flashmhf.comparison.matching import match
-from flashmhf.comparison.settings import ABLATED, Comparison, Contender
+from flashmhf.comparison.settings import ABLATED, Comparison, Variant
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.resuming import read_result
+from flashmhf.training.run_files import TrainResult, read_result, was_begun
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One contender on one backbone."""
+@dataclass(frozen=True, kw_only=True)
+class MatchedVariant:
+    """A variant on one backbone, matched to its size."""
 
-    model: str
-    contender: Contender
     name: str
+    variant: Variant
+    model: str
     config: FlashMHFConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """An entry trained with one seed and one learning rate, or None for that of the flags."""
+    """One training run: a variant, a seed and a learning rate, or None for that of the flags.
 
-    entry: Entry
+    Its process is `flashmhf train`, with `options` in a file and `flags` on the command line.
+    """
+
+    variant: MatchedVariant
     seed: int
     learning_rate: float | None
-    trial: Trial
+    label: str
+    folder: Path
+    config: TrainConfig
+    flags: tuple[str, ...] = ()
 
     @property
-    def validation_loss(self) -> float | None:
+    def result(self) -> TrainResult | None:
         """None of a run that has not finished."""
-        result = read_result(self.trial.folder)
-        return None if result is None else float(result["validation_loss"])
+        return read_result(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None
+
+    @property
+    def log(self) -> Path:
+        """Standard error of its process, when several run at a time."""
+        return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def config_file(self) -> Path:
+        """What the process is started with, see `options`."""
+        return self.folder.with_name(self.folder.name + ".json")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `flashmhf train` in `config_file`."""
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        return {**self.config.options(), "seed": self.seed, "logging_steps": 1, **rate}
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Trains with this Python; resumes a run that was begun."""
+        resume = ("--resume",) if was_begun(self.folder) else ()
+        files = ("--config", str(self.config_file), "--output-dir", str(self.folder))
+        return (sys.executable, "-m", "flashmhf", "train", *files, *self.flags, *resume)
 
 
 class Plan:
@@ -53,82 +85,84 @@ class Plan:
             raise InputError(f"model: expected names that differ, got {', '.join(self._bases)}")
 
     @cached_property
-    def entries(self) -> list[Entry]:
-        """Contenders on every backbone, each matched to the backbone's size."""
+    def variants(self) -> list[MatchedVariant]:
+        """All variants on every backbone."""
         several = len(self._bases) > 1
         return [
-            Entry(
-                model,
-                contender,
-                f"{_name(model)}-{contender.name}" if several else contender.name,
-                match(
+            MatchedVariant(
+                name=f"{_name(model)}-{variant.name}" if several else variant.name,
+                variant=variant,
+                model=model,
+                config=match(
                     base,
-                    contender,
+                    variant,
                     by=self.settings.match,
                     depth=self.settings.depth,
                     context_length=self.settings.data.context_length,
                 ),
             )
             for model, base in self._bases.items()
-            for contender in self.settings.contenders()
+            for variant in self.settings.all_variants()
         ]
 
-    def config_file(self, entry: Entry) -> Path:
-        return self.output_dir / "configs" / f"{entry.name}.json"
+    def config_file(self, variant: MatchedVariant) -> Path:
+        return self.output_dir / "configs" / f"{variant.name}.json"
 
     def sweep(self) -> list[Run]:
-        """Every learning rate of a variant that has several, with the first seed."""
+        """Each learning rate of the variants that have several, with the first seed."""
         return [
-            self._run(entry, self.settings.seeds[0], rate)
-            for entry in self.entries
-            if entry.contender.ablation is None and len(self._rates(entry)) > 1
-            for rate in self._rates(entry)
+            self._run(variant, self.settings.seeds[0], rate)
+            for variant in self.variants
+            if variant.variant.ablation is None and len(self._rates(variant)) > 1
+            for rate in self._rates(variant)
         ]
 
     def final(self) -> list[Run]:
-        """Every entry with every seed, at its best learning rate; to be asked for when the sweep is over.
+        """Every variant with every seed, at its best learning rate; call it when the sweep has finished.
 
-        All variants come before the first ablation, so that what matters most is there first.
+        The variants come before the ablations, since they matter more.
         """
-        variants = [entry for entry in self.entries if entry.contender.ablation is None]
-        ablations = [entry for entry in self.entries if entry.contender.ablation is not None]
+        plain = [variant for variant in self.variants if variant.variant.ablation is None]
+        ablated = [variant for variant in self.variants if variant.variant.ablation is not None]
         return [
-            self._run(entry, seed, self._best_rate(entry))
-            for entries in (variants, ablations)
+            self._run(variant, seed, self._best_rate(variant))
+            for variants in (plain, ablated)
             for seed in self.settings.seeds
-            for entry in entries
+            for variant in variants
         ]
 
-    def _rates(self, entry: Entry) -> tuple[float, ...]:
-        return self.settings.learning_rates.get(entry.contender.ffn_type, ())
+    def _rates(self, variant: MatchedVariant) -> tuple[float, ...]:
+        return self.settings.learning_rates.get(variant.variant.ffn_type, ())
 
-    def _best_rate(self, entry: Entry) -> float | None:
-        """An ablation takes that of the variant it changes; where no run of a sweep ended well, the first."""
-        rates = self._rates(entry)
+    def _best_rate(self, variant: MatchedVariant) -> float | None:
+        """An ablation takes that of the layer it changes; if no run of a sweep finished, the first is taken."""
+        rates = self._rates(variant)
         if len(rates) < 2:
             return rates[0] if rates else None
-        swept = [run for run in self.sweep() if (run.entry.model, run.entry.contender.ffn_type) == _swept_as(entry)]
-        found = [(run.validation_loss, run.learning_rate) for run in swept]
-        losses = [(loss, rate) for loss, rate in found if loss is not None and math.isfinite(loss)]
+        layer = ABLATED if variant.variant.ablation else variant.variant.ffn_type
+        losses = [
+            (result.validation_loss, run.learning_rate)
+            for run in self.sweep()
+            if (run.variant.model, run.variant.variant.ffn_type) == (variant.model, layer)
+            and (result := run.result) is not None
+            and result.validation_loss is not None
+            and math.isfinite(result.validation_loss)
+        ]
         return min(losses)[1] if losses else rates[0]
 
-    def _run(self, entry: Entry, seed: int, rate: float | None) -> Run:
-        swept = len(self._rates(entry)) > 1
-        name = f"{entry.name}-lr{rate!r}-seed{seed}" if swept else f"{entry.name}-seed{seed}"
-        folder = self.output_dir / "runs" / name
-        config = TrainConfig(model=str(self.config_file(entry)), data=self.settings.data)
-        flags: dict[str, Any] = {"seed": seed, "logging_steps": 1}
-        if rate is not None:
-            flags["learning_rate"] = rate
-        label = f"{entry.name}, seed {seed}" + (f", learning rate {rate:g}" if swept else "")
+    def _run(self, variant: MatchedVariant, seed: int, rate: float | None) -> Run:
+        swept = len(self._rates(variant)) > 1
+        name = f"{variant.name}-lr{rate!r}-seed{seed}" if swept else f"{variant.name}-seed{seed}"
         return Run(
-            entry, seed, rate, Trial(label, folder, {**config.identity(), **flags}, self.settings.training_flags)
+            variant=variant,
+            seed=seed,
+            learning_rate=rate,
+            label=f"{variant.name}, seed {seed}" + (f", learning rate {rate:g}" if swept else ""),
+            folder=self.output_dir / "runs" / name,
+            config=replace(self.settings.train, model=str(self.config_file(variant))),
+            flags=self.settings.training_flags,
         )
 
 
 def _name(model: str) -> str:
     return Path(model).name.removesuffix(".json")
-
-
-def _swept_as(entry: Entry) -> tuple[str, str]:
-    return entry.model, ABLATED if entry.contender.ablation else entry.contender.ffn_type

@@ -1,4 +1,4 @@
-"""Runs a comparison in its folder: claim it, train, score, write table and page."""
+"""Runs a comparison in its folder: claim it, train, score, write the results."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -6,18 +6,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flashmhf.comparison.launcher import run_trials
-from flashmhf.comparison.plan import Plan
-from flashmhf.comparison.results import collect
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from flashmhf.comparison.evaluate import HeldOut
+from flashmhf.comparison.launcher import train_runs
+from flashmhf.comparison.plan import Plan, Run
+from flashmhf.comparison.results import RESULTS_FILE, ComparisonResult, write_comparison
+from flashmhf.comparison.scoring import score_runs
 from flashmhf.comparison.settings import Comparison
+from flashmhf.comparison.summary import summarise, unigram_entropy
+from flashmhf.data.corpus import load_corpus
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import load_tokenizer
+from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
-from flashmhf.files import atomic_write, read_json, write_json
-from flashmhf.reports.comparison import markdown_table, write_report
+from flashmhf.files import read_json, write_json
 
 SETTINGS_FILE = "compare.json"
-GROWING = ("seeds", "variants", "ablations", "learning_rates")  # settings that may be added to
+VERSION = 1  # of its format; folders from before it had one are refused
+GROWING = ("seeds", "variants", "ablations", "learning_rates")  # settings that may be extended
 
 
 def compare(
@@ -27,12 +35,12 @@ def compare(
     *,
     jobs: int = 1,
     environment: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Trains every contender with every seed and writes table.md, results.json and report.html into `output_dir`.
+) -> ComparisonResult:
+    """Trains every variant with every seed, scores all of them and writes results.json into `output_dir`.
 
-    Each run is a process and a folder of its own under `runs/`, with a model that `flashmhf eval` and `generate` can
-    read and a line of JSON for every step. Called again with the same settings, or with further seeds, variants or
-    ablations, finished runs are kept and an unfinished one goes on.
+    Each run is a process and has a folder under `runs/`, with a model that `flashmhf eval` and `generate` can read and
+    a log of every step. Called again with the same settings, or with further seeds, variants or ablations, it keeps
+    finished runs and resumes unfinished ones.
 
     Args:
         settings: what to compare.
@@ -43,55 +51,72 @@ def compare(
 
     Raises:
         InputError: the settings do not fit, or the folder holds something else.
-        RunError: no run ended well. Where some did, the results name those that died and leave them out of every mean.
+        RunError: every run failed. If only some did, the result names them and leaves them out of every mean.
     """
     if jobs < 1:
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = Plan(settings, output_dir)
-    entries = plan.entries
-    _check_data(settings)
+    variants = plan.variants
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    documents = _held_out_documents(settings, tokenizer)
     _claim(output_dir, settings)
-    for entry in entries:
-        write_json(plan.config_file(entry), entry.config.to_dict())
-    run_trials([run.trial for run in plan.sweep()], jobs, environment, progress)
+    for variant in variants:
+        write_json(plan.config_file(variant), variant.config.to_dict())
+    runs = _train(plan, progress, jobs, environment)
+    held_out = HeldOut.of(settings, documents, tokenizer)
+    scores = score_runs(runs, held_out, jobs, progress)
+    unigram = unigram_entropy(tokenize(documents, tokenizer))
+    result = summarise(plan, runs, scores, held_out, jobs=jobs, unigram=unigram)
+    write_comparison(result, output_dir / RESULTS_FILE)
+    return result
+
+
+def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:
+    """The sweep over learning rates, then the final runs, which it returns."""
+    train_runs(plan.sweep(), jobs, environment, progress)
     runs = plan.final()
-    run_trials([run.trial for run in runs], jobs, environment, progress)
-    if not any(run.trial.finished for run in runs):
-        where = "what they printed" if jobs == 1 else runs[0].trial.log
-        raise RunError(f"training failed in every run; {where} says why")
-    results = {**collect(settings, plan.sweep(), runs, progress), "jobs": jobs}
-    write_json(output_dir / "results.json", results)
-    atomic_write(output_dir / "table.md", markdown_table(results) + "\n")
-    write_report(results, output_dir / "report.html")
-    return results
+    train_runs(runs, jobs, environment, progress)
+    if not any(run.finished for run in runs):
+        where = "their standard error" if jobs == 1 else runs[0].log
+        raise RunError(f"training failed in every run; {where} has the reason")
+    return runs
 
 
-def _check_data(settings: Comparison) -> None:
-    """Reads and tokenises all of it, once for all runs, so that what does not fit is said before the first."""
-    load_blocks(settings.data, load_tokenizer(settings.data.tokenizer))
+def _held_out_documents(settings: Comparison, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Reads and tokenises all data into the cache, too, so that what does not fit is reported before the first run."""
+    data = settings.data
+    corpus = load_corpus(data.source, text_column=data.text_column, bad_data=data.bad_data)
+    load_blocks(data, tokenizer, corpora=[corpus])
+    return corpus.validation
 
 
 def _claim(output_dir: Path, settings: Comparison) -> None:
-    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+    """Writes compare.json, if the folder is free or holds this comparison."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
-    mine = json.loads(json.dumps(asdict(settings)))
+    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
     if content and SETTINGS_FILE not in content:
         raise InputError(f"output-dir: expected a new or empty folder, got {output_dir} with {', '.join(content[:3])}")
+    mine = json.loads(json.dumps(asdict(settings)))
     if content:
         earlier = read_json(output_dir / SETTINGS_FILE)
+        if earlier.get("version") != VERSION:
+            raise InputError(
+                f"output-dir: expected version {VERSION} of {output_dir / SETTINGS_FILE}, got "
+                f"{earlier.get('version', 'none')}; a comparison by another version of flashmhf cannot be continued"
+            )
         for name, value in mine.items():
-            if earlier.get(name) != value and not (name in GROWING and _continues(earlier.get(name), value)):
+            if earlier.get(name) != value and not (name in GROWING and _extends(earlier.get(name), value)):
                 raise InputError(
                     f"output-dir: {output_dir} holds a comparison with {name} {earlier.get(name)!r}; got {value!r}"
                 )
-    write_json(output_dir / SETTINGS_FILE, mine)
+    write_json(output_dir / SETTINGS_FILE, {"version": VERSION, **mine})
 
 
-def _continues(earlier: Any, now: Any) -> bool:
-    """Whether a list begins with the earlier one, or a table has all of the earlier one's rows, continued."""
+def _extends(earlier: Any, now: Any) -> bool:
+    """Whether a list begins with the earlier one, or a table has all of the earlier one's rows, or extends them."""
     if isinstance(earlier, list) and isinstance(now, list):
         return now[: len(earlier)] == earlier
     if isinstance(earlier, dict) and isinstance(now, dict):
-        return all(name in now and (now[name] == rows or _continues(rows, now[name])) for name, rows in earlier.items())
+        return all(name in now and (now[name] == rows or _extends(rows, now[name])) for name, rows in earlier.items())
     return False

@@ -1,4 +1,4 @@
-"""What a comparison is about: which layers, on which backbones, trained how."""
+"""What is compared: which layers, on which backbones, trained how."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from flashmhf.models.checks import check_context_length
 from flashmhf.models.configuration import FFN_TYPES
 from flashmhf.models.loading import load_config
 from flashmhf.ops.prologue import GATES
+from flashmhf.training.config import TrainConfig
 
 ABLATED = "flashmhf"  # the variant that ablations change
 WITH_SUBNETWORKS = ("flashmhf", "dense_moe")
@@ -22,8 +23,8 @@ DEPTHS = ("same", "paper")
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A feed-forward layer: a value of `ffn_type`, and at most one change of the configuration."""
+class Variant:
+    """A feed-forward layer, a value of `ffn_type`, and at most one ablation (option, value) of it."""
 
     ffn_type: str
     ablation: tuple[str, str] | None = None
@@ -33,7 +34,7 @@ class Contender:
         return self.ffn_type if self.ablation is None else f"{self.ffn_type}-{'-'.join(self.ablation)}"
 
     def changes(self, base: FlashMHFConfig) -> dict[str, Any]:
-        """Values of the configuration, for a backbone like that of `base`."""
+        """What the ablation changes in a configuration with the backbone of `base`."""
         if self.ablation is None:
             return {}
         option, value = self.ablation
@@ -51,35 +52,50 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared.
+    """The settings of a comparison.
 
     Args:
-        variants: values of `ffn_type`; differences are taken to the first.
-        models: presets, files or folders whose configuration gives the backbone and the size to match.
-        data: what every run is trained and validated on, one SOURCE.
-        seeds: each contender is trained once a seed; a seed fixes the initial weights and the order of the data.
-        learning_rates: of each variant; of several the one with the lowest validation loss with the first seed goes on
-            to the others. Ablations take that of `flashmhf`. Without any, that of training_flags.
-        training_flags: further flags of `flashmhf train`, the same for every run; none that a comparison gives itself.
-        ablations: options (`gate-type`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each is a
-            contender of its own, `flashmhf` with that one change.
-        document_bytes: of each held-out document at most so many are scored at the end.
-        match: the backbone's "parameters" or its "flops" a token.
+        variants: values of `ffn_type`; differences are to the first.
+        models: presets, files or folders whose configurations give the backbones and the sizes to match.
+        train: the configuration of every run, except for its model; its data is one SOURCE.
+        training_flags: flags of transformers.TrainingArguments for every run, without seed and logging steps.
+        seeds: each variant is trained once per seed, which fixes the initial weights and the order of the data.
+        learning_rates: per variant. With several, the one with the lowest validation loss with the first seed is taken
+            for the other seeds. Ablations take that of `flashmhf`. Without any, the one in training_flags.
+        document_bytes: how much of each held-out document is scored, from its beginning.
+        ablations: options (`gate-type`, `q-norm`, `projections`, `head-dim`, `subnetworks`) and values; each value is a
+            variant of its own, `flashmhf` with only that changed.
+        match: the backbone's "parameters", or its forward "flops" per token.
         depth: "same" for all, or the "paper"'s: 5 layers with several heads for 6 without.
     """
 
     variants: tuple[str, ...]
     models: tuple[str, ...]
-    data: DataConfig
+    train: TrainConfig
+    training_flags: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    training_flags: tuple[str, ...] = ()
     document_bytes: int = 2**16
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)
     match: str = "parameters"
     depth: str = "same"
 
+    @property
+    def data(self) -> DataConfig:
+        return self.train.data
+
     def __post_init__(self) -> None:
+        self._check_lists()
+        if self.document_bytes < 1:
+            raise InputError(f"document-bytes: expected 1 or more, got {self.document_bytes}")
+        if parse_sources(self.data.source) != [(1.0, self.data.source)]:
+            raise InputError(f"data: expected one SOURCE without a weight, got {self.data.source!r}")
+        for option, value, choices in (("match", self.match, MATCHES), ("depth", self.depth, DEPTHS)):
+            if value not in choices:
+                raise InputError(f"{option}: expected {' or '.join(choices)}, got {value!r}")
+        self._check_ablations()
+
+    def _check_lists(self) -> None:
         lists: dict[str, tuple] = {"variants": self.variants, "seeds": self.seeds, "model": self.models}
         for option, values in lists.items():
             if not values:
@@ -92,19 +108,11 @@ class Comparison:
         for name in self.variants:
             if name not in FFN_TYPES:
                 raise InputError(f"variants: expected some of {', '.join(FFN_TYPES)}, got {name!r}")
-        if self.document_bytes < 1:
-            raise InputError(f"document-bytes: expected 1 or more, got {self.document_bytes}")
-        if parse_sources(self.data.source) != [(1.0, self.data.source)]:
-            raise InputError(f"data: expected one SOURCE without a weight, got {self.data.source!r}")
         for name in self.learning_rates:
             if name not in self.variants:
                 raise InputError(
                     f"learning-rate: expected one of the variants {', '.join(self.variants)}, got {name!r}"
                 )
-        for option, value, choices in (("match", self.match, MATCHES), ("depth", self.depth, DEPTHS)):
-            if value not in choices:
-                raise InputError(f"{option}: expected {' or '.join(choices)}, got {value!r}")
-        self._check_ablations()
 
     def _check_ablations(self) -> None:
         choices = {"gate-type": (*GATES, "none"), "q-norm": tuple(SWITCH), "projections": tuple(SWITCH)}
@@ -121,8 +129,8 @@ class Comparison:
         """The configuration of each model, with the tokenizer's vocabulary.
 
         Raises:
-            InputError: it is of another family, sees less than the data's `context_length`, or does not say how many
-                sub-networks a variant has.
+            InputError: it is of another family, its context is shorter than the data's `context_length`, or it does not
+                give the number of sub-networks that a variant has.
         """
         tokenizer = load_tokenizer(self.data.tokenizer)
         bases = {}
@@ -141,10 +149,10 @@ class Comparison:
             bases[name] = base
         return bases
 
-    def contenders(self) -> Iterator[Contender]:
+    def all_variants(self) -> Iterator[Variant]:
         """The variants, then the ablations."""
-        for variant in self.variants:
-            yield Contender(variant)
+        for ffn_type in self.variants:
+            yield Variant(ffn_type)
         for option, values in self.ablations.items():
             for value in values:
-                yield Contender(ABLATED, (option, value))
+                yield Variant(ABLATED, (option, value))

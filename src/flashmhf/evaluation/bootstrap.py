@@ -5,22 +5,22 @@ import math
 import numpy as np
 
 LEVEL = 0.95
-NORMAL = 1.959964  # its 97.5 % quantile
+NORMAL = 1.959964  # the normal distribution's 97.5 % quantile
 RESAMPLES = 2000
-ELEMENTS = 2**22  # drawn at once
-RUN_DRAWS = 16  # of the runs, for each draw of the documents
+MAX_ELEMENTS = 2**22  # per call of the generator
+RUN_DRAWS = 16  # of the runs, per draw of the documents
 
 
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, *, seed: int = 0) -> tuple[float, float] | None:
-    """The percentile interval of mean over r of sum over n of numerators[r, n], divided by sum over n of denominators.
+    """The percentile interval of the mean over r of sum_n numerators[r, n] / sum_n denominators[n].
 
-    Documents are drawn with replacement, the same ones in every row and in the denominator; the draws are spread by
-    sqrt(N / (N - 1)) t / z, Student's t against the normal, without which few documents would claim too much. To each
-    is added what rows that stand for repeated runs leave open about their mean: t with R - 1 degrees of freedom times
-    its standard error. (Two or three rows drawn with replacement would never leave the range of those rows.)
+    Documents are drawn with replacement, the same ones in every row and in the denominator. The draws are widened by
+    sqrt(N / (N - 1)) t / z (Student's t over the normal quantile), since percentiles of few documents are too narrow.
+    Rows are repeated runs, and their mean is uncertain, too: each draw gets t with R - 1 degrees of freedom times the
+    standard error of that mean. (Drawing two or three rows with replacement would never leave their range.)
 
     Args:
-        numerators: (N,), or (R, N): one value a document.
+        numerators: (N,), or (R, N): one value per document.
         denominators: (N,), each above 0.
         seed: of the draws.
 
@@ -36,7 +36,7 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, *, seed: in
         return None
     means = values.mean(0)
     generator = np.random.default_rng(seed)
-    step = max(1, ELEMENTS // count)
+    step = max(1, MAX_ELEMENTS // count)
     ratios = []
     for begin in range(0, RESAMPLES, step):
         number = min(step, RESAMPLES - begin)
@@ -52,7 +52,11 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, *, seed: in
 
 
 def student_t(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, to 1 %: exact for 1 and 2, else by Cornish and Fisher's expansion."""
+    """The 97.5 % quantile of Student's t, to 1 %: exact for 1 and 2, otherwise Cornish and Fisher's expansion.
+
+    `scipy.stats.t.ppf` has all digits, but no dependency of this package brings scipy, which is 100 MB, and the draws
+    themselves vary by more than 1 %.
+    """
     if degrees <= 2:
         return (12.7062, 4.3027)[degrees - 1]
     z = NORMAL

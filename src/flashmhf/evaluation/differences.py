@@ -1,9 +1,8 @@
-"""Two models over the same documents: the difference of their losses, paired by document."""
+"""The difference of two models' losses on the same documents, paired by document."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,16 +15,13 @@ NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
 
 @dataclass(frozen=True)
 class Difference:
-    """A measure of the first model less that of the second; the interval (95 %) is None for one document."""
+    """A measure of the first model minus that of the second; the 95 % interval is None for one document."""
 
     measure: str
     mean: float
     interval: tuple[float, float] | None
     documents: int
     runs: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def paired_difference(
@@ -35,13 +31,13 @@ def paired_difference(
     measure: str = NATS_PER_TOKEN,
     seed: int = 0,
 ) -> Difference:
-    """The difference between two models over the same documents, with an interval by a bootstrap over the pairs.
+    """The difference between two models on the same documents, with an interval by a bootstrap over the pairs.
 
     Args:
-        first: an evaluation, or one a training run (seed); the means over runs are compared.
-        second: as many, of the same documents in the same order; run i of one is paired with run i of the other.
+        first: an evaluation, or one per training run (seed); the means over runs are compared.
+        second: as many, on the same documents in the same order; run i of one is paired with run i of the other.
         measure: `nats_per_token`, or `bits_per_byte` for models whose tokenizers differ.
-        seed: of the bootstrap, see `bootstrap.ratio_interval`: of several runs, their spread widens the interval.
+        seed: of the bootstrap, see `bootstrap.ratio_interval`. The spread of several runs widens the interval.
 
     Raises:
         InputError: the documents, their tokens or the numbers of runs differ.
@@ -50,7 +46,9 @@ def paired_difference(
         raise InputError(f"measure: expected {NATS_PER_TOKEN} or {BITS_PER_BYTE}, got {measure!r}")
     firsts, seconds = ([given] if isinstance(given, Evaluation) else list(given) for given in (first, second))
     if not firsts or len(firsts) != len(seconds):
-        raise InputError(f"evaluations: expected as many of either model, got {len(firsts)} and {len(seconds)}")
+        raise InputError(
+            f"evaluations: expected as many of one model as of the other, got {len(firsts)} and {len(seconds)}"
+        )
     size = "tokens" if measure == NATS_PER_TOKEN else "bytes"
     sizes = _common_sizes([*firsts, *seconds], size)
     unit = 1.0 if measure == NATS_PER_TOKEN else math.log(2)

@@ -1,4 +1,4 @@
-"""Text from trained models: one continuation, or the same prompts continued by several models."""
+"""Text from trained models."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from flashmhf.models.loading import check_folder, load_model
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model wrote after a prompt."""
+    """A prompt and how a model continued it."""
 
     model: str
     prompt: str
@@ -31,8 +31,8 @@ def sample_models(
 ) -> list[Sample]:
     """Every prompt continued by every model, prompt by prompt, each from the same seed.
 
-    A sample is the one that `generate` gives for its model, prompt and seed alone: it does not depend on what else is
-    asked for. One model at a time is in memory.
+    A sample is what `generate` returns for its model, prompt and seed; it does not depend on the other models and
+    prompts. One model at a time is in memory.
 
     Args:
         folders: trained models with their tokenizers.
@@ -45,7 +45,7 @@ def sample_models(
         InputError: see `load_model`, `load_tokenizer` and `generate`.
     """
     for folder in folders:
-        check_folder(folder)  # before the first one writes anything
+        check_folder(folder)  # before the first one generates
     written = {}
     for folder in folders:
         model, tokenizer = cast(Any, load_model(folder)).to(device), load_tokenizer(folder)
@@ -64,9 +64,9 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """Continues `prompt`; returns the continuation alone.
+    """Continues `prompt`; returns only the continuation.
 
-    An empty prompt starts a new document. Temperature 0 always takes the likeliest token.
+    An empty prompt starts a new document. Temperature 0 is greedy decoding.
 
     Raises:
         InputError: prompt and continuation are longer than the model's context, or the tokenizer is another model's.

@@ -1,10 +1,11 @@
-"""What a trained FlashMHF model does inside: gates, activations, rows that do nothing, rank of its weights.
+"""Statistics of a trained FlashMHF model's heads: gates, activations, dead rows, rank of the weights.
 
-Every figure is of one head of one layer. Tokens pass through the model once; nothing is kept but sums.
+Tokens pass through the model once; only sums are kept.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,18 +23,21 @@ from flashmhf.ops import prologue
 from flashmhf.ops.prologue import Prologue
 
 DEAD = 0.01  # of the median row's root mean square
+TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class HeadReport:
     """One head.
 
-    gate_entropy: of a token's gate, averaged: 1 is uniform over the sub-networks, 0 one of them. None without a gate.
-    load_entropy: of the gate averaged over tokens; 1 is an even load.
-    q_rms, score_rms, output_rms: root mean squares of Q as the operator gets it, of M = Q K^T, of the head's output.
-    activation_max: largest |SiLU(M) * N| of any token and row.
-    dead_rows: share of rows whose activation's root mean square is below a hundredth of the median row's.
-    k_rank, u_rank, v_rank: effective rank (exp of the singular values' entropy) as a share of the largest possible.
+    Attributes:
+        gate_entropy: of the gate, mean over tokens: 1 is uniform over the sub-networks, 0 a single one. None without
+            a gate.
+        load_entropy: of the gate's mean over tokens; 1 is an even load.
+        q_rms, score_rms, output_rms: root mean squares of the operator's Q, of M = Q K^T, of the head's output.
+        activation_max: largest |SiLU(M) * N| over tokens and rows.
+        dead_rows: share of rows whose activations have a root mean square below a hundredth of the median row's.
+        k_rank, u_rank, v_rank: effective rank (exp of the singular values' entropy), as a share of full rank.
     """
 
     layer: int
@@ -54,7 +58,7 @@ FIGURES = tuple(name for name in HeadReport.__dataclass_fields__ if name not in 
 
 
 class _Sums:
-    """What one layer's heads add up while tokens pass."""
+    """Running sums of one layer's heads."""
 
     def __init__(self, layer: FlashMHF) -> None:
         H, E, R = layer.num_heads, layer.num_subnetworks, layer.num_subnetworks * layer.subnetwork_size
@@ -106,13 +110,12 @@ class _Sums:
             )
 
 
-@torch.no_grad()
 def inspect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Dataset,
     *,
-    tokens: int = 4096,
+    tokens: int = TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[HeadReport]:
     """Every head of every FlashMHF layer (MH-FFN and Dense-MoE are such layers too), layer by layer.
@@ -127,27 +130,33 @@ def inspect(
     Raises:
         InputError: the model has no such layer, `tokens` is below 1, or the tokenizer does not fit the model.
     """
-    layers = [module for module in model.modules() if isinstance(module, FlashMHF)]
+    check_vocabulary(model, tokenizer)
+    one_by_one = (tokenize(documents.select([i]), tokenizer)["input_ids"][0] for i in range(len(documents)))
+    return inspect_tokenized(model, one_by_one, tokens=tokens, progress=progress)
+
+
+@torch.no_grad()
+def inspect_tokenized(
+    model: PreTrainedModel,
+    documents: Iterable[list[int]],
+    *,
+    tokens: int = TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[HeadReport]:
+    """Like `inspect`, of documents that are token ids."""
+    layers = multi_head_layers(model)
     if not layers:
         raise InputError("model: expected FlashMHF, MH-FFN or Dense-MoE layers, got a model without any")
     if tokens < 1:
         raise InputError(f"tokens: expected 1 or more, got {tokens}")
-    check_vocabulary(model, tokenizer)
     sums = [_Sums(layer) for layer in layers]
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, inputs, layer_sums=layer_sums: layer_sums.add(module, inputs[0]))
-        for layer, layer_sums in zip(layers, sums, strict=True)
-    ]
-    try:
-        passed = 0
-        for ids in _windows(documents, tokenizer, model.config.max_position_embeddings, tokens):
+    passed = 0
+    with _observed(layers, sums):
+        for ids in _windows(documents, model.config.max_position_embeddings, tokens):
             model(torch.tensor([ids], device=model.device), use_cache=False)
             passed += len(ids)
             if progress is not None:
                 progress(passed, tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [
         report
         for index, (layer, layer_sums) in enumerate(zip(layers, sums, strict=True))
@@ -155,13 +164,31 @@ def inspect(
     ]
 
 
+def multi_head_layers(model: PreTrainedModel) -> list[FlashMHF]:
+    """The layers that `inspect` reports on."""
+    return [module for module in model.modules() if isinstance(module, FlashMHF)]
+
+
+@contextmanager
+def _observed(layers: list[FlashMHF], sums: list[_Sums]) -> Iterator[None]:
+    """Within the context, every input of a layer is added to its sums."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, inputs, layer_sums=layer_sums: layer_sums.add(module, inputs[0]))
+        for layer, layer_sums in zip(layers, sums, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def as_dicts(reports: list[HeadReport]) -> list[dict[str, Any]]:
     return [asdict(report) for report in reports]
 
 
-def _windows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, tokens: int) -> Iterator[list[int]]:
-    for i in range(len(documents)):
-        ids = tokenize(documents.select([i]), tokenizer)["input_ids"][0]
+def _windows(documents: Iterable[list[int]], length: int, tokens: int) -> Iterator[list[int]]:
+    for ids in documents:
         for start in range(0, len(ids), length):
             window = ids[start : start + min(length, tokens)]
             yield window
@@ -171,7 +198,7 @@ def _windows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int
 
 
 def _query_and_gate(layer: FlashMHF, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Q (T, H, D) and the gate (T, H, E) as the operator gets them."""
+    """Q (T, H, D) and the gate (T, H, E), as the operator receives them."""
     norm_weight = None if layer.q_norm is None else layer.q_norm.weight * layer.score_scale
     eps = 0.0 if layer.q_norm is None else layer.q_norm.eps
     options = Prologue(layer.gate_type or "sigmoid", layer.output_scale, eps)

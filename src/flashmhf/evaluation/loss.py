@@ -1,32 +1,36 @@
 """Language-model loss over whole documents: nats/token, perplexity, bits/byte."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import count, islice
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.data.corpus import text_hash
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation.bootstrap import ratio_interval
+from flashmhf.evaluation.onednn import onednn_linear
+from flashmhf.evaluation.windows import Batch, window_batches
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import IGNORED
+from flashmhf.serialization import from_plain
 
-LOGIT_ELEMENTS = 2**25  # of one batch
-LARGEST_EXPONENT = 700.0  # a float holds no larger perplexity
+# Logits of one batch. On a CPU, 16 MiB of them are memory that is used again and again; larger ones are mapped and
+# zeroed by the kernel for each batch.
+CPU_LOGIT_ELEMENTS = 2**22
+ACCELERATOR_LOGIT_ELEMENTS = 2**25
+MAX_EXPONENT = 700.0  # a float holds no larger perplexity
 
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Predictions that saw `first` to `last` tokens of context, the separator at the beginning counted."""
+    """Predictions from `first` to `last` tokens of context, including the EOS token in front."""
 
     first: int
     last: int
@@ -36,7 +40,7 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """One document: where it comes from as far as the data tells, a hash of its text, and its summed loss."""
+    """One document: its origin if the data has it, a hash of its text, and its summed loss."""
 
     origin: str
     digest: str
@@ -47,7 +51,7 @@ class DocumentLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every token of every document is scored once, the first from the separator alone.
+    """Every token of every document is scored once, the first with only the EOS token as its context.
 
     `intervals` holds the 95 % interval of each of the three measures, by a bootstrap over documents; None for one
     document. `flashmhf.evaluation.differences` compares two evaluations of the same documents.
@@ -70,120 +74,139 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
-        """What `as_dict` or `flashmhf eval --json` gave; other entries are left out.
+        """What `as_dict` or `flashmhf eval --json` gave; other entries are ignored.
 
         Raises:
-            InputError: an entry is missing.
+            InputError: an entry is missing or has another type.
         """
         try:
-            own = {field.name: values[field.name] for field in fields(cls)}
-            own["by_position"] = [PositionLoss(**one) for one in own["by_position"]]
-            own["per_document"] = [DocumentLoss(**one) for one in own["per_document"]]
-            own["intervals"] = own["intervals"] and {name: tuple(ends) for name, ends in own["intervals"].items()}
-        except (KeyError, TypeError) as error:
-            raise InputError(f"evaluation: expected the result of flashmhf eval, got one without {error}") from error
-        return cls(**own)
+            return from_plain(cls, values)
+        except ValueError as error:
+            raise InputError(f"evaluation: expected the result of flashmhf eval, got another: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedDocuments:
+    """Documents as token ids, tokenised once for any number of models.
+
+    Attributes:
+        tokens: the columns "input_ids" (with the EOS token last) and "bytes", see `data.tokens.tokenize`.
+        origins: where each comes from.
+        digests: a hash of each text.
+    """
+
+    tokens: Dataset
+    origins: list[str]
+    digests: list[str]
+
+    @classmethod
+    def of(cls, documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> "TokenizedDocuments":
+        """From documents with the column "text" and, if known, "origin"."""
+        known = "origin" in documents.column_names
+        return cls(
+            tokens=tokenize(documents, tokenizer),
+            origins=list(documents["origin"]) if known else [f"document {i + 1}" for i in range(len(documents))],
+            digests=[f"{text_hash(text):016x}" for text in documents["text"]],
+        )
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Dataset,
-    *,
-    context_length: int | None = None,
-    stride: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Dataset, **options: Any
 ) -> Evaluation:
     """Scores documents in windows that never cross from one document into the next.
 
     Args:
         model: a causal language model, on its device.
         tokenizer: the one it was trained with.
-        documents: with the column "text" and, where known, "origin".
+        documents: with the column "text" and, if known, "origin".
+        options: see `evaluate_tokenized`.
+
+    Raises:
+        InputError: the tokenizer has more tokens than the model's vocabulary; or see `evaluate_tokenized`.
+        RunError: a loss is not finite.
+    """
+    check_vocabulary(model, tokenizer)
+    return evaluate_tokenized(model, TokenizedDocuments.of(documents, tokenizer), **options)
+
+
+def evaluate_tokenized(
+    model: PreTrainedModel,
+    documents: TokenizedDocuments,
+    *,
+    context_length: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Like `evaluate`.
+
+    Args:
+        model: a causal language model, on its device.
+        documents: tokenised by the model's tokenizer.
         context_length: tokens in a window. Default: the model's max_position_embeddings.
         stride: tokens by which a window moves on. Default: context_length, windows that do not overlap. With a
-            smaller one every token but a document's first few sees at least context_length - stride tokens before it.
+            smaller one every token but a document's first few has at least context_length - stride tokens of context.
         progress: called with (tokens scored, tokens in all).
 
     Raises:
-        InputError: sizes that do not fit the model, a tokenizer with more tokens than the model's vocabulary, or no
-            token to predict.
+        InputError: sizes that do not fit the model, or no token to predict.
         RunError: a loss is not finite.
     """
-    context_length = check_context_length(model.config, context_length)
-    stride = context_length if stride is None else stride
-    if not 1 <= stride <= context_length:
-        raise InputError(f"stride: expected 1 to the context length {context_length}, got {stride}")
-    check_vocabulary(model, tokenizer)
-    tokens = tokenize(documents, tokenizer)
-    lengths = np.array([len(ids) - 1 for ids in tokens["input_ids"]])
-    if lengths.sum() == 0:
-        raise InputError(f"data: expected a document with a token to predict, got none in {len(tokens)} documents")
-    seen = progress or (lambda scored, total: None)
-    document_nats, position_nats, position_tokens = _score(
-        model, tokens["input_ids"], context_length, stride, lambda scored: seen(scored, int(lengths.sum()))
-    )
-    per_document = _per_document(documents, document_nats, lengths, tokens["bytes"])
+    context_length, stride = _checked_sizes(model, context_length, stride)
+    lengths = np.array([len(ids) - 1 for ids in documents.tokens["input_ids"]])
+    total = int(lengths.sum())
+    if total == 0:
+        raise InputError(f"data: expected a document with a token to predict, got none in {len(lengths)} documents")
+    totals = _Totals(len(lengths), context_length)
+    batch_size = _batch_size(model, context_length)
+    with torch.inference_mode(), onednn_linear(model):
+        for batch in window_batches(documents.tokens["input_ids"], context_length, stride, batch_size):
+            totals.add(batch, _losses(model, batch))
+            if progress is not None:
+                progress(int(totals.position_tokens.sum()), total)
+    per_document = _per_document(documents, totals.document_nats, lengths)
     return Evaluation(
         **_measures(per_document),
         context_length=context_length,
         stride=stride,
-        by_position=_by_position(position_nats, position_tokens),
+        by_position=_by_position(totals.position_nats, totals.position_tokens),
         per_document=per_document,
     )
 
 
-def _score(
-    model: PreTrainedModel,
-    documents: Sequence[list[int]],
-    context_length: int,
-    stride: int,
-    progress: Callable[[int], None],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Summed nats of each document, and nats and tokens by position: entry i saw i + 1 tokens of context."""
-    batch_size = max(1, LOGIT_ELEMENTS // (context_length * model.config.vocab_size))
-    windows = (
-        (index, *window) for index, ids in enumerate(documents) for window in split_windows(ids, context_length, stride)
-    )
-    document_nats = np.zeros(len(documents))
-    position_nats, position_tokens = np.zeros(context_length), np.zeros(context_length, dtype=np.int64)
-    for indices, input_ids, labels in _batches(windows, batch_size):
-        losses = _losses(model, input_ids, labels)
-        np.add.at(document_nats, indices, losses.sum(1))
-        position_nats[: losses.shape[1]] += losses.sum(0)
-        position_tokens[: losses.shape[1]] += (labels != IGNORED).sum(0).numpy()
-        progress(int(position_tokens.sum()))
-    return document_nats, position_nats, position_tokens
+class _Totals:
+    """Nats of each document, and nats and tokens by position: entry i had i + 1 tokens of context."""
+
+    def __init__(self, documents: int, context_length: int) -> None:
+        self.document_nats = np.zeros(documents)
+        self.position_nats, self.position_tokens = np.zeros(context_length), np.zeros(context_length, dtype=np.int64)
+
+    def add(self, batch: Batch, losses: np.ndarray) -> None:
+        np.add.at(self.document_nats, batch.documents, losses.sum(1))
+        self.position_nats[: losses.shape[1]] += losses.sum(0)
+        self.position_tokens[: losses.shape[1]] += (batch.labels != IGNORED).sum(0).numpy()
 
 
-def split_windows(ids: list[int], context_length: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """One document (its separator last) as (input_ids, labels); label i is the token after input i, or IGNORED.
-
-    The separator is moved to the front, where it stands for the beginning; every other token is a label once.
-    """
-    sequence = [ids[-1], *ids[:-1]]
-    targets = len(sequence) - 1
-    scored = 0
-    for start in range(0, targets, stride):
-        stop = min(start + context_length, targets)
-        if stop > scored:
-            labels = [IGNORED] * (scored - start) + sequence[scored + 1 : stop + 1]
-            yield sequence[start:stop], labels
-            scored = stop
+def _checked_sizes(model: PreTrainedModel, context_length: int | None, stride: int | None) -> tuple[int, int]:
+    context_length = check_context_length(model.config, context_length)
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise InputError(f"stride: expected 1 to the context length {context_length}, got {stride}")
+    return context_length, stride
 
 
-def _per_document(
-    documents: Dataset, nats: np.ndarray, lengths: np.ndarray, sizes: Iterable[int]
-) -> list[DocumentLoss]:
+def _batch_size(model: PreTrainedModel, context_length: int) -> int:
+    elements = CPU_LOGIT_ELEMENTS if model.device.type == "cpu" else ACCELERATOR_LOGIT_ELEMENTS
+    return max(1, elements // (context_length * model.config.vocab_size))
+
+
+def _per_document(documents: TokenizedDocuments, nats: np.ndarray, lengths: np.ndarray) -> list[DocumentLoss]:
     """Raises RunError for a loss that is not finite."""
-    known = "origin" in documents.column_names
-    origins = documents["origin"] if known else (f"document {number}" for number in count(1))
     per_document = []
-    # origins may be endless
-    for origin, text, loss, length, size in zip(origins, documents["text"], nats, lengths, sizes, strict=False):
+    rows = zip(documents.origins, documents.digests, nats, lengths, documents.tokens["bytes"], strict=True)
+    for origin, digest, loss, length, size in rows:
         if not math.isfinite(loss):
             raise RunError(f"loss: expected a finite one, got {loss} in {origin}")
-        per_document.append(DocumentLoss(origin, f"{text_hash(text):016x}", float(loss), int(length), size))
+        per_document.append(DocumentLoss(origin, digest, float(loss), int(length), size))
     return per_document
 
 
@@ -210,7 +233,7 @@ def _measures(per_document: list[DocumentLoss]) -> dict[str, Any]:
 
 
 def _perplexity(nats_per_token: float) -> float:
-    return math.exp(min(nats_per_token, LARGEST_EXPONENT))
+    return math.exp(min(nats_per_token, MAX_EXPONENT))
 
 
 def _by_position(nats: np.ndarray, tokens: np.ndarray) -> list[PositionLoss]:
@@ -225,24 +248,9 @@ def _by_position(nats: np.ndarray, tokens: np.ndarray) -> list[PositionLoss]:
     return bins
 
 
-def _batches(
-    windows: Iterator[tuple[int, list[int], list[int]]], batch_size: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    while batch := list(islice(windows, batch_size)):
-        indices, input_ids, labels = zip(*batch, strict=True)
-        longest = max(map(len, input_ids))
-        yield list(indices), _padded(input_ids, longest, 0), _padded(labels, longest, IGNORED)
-
-
-def _padded(rows: Sequence[list[int]], length: int, padding: int) -> Tensor:
-    """Padding is on the right, so that causal attention never sees it."""
-    return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-
-
-@torch.inference_mode()
-def _losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> np.ndarray:
+def _losses(model: PreTrainedModel, batch: Batch) -> np.ndarray:
     """Nats of every label, (windows, positions), 0 where there is none."""
-    logits = model(input_ids.to(model.device), use_cache=False).logits
-    flat = labels.to(model.device).flatten()
-    losses = nnf.cross_entropy(logits.float().flatten(0, 1), flat, ignore_index=IGNORED, reduction="none")
-    return losses.cpu().double().view_as(labels).numpy()
+    logits = model(batch.input_ids.to(model.device), use_cache=False).logits
+    labels = batch.labels.to(model.device).flatten()
+    losses = nnf.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction="none")
+    return losses.cpu().double().view_as(batch.labels).numpy()

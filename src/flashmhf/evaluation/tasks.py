@@ -1,4 +1,4 @@
-"""Downstream tasks through EleutherAI's lm-eval, which `pip install 'flashmhf[tasks]'` brings along."""
+"""Downstream tasks through EleutherAI's lm-eval, which `pip install 'flashmhf[tasks]'` installs."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -25,17 +25,16 @@ def evaluate_tasks(
     context_length: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Every task's measures, as lm-eval names them ("acc,none", "acc_norm,none", ...), without few-shot examples but a
-    task's own.
+    """Every task's measures, as lm-eval names them ("acc,none", "acc_norm,none", ...), zero-shot unless the task says
+    otherwise.
 
     Args:
         model: a causal language model, on its device.
         tokenizer: its own.
-        tasks: names that lm-eval knows, or that are defined in tasks_path, or `paper` for the paper's six. lm-eval's
-            own load their data from the Hub.
-        tasks_path: a folder with task definitions (YAML), for tasks and data of the user's own; one with the name of a
-            task of lm-eval's takes its place.
-        context_length: tokens a request may have. Default: the model's max_position_embeddings.
+        tasks: names that lm-eval knows or tasks_path defines, or `paper` for the paper's six. lm-eval's own tasks load
+            their data from the Hub.
+        tasks_path: a folder with task definitions (YAML) of the user's own; they take precedence over lm-eval's.
+        context_length: maximum tokens of a request. Default: the model's max_position_embeddings.
         batch_size: requests at a time.
 
     Raises:
@@ -45,9 +44,16 @@ def evaluate_tasks(
         raise InputError("tasks: expected the package lm-eval, got none; pip install 'flashmhf[tasks]'")
     if tasks_path is not None and not Path(tasks_path).is_dir():
         raise InputError(f"tasks-path: expected a folder, got {tasks_path!r}")
-    max_length = check_context_length(model.config, context_length)
     check_vocabulary(model, tokenizer)
-    names = _expand(tasks)
+    options = {"tokenizer": tokenizer, "batch_size": batch_size}
+    return _run_tasks(
+        model, _expand(tasks), tasks_path, {**options, "max_length": check_context_length(model.config, context_length)}
+    )
+
+
+def _run_tasks(
+    model: PreTrainedModel, names: list[str], tasks_path: str | None, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -56,25 +62,23 @@ def evaluate_tasks(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
-    wrapped = HFLM(
-        pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
-    )
+    wrapped = HFLM(pretrained=model, backend="causal", **options)
     try:
         report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
     except (OSError, ValueError, DatasetsError, TemplateError) as error:
-        raise InputError(f"tasks: {', '.join(names)}: {_reason(error)}") from error
+        raise InputError(f"tasks: {', '.join(names)}: {_first_lines(error)}") from error
     assert report is not None  # only ranks other than the first get None
     return report["results"]
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of an error, and of the one behind it."""
+def _first_lines(error: BaseException) -> str:
+    """The first line of an error, and of its cause."""
     said = str(error).partition("\n")[0]
-    return said if error.__cause__ is None else f"{said} ({_reason(error.__cause__)})"
+    return said if error.__cause__ is None else f"{said} ({_first_lines(error.__cause__)})"
 
 
 def _expand(tasks: Iterable[str]) -> list[str]:
-    """The names with the aliases replaced, each once."""
+    """The names, aliases resolved, without duplicates."""
     given = [name.strip() for name in tasks if name.strip()]
     names = list(dict.fromkeys(name for one in given for name in ALIASES.get(one, (one,))))
     if not names:

@@ -65,7 +65,7 @@ class FlashMHFConfig(LlamaConfig):
     reference_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if "gate" in kwargs:  # the name of gate_type before version 0.2
+        if "gate" in kwargs:  # the former name of gate_type
             self.gate_type = kwargs.pop("gate")
         if self.num_ffn_heads is None:
             self.num_ffn_heads = self.num_attention_heads

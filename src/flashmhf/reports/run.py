@@ -1,7 +1,7 @@
-"""A training run as a page: its losses in steps and in time, its speed and memory, and what befell it."""
+"""A training run as a page: its losses by step and time, speed, memory, restarts."""
 
-import html
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,52 @@ from matplotlib.ticker import MaxNLocator
 
 from flashmhf.errors import InputError
 from flashmhf.files import read_json
-from flashmhf.reports.page import BLUE, GREY, VERMILION, figures, html_table, new_axes, write_page
-from flashmhf.training.resuming import RUN_FILE
+from flashmhf.reports.render import write_page
+from flashmhf.reports.style import BLUE, GREY, VERMILION, new_axes
+from flashmhf.reports.table import Table
+from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
+from flashmhf.training.run_files import RUN_FILE, read_run
 from flashmhf.training.run_log import RunLog, read_log
-from flashmhf.training.saving import TRAINER_STATE, checkpoints
 
 TRAINING, VALIDATION = BLUE, VERMILION
 SMOOTHING = 0.7  # of the line over the single losses
+QUANTITIES = (
+    ("tokens_per_second", "tokens/s", "Throughput, without validation and saving"),
+    ("grad_norm", "gradient norm", "Gradient norm before clipping"),
+    ("learning_rate", "learning rate", "Learning rate"),
+    ("memory_mib", "MiB", "Peak memory so far, of the current process"),
+    ("data_wait_share", "share of the time", "Waiting for data"),
+    ("model_flops_utilisation", "share of the peak", "Model FLOPs utilisation"),
+)
 
 
-def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
-    """Writes the page for the run in `folder`, finished or under way.
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A run in numbers; None for what its log does not have.
 
-    Returns:
-        What its table says: "steps", "tokens", "train_loss", "validation_loss", "starts", "lost_steps",
-        "skipped_steps", "spikes", "tokens_per_second", "memory_mib", "elapsed_s".
+    Attributes:
+        starts: processes that trained.
+        lost_steps: steps that were computed again after a kill.
+        spikes: losses far above the mean of the steps before them.
+        tokens_per_second: median over the log.
+        elapsed_s: in training.
+    """
+
+    steps: int
+    tokens: int | None
+    train_loss: float | None
+    validation_loss: float | None
+    starts: int
+    lost_steps: int
+    skipped_steps: int
+    spikes: int
+    tokens_per_second: float | None
+    memory_mib: float | None
+    elapsed_s: float
+
+
+def write_run_report(folder: Path, file: Path) -> RunSummary:
+    """Writes the page for the run in `folder`, finished or not.
 
     Raises:
         InputError: the folder holds no run, or one that has logged nothing yet.
@@ -34,31 +65,39 @@ def write_run_report(folder: Path, file: Path) -> dict[str, Any]:
     log = read_log(folder)
     if not log.curve("loss"):
         raise InputError(f"DIR: expected a run with at least one logged loss, got {folder}")
-    run = read_json(folder / RUN_FILE)
+    config = read_run(folder)
     summary = _summary(folder, log)
-    write_page(file, f"{run['model']} on {run['data']}", _sections(run, log, summary))
+    write_page(
+        file,
+        "run.html",
+        title=f"{config.model} on {config.data.source}",
+        summary=Table(("", "value"), [(_label(name), _shown(value)) for name, value in asdict(summary).items()]),
+        curves=_curves(log),
+        starts=_starts(log),
+        options=config.options(),
+    )
     return summary
 
 
-def _summary(folder: Path, log: RunLog) -> dict[str, Any]:
+def _summary(folder: Path, log: RunLog) -> RunSummary:
     def last(name: str) -> Any:
         return next((row[name] for row in reversed(log.rows) if name in row), None)
 
     speeds = sorted(speed for _, speed in log.curve("tokens_per_second"))
     history = _history(folder)
-    return {
-        "steps": log.rows[-1]["step"],
-        "tokens": last("num_input_tokens_seen"),
-        "train_loss": last("loss"),
-        "validation_loss": last("eval_loss"),
-        "starts": len(log.starts),
-        "lost_steps": log.lost_steps,
-        "skipped_steps": sum("skipped" in row for row in history),
-        "spikes": sum("spike" in row for row in history),
-        "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
-        "memory_mib": last("memory_mib"),
-        "elapsed_s": log.rows[-1]["elapsed_s"],
-    }
+    return RunSummary(
+        steps=log.rows[-1]["step"],
+        tokens=last("num_input_tokens_seen"),
+        train_loss=last("loss"),
+        validation_loss=last("eval_loss"),
+        starts=len(log.starts),
+        lost_steps=log.lost_steps,
+        skipped_steps=sum("skipped" in row for row in history),
+        spikes=sum("spike" in row for row in history),
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+        memory_mib=last("memory_mib"),
+        elapsed_s=log.rows[-1]["elapsed_s"],
+    )
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -68,44 +107,27 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return [] if state is None else read_json(state)["log_history"]
 
 
-def _sections(run: dict[str, Any], log: RunLog, summary: dict[str, Any]) -> list[str]:
-    drawn = [
-        (_losses(log, "step", "step"), "Loss by step; a dotted line where a process began again"),
-        (
-            _losses(log, "elapsed_s", "seconds of training"),
-            "Loss by time in training, without pauses between processes",
-        ),
-    ]
-    for name, label, caption in (
-        ("tokens_per_second", "tokens/s", "Speed, without validation and saving"),
-        ("grad_norm", "gradient norm", "Gradient norm before clipping"),
-        ("learning_rate", "learning rate", "Learning rate"),
-        ("memory_mib", "MiB", "Most memory so far, of the process under way"),
-        ("data_wait_share", "share of the time", "Waiting for data"),
-        ("model_flops_utilisation", "share of the peak", "Model FLOPs utilisation"),
-    ):
-        if log.curve(name):
-            drawn.append((_line(log, name, label), caption))
+def _curves(log: RunLog) -> list[tuple[Figure, str]]:
+    """Figures and captions."""
     return [
-        html_table(("", "value"), [(_label(name), _shown(value)) for name, value in summary.items()]),
-        figures(*drawn),
-        "<h2>Starts</h2>",
-        html_table(
-            ("began", "from step", "processes", "machine", "torch"),
-            [
-                (
-                    time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start["time"])) + " UTC",
-                    str(start["start"]),
-                    str(start.get("processes", "")),
-                    str(start.get("machine", "")),
-                    str(start.get("torch", "")),
-                )
-                for start in log.starts
-            ],
-        ),
-        "<h2>Settings</h2>",
-        f"<pre>{html.escape(chr(10).join(f'{name}: {value}' for name, value in run.items()))}</pre>",
+        (_losses(log, "step", "step"), "Loss by step; a dotted line where a process started again"),
+        (_losses(log, "elapsed_s", "seconds of training"), "Loss by time in training, without pauses between starts"),
+        *((_line(log, name, label), caption) for name, label, caption in QUANTITIES if log.curve(name)),
     ]
+
+
+def _starts(log: RunLog) -> Table:
+    rows = [
+        (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start.time)) + " UTC",
+            str(start.step),
+            "" if start.processes is None else str(start.processes),
+            start.machine,
+            start.torch,
+        )
+        for start in log.starts
+    ]
+    return Table(("started", "from step", "processes", "machine", "torch"), rows)
 
 
 def _losses(log: RunLog, against: str, label: str) -> Figure:
@@ -118,14 +140,14 @@ def _losses(log: RunLog, against: str, label: str) -> Figure:
         axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", markersize=4, label="validation")
     if against == "step":
         for start in log.starts[1:]:
-            axes.axvline(start["start"], color=GREY, linestyle=":", linewidth=1)
+            axes.axvline(start.step, color=GREY, linestyle=":", linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 
 
 def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """An exponential mean that begins unbiased."""
+    """An exponential mean, corrected for its start."""
     mean = weight = 0.0
     smoothed = []
     for value in values:
@@ -150,7 +172,7 @@ def _label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4g}"

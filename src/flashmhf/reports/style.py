@@ -1,4 +1,4 @@
-"""How figures look: one set of colours, told apart with any colour vision (Okabe and Ito's), and plain axes."""
+"""How figures look: one set of colours, distinct for any colour vision (Okabe and Ito's), and plain axes."""
 
 import itertools
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ FIGURE_INCHES = (5.0, 3.4)
 
 
 def colours_of(names: Iterable[str]) -> list[str]:
-    """A layer's own colour, a model's by its layer (`flashmhf-tiny`), or one that is still free, again and again."""
+    """A layer's own colour, a model's by its layer (`flashmhf-tiny`), or otherwise the next unused one, repeating."""
     names = list(names)
     given = {name: COLOURS[name] for name in names if name in COLOURS}
     for name in names:

@@ -1,7 +1,7 @@
 """No kernel issues more matrix FLOPs per tile than its algorithm has: no warp duplicates the work of another."""
 
 import pytest
-from test_triton_compiles import run
+from offline import run
 
 from flashmhf.ops.triton.tiles import TABLE
 

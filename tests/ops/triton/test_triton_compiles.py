@@ -3,13 +3,10 @@
 The compiler runs in a process of its own, because the tests switch Triton to its interpreter.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from offline import run
 
 ROOT = Path(__file__).parents[3]
 COMPILE = """
@@ -32,7 +29,9 @@ for case in rows:
 COUNT = """
 import json
 import torch
-from compile_kernels import TARGETS, Source, plan
+from compile_kernels import TARGETS, Source
+from gpu_kernels import KernelCase
+from gpu_kernels import launches as launches_of
 from flashmhf.ops.hopper.tiles import FORWARD_CANDIDATES, TABLE
 from flashmhf.ops.tensors import Gradients, Inputs
 from flashmhf.ops.triton.backward import plan_backward_dq, plan_backward_dkuv
@@ -48,10 +47,12 @@ def launches(B, L, H, D):
     yield "backward_dq", plan_backward_dq(dout, inputs, grads)
     yield "backward_dkuv", plan_backward_dkuv(dout, inputs, grads)
     for tile in FORWARD_CANDIDATES[64 if D < 64 else 128][1:3]:
-        yield f"hopper_forward {tile}", plan("hopper_forward", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
+        case = KernelCase("hopper_forward", (B * L, H, H, 3, 40), D, torch.bfloat16, tile)
+        yield f"hopper_forward {tile}", launches_of("sm_90a", case)[0]
     for kernel in ("backward", "backward_dq"):
         tile = TABLE[kernel][0 if D < 64 else 1]
-        yield f"hopper_{kernel}", plan(f"hopper_{kernel}", B * L, H, H, 3, 40, D, torch.bfloat16, tile)
+        case = KernelCase(f"hopper_{kernel}", (B * L, H, H, 3, 40), D, torch.bfloat16, tile)
+        yield f"hopper_{kernel}", launches_of("sm_90a", case)[0]
 
 for B, H, D in ((1, 8, 128), (1, 1, 24), (3, 8, 128)):
     variants = {}
@@ -66,15 +67,6 @@ HOPPER_BACKWARDS = {"hopper_backward", "hopper_backward_dq"}
 HOPPER = {"hopper_forward"} | HOPPER_BACKWARDS
 PROLOGUE_KERNELS = {"prologue_backward", "prologue_forward"}
 KNOWN_TO_SPILL = {("prologue_backward", 4, 256)}  # exact products of this depth need more registers
-
-
-def run(script: str, *arguments: object) -> list:
-    """The parsed JSON lines that a script prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def check(target: str, element_bytes: int, block_d: int) -> None:
@@ -115,7 +107,8 @@ def test_fifty_lengths_share_one_compiled_kernel():
 
 HOPPER_CODE = """
 import json, re, sys, torch
-from compile_kernels import HOPPER_KERNELS, SHARED_LIMITS, TARGETS, compiled_kernel, plan
+from compile_kernels import HOPPER_KERNELS, SHARED_LIMITS, TARGETS, compiled_kernel
+from gpu_kernels import KernelCase, launches
 from flashmhf.ops.hopper import tiles
 import os, triton
 import subprocess, tempfile
@@ -132,7 +125,7 @@ for kernel, (D, row) in rows:
     if kernel == "hopper_backward":
         parts[2:] = [(2, 100, 1, {"ACCUM_DQ": False}), (8, 384, 7, {"ACCUM_DQ": False, "ACCUM_DGATE": False})]
     for H_kv, F, E, changes in parts if row is not None else ():
-        launch = plan(kernel, 1000, 8, H_kv, E, F, D, dtype, row)
+        launch = launches("sm_90a", KernelCase(kernel, (1000, 8, H_kv, E, F), D, dtype, row))[0]
         launch.arguments.update(changes)
         compiled = compiled_kernel(launch, TARGETS["sm_90a"])
         asm = compiled.asm

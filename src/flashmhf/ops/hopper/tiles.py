@@ -77,7 +77,7 @@ TABLE: dict[str, tuple[HopperTile | None, ...]] = {
 }
 
 # One of BLOCK_DS -> the tiles that a GPU will compare, the most promising first, including the defaults above. Each
-# compiles without spills (tests/ops/test_triton_compiles.py).
+# compiles without spills (tests/ops/triton/test_triton_compiles.py).
 FORWARD_CANDIDATES: dict[int, tuple[ForwardTile, ...]] = {
     64: (
         ForwardTile(64, 64, 4, True),

@@ -14,12 +14,15 @@ from parallel_cases import build
 from safetensors.torch import load_file
 
 from flashmhf.data.config import DataConfig
-from flashmhf.distributed.trainer import SHARDS, check_layout, split_heads
+from flashmhf.distributed.sharded import SHARDS
+from flashmhf.distributed.tensor_parallel import check_tensor_parallel, configure_tensor_parallel
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
+from flashmhf.training.run_files import TrainResult
 from torchrun import torchrun
 
 STEPS = (
@@ -47,7 +50,7 @@ def run(corpus_folder, tmp_path_factory) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def one(run, tmp_path_factory) -> tuple[Path, dict]:
+def one(run, tmp_path_factory) -> tuple[Path, TrainResult]:
     """The folder and the result of one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
     return folder, train(run, parse_arguments(ONE, str(folder)))
@@ -86,9 +89,9 @@ def test_split_heads_train_as_one_process(one, trained, layout):
     assert rows(split_folder, "loss") == pytest.approx(rows(folder, "loss"), rel=1e-5)
     assert rows(split_folder, "grad_norm") == pytest.approx(rows(folder, "grad_norm"), rel=1e-4)
     assert min(rows(folder, "grad_norm")) > 0.5
-    assert result["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+    assert result["validation_loss"] == pytest.approx(expected.validation_loss, rel=1e-6)
     for name in ("steps", "tokens", "parameters", "tokens_used"):
-        assert result[name] == expected[name], name
+        assert result[name] == getattr(expected, name), name
 
 
 @pytest.mark.slow
@@ -121,15 +124,15 @@ def test_going_on_in_another_layout(run, one, trained, tmp_path, first, second):
     validation_loss = go_on(run, folder, second)
     for name, error in (("loss", 1e-5), ("grad_norm", 1e-4), ("learning_rate", 1e-9)):
         assert rows(folder, name) == pytest.approx(rows(one[0], name), rel=error), name
-    assert validation_loss == pytest.approx(one[1]["validation_loss"], rel=1e-6)
+    assert validation_loss == pytest.approx(one[1].validation_loss, rel=1e-6)
 
 
 def go_on(run: TrainConfig, folder: Path, layout: str) -> float:
     if layout == "one":
-        return train(run, parse_arguments(ONE, str(folder)), resume=True)["validation_loss"]
+        return train(run, parse_arguments(ONE, str(folder)), resume=True).validation_loss
     ended = torchrun(run, folder, 2, *STEPS, "--resume") if layout == "ddp" else split(run, folder, layout, "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert "going on from checkpoint-4" in ended.stderr
+    assert "resuming from checkpoint-4" in ended.stderr
     return json.loads(ended.stdout)["validation_loss"]
 
 
@@ -152,8 +155,9 @@ def test_non_finite_steps_end_a_split_run_with_a_whole_checkpoint(run, model_fil
 
 
 def arguments(processes: int, **options: object) -> SimpleNamespace:
-    """What `split_heads` reads and sets."""
+    """What `configure_tensor_parallel` reads and sets."""
     flags = {"fsdp": [], "deepspeed": None, "torch_compile": False, "auto_find_batch_size": False}
+    flags |= {"save_on_each_node": False}
     return SimpleNamespace(
         **{**flags, "world_size": processes, "average_tokens_across_devices": True, **options},
         parallelism_config=None,
@@ -167,26 +171,33 @@ def arguments(processes: int, **options: object) -> SimpleNamespace:
         (arguments(4), 3, "tensor-parallel: expected a divisor of the 4 processes, got 3"),
         (arguments(4), 0, "tensor-parallel: expected 1 or more, got 0"),
         (arguments(1), 2, "tensor-parallel: expected torchrun with a multiple of 2 processes"),
-        (arguments(2, fsdp=["full_shard"]), 2, "fsdp: expected none beside tensor-parallel, got it"),
-        (arguments(2, torch_compile=True), 2, "torch-compile: expected none beside tensor-parallel, got it"),
+        (arguments(2, fsdp=["full_shard"]), 2, "fsdp: expected none together with tensor-parallel, got it"),
+        (arguments(2, torch_compile=True), 2, "torch-compile: expected none together with tensor-parallel, got it"),
+        (
+            arguments(2, save_on_each_node=True),
+            2,
+            "save-on-each-node: expected none together with tensor-parallel",
+        ),
         (arguments(2, average_tokens_across_devices=False), 2, "average-tokens-across-devices: expected true"),
     ],
 )
 def test_processes_and_flags_that_do_not_fit(given, processes, message):
     with pytest.raises(InputError, match=message):
-        split_heads(given, processes)
+        configure_tensor_parallel(given, processes)
     assert given.parallelism_config is None
 
 
 def test_a_model_whose_heads_cannot_be_split():
     given = arguments(6)
-    split_heads(given, 3)
+    configure_tensor_parallel(given, 3)
     with pytest.raises(InputError, match=r"tensor-parallel: the model's num_attention_heads: expected a multiple .* 3"):
-        check_layout(build("flashmhf"), given, compiled=False, fused_loss=False)
-    check_layout(build("flashmhf", num_attention_heads=3, hidden_size=24), given, compiled=False, fused_loss=False)
+        check_tensor_parallel(build("flashmhf"), given, compiled=False, fused_loss=False)
+    check_tensor_parallel(
+        build("flashmhf", num_attention_heads=3, hidden_size=24), given, compiled=False, fused_loss=False
+    )
 
 
 def test_one_process_a_head_group_changes_nothing(tmp_path):
     given = parse_arguments([], str(tmp_path))
-    split_heads(given, 1)
+    configure_tensor_parallel(given, 1)
     assert given.parallelism_config is None

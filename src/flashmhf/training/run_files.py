@@ -1,0 +1,103 @@
+"""The two files that describe a run in its folder: run.json (its configuration) and result.json (what it achieved)."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from flashmhf.errors import InputError
+from flashmhf.files import read_json, write_json
+from flashmhf.training.config import TrainConfig
+
+RUN_FILE = "run.json"
+RESULT_FILE = "result.json"  # written when the run has finished, not when it was interrupted
+VERSION = 1  # of both formats; files from before they had one are read as version 0
+FORMER_NAMES = {"width_scaled_learning_rate": "mup_base_width"}  # of options in version 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training run achieved.
+
+    Attributes:
+        steps: optimizer steps since the first start of the run.
+        tokens: read in these steps.
+        parameters: of the model.
+        train_loss: nats/token, the last one logged; None if none was.
+        validation_loss: nats/token of the final model; None of an interrupted run.
+        bits_per_byte: the same per byte of text.
+        tokens_per_second: median of the log.
+        peak_memory_mib: of this process.
+        elapsed_s: of this process.
+        skipped_steps: without a finite loss and gradient, since the first start.
+        tokens_used: from each source.
+        bad_data: one line on corrupt records that were skipped, or empty.
+        interrupted_by: number of the signal that ended the run early, or None.
+        output_dir: the run's folder.
+    """
+
+    steps: int
+    tokens: int
+    parameters: int
+    train_loss: float | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    tokens_per_second: float | None
+    peak_memory_mib: float
+    elapsed_s: float
+    skipped_steps: int
+    tokens_used: dict[str, int]
+    bad_data: str
+    interrupted_by: int | None
+    output_dir: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As result.json and `flashmhf train --json` show it."""
+        return {"version": VERSION, **asdict(self)}
+
+
+def was_begun(output_dir: Path) -> bool:
+    """Whether the folder holds a run that can be resumed."""
+    return (output_dir / RUN_FILE).exists()
+
+
+def write_run(output_dir: Path, config: TrainConfig) -> None:
+    """Writes run.json, and removes the result of an earlier process, which no longer holds."""
+    write_json(output_dir / RUN_FILE, {"version": VERSION, **config.options()})
+    (output_dir / RESULT_FILE).unlink(missing_ok=True)
+
+
+def read_run(output_dir: Path) -> TrainConfig:
+    """The configuration in run.json; options that an old file does not have get their defaults.
+
+    Raises:
+        InputError: the file is damaged, or newer than this version of flashmhf; names it.
+    """
+    file = output_dir / RUN_FILE
+    content = read_json(file, version=VERSION)
+    options = {FORMER_NAMES.get(name, name): value for name, value in content.items()}
+    if not isinstance(options.get("model"), str):
+        raise InputError(f"{file}: expected the model of a training run, got {options.get('model')!r}")
+    return TrainConfig.from_options(options)
+
+
+def write_result(result: TrainResult) -> None:
+    """Writes result.json into the run's folder."""
+    write_json(Path(result.output_dir) / RESULT_FILE, result.as_dict())
+
+
+def read_result(output_dir: Path) -> TrainResult | None:
+    """What `train` returned, or None if the run has not finished.
+
+    Raises:
+        InputError: the file is damaged, or newer than this version of flashmhf; names it.
+    """
+    file = output_dir / RESULT_FILE
+    if not file.exists():
+        return None
+    content = read_json(file, version=VERSION)
+    names = [field.name for field in fields(TrainResult)]
+    if missing := [name for name in names if name not in content]:
+        raise InputError(
+            f"{file}: expected the {missing[0]} of a training run, got none; remove the file and resume the run"
+        )
+    return TrainResult(**{name: content[name] for name in names})
