@@ -179,7 +179,7 @@ def compile_row(case: TargetTile) -> Compiled | str:
     """What a kernel compiles to, or the compiler's error."""
     target, kernel, D, dtype, tile = case
     try:
-        T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # decode's harder variant: stacked heads
+        T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # decode's harder variant: packed heads
         launch = launches(target, KernelCase(kernel, (T, 8, H_kv, 7, 384), D, dtype, tile))[0]
         compiled = compiled_kernel(launch, TARGETS[target])
         issued = issued_ratio(matrix_work(compiled), kernel, tile, D)

@@ -119,7 +119,7 @@ def fake_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def few_tokens_as_many() -> Iterator[None]:
-    """Few tokens are neither stacked by heads nor split by rows."""
+    """With few tokens heads are not packed and rows are not split."""
     with mock.patch.object(tiles, "SPLIT_MAX_TOKENS", 0), mock.patch.object(triton_forward, "DECODE_MAX_TOKENS", 0):
         call_cache.clear()
         yield

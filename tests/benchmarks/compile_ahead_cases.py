@@ -37,7 +37,7 @@ from gpu_kernels import BACKENDS, KernelCase, launches, recorded
 CLASS = "sm_90a"
 EVERYTHING = (True,) * 5
 NEEDS = (EVERYTHING, (True,) + (False,) * 4, (False, True, False, False, False), (False,) * 4 + (True,))
-# T, H, H_kv, E, F: a split decode step; stacked heads and tails; E, F and GROUP of one; sizes divisible by 16.
+# T, H, H_kv, E, F: a split decode step; packed heads and tails; E, F and GROUP of one; sizes divisible by 16.
 SIZES = ((16, 4, 4, 3, 384), (3, 4, 2, 3, 200), (300, 2, 2, 1, 1), (512, 16, 1, 16, 64))
 PROLOGUES = (Prologue("sigmoid", 1.0, 1e-6), Prologue("softmax", 2.0, 1e-6))
 FUSED = Tile(32, 64, 4, 2)

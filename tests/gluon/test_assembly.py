@@ -65,7 +65,7 @@ def run(
 
 def test_a_reduction_takes_the_first_address_and_its_neighbours():
     offsets = torch.arange(1024).view(128, 8)
-    offsets[:, 1::2] = 7  # nobody looks at the second address of a pair
+    offsets[:, 1::2] = 7  # the second address of a pair is ignored
     memory = run(RED_V2, offsets)
     assert memory.tolist() == [1.0] * 1024 + [0.0] * 8
 

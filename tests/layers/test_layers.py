@@ -61,9 +61,9 @@ def test_flashmhf_matches_the_formula(options):
     x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
     expected = formula(layer, x)
     torch.testing.assert_close(layer(x), expected)
-    wanted = [x, *layer.parameters()]
-    grads = torch.autograd.grad(layer(x).square().sum(), wanted)
-    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), wanted))
+    needed = [x, *layer.parameters()]
+    grads = torch.autograd.grad(layer(x).square().sum(), needed)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), needed))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -145,9 +145,9 @@ def test_compile_full_graph(make):
     x = torch.randn(2, 5, 32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
-    wanted = list(layer.parameters())
-    grads = torch.autograd.grad(compiled(x).square().sum(), wanted)
-    torch.testing.assert_close(grads, torch.autograd.grad(layer(x).square().sum(), wanted))
+    needed = list(layer.parameters())
+    grads = torch.autograd.grad(compiled(x).square().sum(), needed)
+    torch.testing.assert_close(grads, torch.autograd.grad(layer(x).square().sum(), needed))
 
 
 def test_autocast_trains_float32_parameters():
@@ -233,10 +233,10 @@ def test_second_derivatives_of_the_layer():
 def test_recomputing_q_changes_no_result(options):
     layer = FlashMHF(32, 4, 3, 20, **options)
     x, dy = torch.randn(2, 50, 32, requires_grad=True), torch.randn(2, 50, 32)
-    wanted = [x, *layer.parameters()]
-    expected = torch.autograd.grad(layer(x), wanted, dy)
+    needed = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x), needed, dy)
     layer.recompute_q = True
-    torch.testing.assert_close(torch.autograd.grad(layer(x), wanted, dy), expected)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), needed, dy), expected)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), layer.requires_grad_(False)(x))
 

@@ -92,10 +92,10 @@ def test_without_gradients_nothing_is_saved():
 
 
 def test_any_single_input_may_require_a_gradient():
-    for wanted in range(6):
-        inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(leaves())]
+    for needed in range(6):
+        inputs = [x.detach().requires_grad_(i == needed) for i, x in enumerate(leaves())]
         loss(*inputs).backward()
-        assert [x.grad is not None for x in inputs] == [i == wanted for i in range(6)]
+        assert [x.grad is not None for x in inputs] == [i == needed for i in range(6)]
 
 
 def test_a_plain_call_is_dispatched_once(monkeypatch):

@@ -35,10 +35,10 @@ def compare(inputs, backend, kind="sigmoid", tolerance=None):
     out = gated_mhf(*inputs, gate_type=kind, backend=backend, **OPTIONS)
     expected = formula(*inputs, kind=kind)
     torch.testing.assert_close(out, expected, **(tolerance or {}))
-    wanted = [x for x in inputs if x is not None]
+    needed = [x for x in inputs if x is not None]
     vector = torch.randn_like(out)
-    grads = torch.autograd.grad(out, wanted, vector)
-    for grad, want in zip(grads, torch.autograd.grad(expected, wanted, vector), strict=True):
+    grads = torch.autograd.grad(out, needed, vector)
+    for grad, want in zip(grads, torch.autograd.grad(expected, needed, vector), strict=True):
         torch.testing.assert_close(grad, want, **(tolerance or {}))
 
 
@@ -54,12 +54,12 @@ def test_matches_the_formula_on_triton(parts, triton_runs_here, poisoned_memory)
     compare(leaves(torch.float32, *parts, D=16, F=20), "auto", tolerance={"rtol": 1e-3, "atol": 1e-3})
 
 
-@pytest.mark.parametrize("wanted", range(6))
-def test_one_gradient_at_a_time(wanted):
+@pytest.mark.parametrize("needed", range(6))
+def test_one_gradient_at_a_time(needed):
     inputs = leaves()
-    expected = torch.autograd.grad(formula(*inputs).sum(), inputs[wanted])
-    alone = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
-    torch.testing.assert_close(torch.autograd.grad(gated_mhf(*alone, **OPTIONS).sum(), alone[wanted]), expected)
+    expected = torch.autograd.grad(formula(*inputs).sum(), inputs[needed])
+    alone = [x.detach().requires_grad_(i == needed) for i, x in enumerate(inputs)]
+    torch.testing.assert_close(torch.autograd.grad(gated_mhf(*alone, **OPTIONS).sum(), alone[needed]), expected)
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())

@@ -53,8 +53,8 @@ def check(implementation, shape, dtype, options, has_gate=True, has_norm=True, t
         dgate = torch.randn_like(gate)
         outputs, vectors = [*outputs, gate_64], [*vectors, dgate.double()]
     grads = backward(q, gate_weight, norm_weight, options, dnormed.clone(), dgate)
-    wanted = [x for x in exact if x is not None]
-    expected = iter(torch.autograd.grad(outputs, wanted, vectors))
+    needed = [x for x in exact if x is not None]
+    expected = iter(torch.autograd.grad(outputs, needed, vectors))
     for grad, x in zip(grads, (q, gate_weight, norm_weight), strict=True):
         if x is not None:
             assert grad.dtype == x.dtype

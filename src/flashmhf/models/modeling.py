@@ -83,8 +83,8 @@ class FlashMHFPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {"hidden_states": FlashMHFDecoderLayer, "attentions": LlamaAttention}
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers' shortcut for custom code would skip a layer whose parameters are all in Linear modules. Ours
-        # initialise through torch.nn.init, which transformers guards, so they do not need the shortcut.
+        # transformers' shortcut for custom code would skip a layer whose parameters are all in Linear modules. These
+        # layers initialise through torch.nn.init, which transformers guards, so they do not need the shortcut.
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:

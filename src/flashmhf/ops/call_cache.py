@@ -74,7 +74,7 @@ def run(
 
 
 def clear() -> None:
-    """To be called by whoever changes what follows from metadata: the table of backends, or their tables of tiles."""
+    """Call this after changing what follows from metadata: the table of backends, or their tile tables."""
     _cache.clear()
 
 

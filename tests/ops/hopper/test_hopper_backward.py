@@ -19,19 +19,19 @@ from gluon.hopper_backend import DTYPES, HOOKS, SHAPES, caught, emulate_hopper, 
 from gluon.mutants import mutated
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "q gate"])
-def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
+@pytest.mark.parametrize("needed", ["q", "k", "u", "v", "gate", "k gate", "q v", "q gate"])
+def test_only_the_gradients_that_are_needed(needed, monkeypatch):
     emulate_hopper(monkeypatch)
     monkeypatch.setattr(backend_module, "portable_backward", None)
     inputs = make_inputs(Shape((70,), 4, 2, 2, 20, 64), torch.float16)
     named = dict(zip(("q", "k", "u", "v", "gate"), inputs[:5], strict=True))
-    for name in wanted.split():
+    for name in needed.split():
         named[name].requires_grad_()
     flash_mhf(**named, backend="hopper").backward(inputs[5])
     eager = dict(zip(NAMES, eager_results([x.detach() for x in inputs]), strict=True))
     exact = dict(zip(NAMES, exact_results([x.detach() for x in inputs]), strict=True))
     for name, tensor in named.items():
-        assert (tensor.grad is not None) == (name in wanted.split())
+        assert (tensor.grad is not None) == (name in needed.split())
         if tensor.grad is not None:
             assert_within_budget(name, tensor.grad, eager[f"d{name}"], exact[f"d{name}"], precision=torch.float16)
 

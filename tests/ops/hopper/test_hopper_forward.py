@@ -123,23 +123,23 @@ def test_warpgroups_do_not_alternate_without_pingpong():
 
 PARITY = "(i & 1) ^ 1 ^ WARPGROUP"
 PINGPONG_MUTATIONS = {
-    "warpgroup 1 begins": (PARITY, "(i & 1) ^ WARPGROUP"),
-    "both begin": (PARITY, "(i & 1) ^ 1"),
-    "nobody begins": (PARITY, "i & 1"),
+    "warpgroup 1 starts": (PARITY, "(i & 1) ^ WARPGROUP"),
+    "both start": (PARITY, "(i & 1) ^ 1"),
+    "neither starts": (PARITY, "i & 1"),
     "the parity stays": (PARITY, "1 ^ WARPGROUP"),
-    "the other's barrier": ("pingpong.index(WARPGROUP)", "pingpong.index(1 - WARPGROUP)"),
-    "one's own turn is passed on": ("pingpong.index(1 - WARPGROUP)", "pingpong.index(WARPGROUP)"),
-    "the first tile has no turn": ("pingpong_wait(pingpong, first, WARPGROUP)", "pass"),
-    "the first turn is kept": (
+    "wait at the other barrier": ("pingpong.index(WARPGROUP)", "pingpong.index(1 - WARPGROUP)"),
+    "arrive at its own barrier": ("pingpong.index(1 - WARPGROUP)", "pingpong.index(WARPGROUP)"),
+    "no wait before the first tile": ("pingpong_wait(pingpong, first, WARPGROUP)", "pass"),
+    "no arrive after the first tile": (
         "D_LOW, D_HIGH)\n    if PINGPONG:\n        pingpong_arrive",
         "D_LOW, D_HIGH)\n    if False:\n        pingpong_arrive",
     ),
-    "no tile has a turn": ("pingpong_wait(pingpong, i, WARPGROUP)", "pass"),
-    "a turn is kept": (
+    "no wait before the other tiles": ("pingpong_wait(pingpong, i, WARPGROUP)", "pass"),
+    "no arrive after the other tiles": (
         "out)\n        if PINGPONG:\n            pingpong_arrive",
         "out)\n        if False:\n            pingpong_arrive",
     ),
-    "a turn is passed on between the products": (
+    "arrive between the two products": (
         "out = mma_add(p, as_matrix(s_v.index((i - 1) % STAGES)), out)\n        if PINGPONG:\n"
         "            pingpong_arrive(pingpong, WARPGROUP)",
         "pingpong_arrive(pingpong, WARPGROUP)\n        out = mma_add(p, as_matrix(s_v.index((i - 1) % STAGES)), out)",

@@ -106,16 +106,16 @@ def tma_add_tile(dq_desc, s_dq, dq, i, t, head):
 
 @gluon.jit
 def accumulate_dq(
-    dm, dn, s_ku, s_dq, dq_accum, i, t, head, H, dku_layout: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
+    dm, dn, s_ku, s_dq, dq_accum, i, t, head, H, dq_layout: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
 ):  # fmt: skip
     """Computes dQ = dM K + dN U of tile i and adds it to the accumulator."""
     BLOCK_T: gl.constexpr = dm.shape[0]
     BLOCK_F: gl.constexpr = dm.shape[1]
     BLOCK_D: gl.constexpr = s_ku.shape[3]
-    lhs_layout: gl.constexpr = gl.DotOperandLayout(0, dku_layout, 2)
+    lhs_layout: gl.constexpr = gl.DotOperandLayout(0, dq_layout, 2)
     s_k = as_matrix(s_ku.index(opaque_zero(i))).slice(0, BLOCK_F)
     s_u = as_matrix(s_ku.index(opaque_zero(i))).slice(BLOCK_F, BLOCK_F)
-    dq = mma(gl.convert_layout(dm, lhs_layout), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, dku_layout))
+    dq = mma(gl.convert_layout(dm, lhs_layout), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, dq_layout))
     dq = mma_add(gl.convert_layout(dn, lhs_layout), s_u, dq)
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     if BY_TMA:

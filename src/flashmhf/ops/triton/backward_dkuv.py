@@ -91,6 +91,25 @@ def load_row_tile(
     return kv_head, e, offs_f, k, u, v
 
 
+@triton.jit
+def load_scores(
+    q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
+    dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
+    k, u, v, offs_t, mask_t, head, L, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    FLAT: tl.constexpr, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Loads a token tile's Q and dO, and computes M = Q K^T, N = Q U^T and dA = dO V^T."""
+    offs_d = tl.arange(0, BLOCK_D)
+    q = load_tokens(q_ptr, offs_t, offs_d, mask_t, head, L, stride_qb, stride_ql, stride_qh, stride_qx, D, FLAT)
+    dout = load_tokens(
+        dout_ptr, offs_t, offs_d, mask_t, head, L, stride_doutb, stride_doutl, stride_douth, stride_doutx, D, FLAT
+    )
+    m = scores_of(q, k, TOKENS_FIRST, PRECISION)
+    n = scores_of(q, u, TOKENS_FIRST, PRECISION)
+    da = scores_of(dout, v, TOKENS_FIRST, PRECISION)
+    return q, dout, m, n, da
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def backward_dkuv_kernel(
     q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
@@ -118,13 +137,11 @@ def backward_dkuv_kernel(
     for tile in tl.range(0, GROUP * tiles_t):
         head = kv_head * GROUP + tile // tiles_t
         t = (tile % tiles_t) * BLOCK_T + offs_t
-        q = load_tokens(q_ptr, t, offs_d, t < T, head, L, stride_qb, stride_ql, stride_qh, stride_qx, D, FLAT)
-        dout = load_tokens(
-            dout_ptr, t, offs_d, t < T, head, L, stride_doutb, stride_doutl, stride_douth, stride_doutx, D, FLAT
-        )
-        m = scores_of(q, k, TOKENS_FIRST, PRECISION)
-        n = scores_of(q, u, TOKENS_FIRST, PRECISION)
-        da = scores_of(dout, v, TOKENS_FIRST, PRECISION)
+        q, dout, m, n, da = load_scores(
+            q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
+            dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
+            k, u, v, t, t < T, head, L, D, BLOCK_D, FLAT, TOKENS_FIRST, PRECISION,
+        )  # fmt: skip
         silu, slope = silu_and_slope_of(m, FAST_TANH)
         if HAS_GATE:
             gate = load_gate(
@@ -179,13 +196,11 @@ def backward_fused_kernel(
     for tile in tl.range(0, GROUP * tiles_t):
         head = kv_head * GROUP + tile // tiles_t
         t = (tile % tiles_t) * BLOCK_T + offs_t
-        q = load_tokens(q_ptr, t, offs_d, t < T, head, L, stride_qb, stride_ql, stride_qh, stride_qx, D, FLAT)
-        dout = load_tokens(
-            dout_ptr, t, offs_d, t < T, head, L, stride_doutb, stride_doutl, stride_douth, stride_doutx, D, FLAT
-        )
-        m = scores_of(q, k, TOKENS_FIRST, PRECISION)
-        n = scores_of(q, u, TOKENS_FIRST, PRECISION)
-        da = scores_of(dout, v, TOKENS_FIRST, PRECISION)
+        q, dout, m, n, da = load_scores(
+            q_ptr, stride_qb, stride_ql, stride_qh, stride_qx,
+            dout_ptr, stride_doutb, stride_doutl, stride_douth, stride_doutx,
+            k, u, v, t, t < T, head, L, D, BLOCK_D, FLAT, TOKENS_FIRST, PRECISION,
+        )  # fmt: skip
         silu, slope = silu_and_slope_of(m, FAST_TANH)
         if ACCUM_DGATE:
             rows_dgate = token_offsets(t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
