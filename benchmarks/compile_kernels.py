@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for GPUs that are not here and reads registers, spills and instructions off the result.
+"""Compiles Triton kernels without a GPU and reports registers, spills, shared memory and matrix instructions.
 
 python benchmarks/compile_kernels.py                     every row of the tile tables, into docs/kernels.csv and .md
-python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles costs on one target
+python benchmarks/compile_kernels.py --search sm_90a     what a grid of candidate tiles compiles to on one target
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,12 +23,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from flashmhf.benchmarking.measuring import dtype_name
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.triton import tiles
 from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import NUM_STAGES, NUM_WARPS, block_t
 from flashmhf.ops.triton.tiles import BLOCK_DS, TABLE, Tile, table_rows
-from gpu_kernels import launches
+from gpu_kernels import KernelCase, launches
 from kernel_table import Row, options, summary, write_csv
 from matrix_work import issued_ratio, matrix_work
 
@@ -49,27 +50,39 @@ SHARED_LIMITS = {
     "sm_100": 232448,
     "sm_120": 101376,
     "gfx942": 65536,
-}  # bytes a program
+}  # bytes per program
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 GRID = [Tile(*sizes) for sizes in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (1, 2))]
-TURNABLE = ("backward_dkuv", "backward_fused")
+TRANSPOSABLE = ("backward_dkuv", "backward_fused")  # kernels that know both orders of their scores
 DOCUMENT = Path(__file__).parents[1] / "docs/kernels.md"
 PROLOGUE_KERNELS = ("prologue_forward", "prologue_backward")
 HOPPER_KERNELS = ("hopper_forward", "hopper_backward", "hopper_backward_dq")
-HOPPER_WARPS = 8  # consumers; the producer is one more
+HOPPER_WARPS = 8  # consumers; the producer has one more
 INTRODUCTION = """\
 All rows, in [kernels.csv](kernels.csv), compiled by Triton {}: bfloat16 and float32, E 7, F 384. `issued` is the
-matrix FLOPs that all warps issue for a tile over those that the algorithm has for it: above 1, warps multiply the same.
+ratio of matrix FLOPs issued by all warps per tile to the algorithm's: above 1, warps repeat products.
 
 """
 MARKERS = ("<!-- begin compiled -->\n", "<!-- end compiled -->\n")
 
 
+class TargetTile(NamedTuple):
+    """A kernel with a tile, for one target."""
+
+    target: str
+    kernel: str
+    D: int
+    dtype: torch.dtype
+    tile: Any
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch. `spilled`: bytes of stack and local memory a thread (AMD: registers).
+    """What a launch compiles to.
 
-    `issued`: matrix FLOPs of a tile over the algorithm's own, for a row of a table; None without matrix instructions.
+    Attributes:
+        spilled: bytes of stack and local memory per thread (AMD: registers).
+        issued: matrix FLOPs per tile over the algorithm's, for a row of a table; None without matrix instructions.
     """
 
     registers: int
@@ -79,17 +92,9 @@ class Compiled:
     issued: float | None = None
 
 
-def plan(
-    kernel: str, T: int, H: int, H_kv: int, E: int, F: int, D: int, dtype: torch.dtype, tile: Any,
-    target: str = "sm_90a",
-) -> Launch:  # fmt: skip
-    """The first launch of one of gpu_kernels.KERNELS on a device class, planned on tensors without data."""
-    return launches(target, (kernel, (T, H, H_kv, E, F), D, dtype, tile))[0]
-
-
 @dataclass(frozen=True)
 class Source:
-    """All that decides what a launch compiles to and where Triton's cache keeps it. Other processes understand it."""
+    """Everything that determines what a launch compiles to, and its key in Triton's cache. It can be pickled."""
 
     module: str
     kernel: str
@@ -101,7 +106,7 @@ class Source:
 
     @classmethod
     def of(cls, launch: Launch, target: GPUTarget) -> "Source":
-        """Packed by the launcher's own functions: what they say of a constant differs from Triton to Triton."""
+        """Packed by the launcher's own functions, because the encoding of constants depends on Triton's version."""
         kernel, backend = launch.kernel, make_backend(target)
         given = {
             **launch.arguments,
@@ -117,7 +122,7 @@ class Source:
 
     @property
     def key(self) -> str:
-        """Sources of one key share one compiled kernel."""
+        """Sources with equal keys share one compiled kernel."""
         return f"{self._tree().hash()} {sorted(self.options.items())} {self.target}"
 
     def compile(self) -> Any:
@@ -131,17 +136,17 @@ class Source:
 
 
 def compiled_kernel(launch: Launch, target: GPUTarget) -> Any:
-    """Triton's compiled kernel, with its assembly in `asm`, compiled as the launcher would."""
+    """Triton's compiled kernel, exactly as the launcher would compile it, with its assembly in `asm`."""
     return Source.of(launch, target).compile()
 
 
 def compile_source(source: Source) -> Compiled:
-    """What the compiler makes of a source."""
+    """Registers, spills and so on of a source."""
     return read(source.compile(), source.target)
 
 
 def read(compiled: Any, target: GPUTarget) -> Compiled:
-    """What a kernel that Triton compiled for a target asks for."""
+    """Registers, spills and so on of a kernel that Triton compiled for a target."""
     return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
 
 
@@ -170,12 +175,13 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
-    """One kernel at one tile for one target, or the compiler's complaint."""
+def compile_row(case: TargetTile) -> Compiled | str:
+    """What a kernel compiles to, or the compiler's error."""
     target, kernel, D, dtype, tile = case
     try:
-        T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # the harder of its variants: stacked heads
-        compiled = compiled_kernel(plan(kernel, T, 8, H_kv, 7, 384, D, dtype, tile, target), TARGETS[target])
+        T, H_kv = (16, 2) if kernel == "decode" else (4096, 8)  # decode's harder variant: stacked heads
+        launch = launches(target, KernelCase(kernel, (T, 8, H_kv, 7, 384), D, dtype, tile))[0]
+        compiled = compiled_kernel(launch, TARGETS[target])
         issued = issued_ratio(matrix_work(compiled), kernel, tile, D)
         return replace(read(compiled, TARGETS[target]), issued=issued)
     except Exception as error:
@@ -183,15 +189,15 @@ def compile_row(case: tuple[str, str, int, torch.dtype, Any]) -> Compiled | str:
 
 
 def grid(kernel: str) -> list[Tile]:
-    """The candidates for a kernel's tile: both ways of its scores where it knows two."""
-    turned = [tile._replace(tokens_first=True) for tile in GRID] if kernel in TURNABLE else []
-    return GRID + turned
+    """The candidate tiles of a kernel, with both orders of its scores if it knows two."""
+    transposed = [tile._replace(tokens_first=True) for tile in GRID] if kernel in TRANSPOSABLE else []
+    return GRID + transposed
 
 
 def search(target: str, kernels: list[str], dims: list[int], dtypes: list[torch.dtype]) -> None:
-    """Prints what every tile of a grid costs on one target."""
+    """Prints what every tile of a grid compiles to on one target."""
     cases = [
-        (target, kernel, D, dtype, tile)
+        TargetTile(target, kernel, D, dtype, tile)
         for kernel, D, dtype in itertools.product(kernels, dims, dtypes)
         for tile in grid(kernel)
     ]
@@ -200,25 +206,25 @@ def search(target: str, kernels: list[str], dims: list[int], dtypes: list[torch.
             print(kernel, D, dtype, *tile, result, flush=True)
 
 
-def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Any]]:
-    """Every row of the tile tables for a target, and the prologue's kernels, whose tile is the number of tokens alone.
+def shipped(target: str) -> list[TargetTile]:
+    """Every row of the tile tables for a target, and the prologue's kernels, whose tile has only a number of tokens.
 
-    float16 compiles to the code of bfloat16 with other instructions.
+    float16 compiles to the same code as bfloat16, with other opcodes.
     """
-    rows: list[tuple[str, str, int, torch.dtype, Any]] = [
-        (target, kernel, block_d, DTYPES[element_bytes], tile)
+    rows = [
+        TargetTile(target, kernel, block_d, DTYPES[element_bytes], tile)
         for element_bytes in TABLE[target]
         for kernel, block_d, tile in table_rows(target, element_bytes)
     ]
     rows += [
-        (target, kernel, block_d, dtype, Tile(block_t(block_d), 0, NUM_WARPS, NUM_STAGES))
+        TargetTile(target, kernel, block_d, dtype, Tile(block_t(block_d), 0, NUM_WARPS, NUM_STAGES))
         for dtype in DTYPES.values()
         for kernel in PROLOGUE_KERNELS
         for block_d in BLOCK_DS
     ]
     if target == "sm_90a":
         rows += [
-            (target, kernel, block_d, torch.bfloat16, tile)
+            TargetTile(target, kernel, block_d, torch.bfloat16, tile)
             for kernel in HOPPER_KERNELS
             for block_d, tile in zip(
                 hopper_tiles.BLOCK_DS, hopper_tiles.TABLE[kernel.removeprefix("hopper_")], strict=True
@@ -229,7 +235,7 @@ def shipped(target: str) -> list[tuple[str, str, int, torch.dtype, Any]]:
 
 
 def document() -> tuple[list[Row], str]:
-    """What every shipped row compiles to: all rows, and a summary in Markdown."""
+    """What every shipped tile compiles to: all rows, and a summary in Markdown."""
     cases = [case for target in TARGETS for case in shipped(target)]
     rows = []
     with ProcessPoolExecutor() as pool:
@@ -239,12 +245,11 @@ def document() -> tuple[list[Row], str]:
     return rows, INTRODUCTION.format(triton.__version__) + summary(rows, SHARED_LIMITS)
 
 
-def described(case: tuple[str, str, int, torch.dtype, Any]) -> tuple[str, str, str, int, int, int, int, int, str]:
-    """The columns of the table that say which row it is."""
+def described(case: TargetTile) -> tuple[str, str, str, int, int, int, int, int, str]:
+    """The columns of the table that identify a row."""
     target, kernel, D, dtype, tile = case
     warps, stages = tile[2:4] if isinstance(tile, Tile) else (HOPPER_WARPS, tile.stages)
-    name = str(dtype).removeprefix("torch.")
-    return target, kernel, name, D, tile.block_t, tile.block_f, warps, stages, options(tile._asdict())
+    return target, kernel, dtype_name(dtype), D, tile.block_t, tile.block_f, warps, stages, options(tile._asdict())
 
 
 def main() -> None:

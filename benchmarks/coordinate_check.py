@@ -1,20 +1,26 @@
-"""Sizes of activations, and of their changes in a few Adam steps, against width and against number of heads.
+"""RMS of activations, and of their change over a few Adam steps, against width and number of heads.
 
-    python benchmarks/coordinate_check.py benchmarks/results/coordinate_check.json docs/coordinate_check.png
+    python benchmarks/coordinate_check.py benchmarks/results/coordinate_check.csv docs/coordinate_check.png
 
-A one-layer model on the bytes of a module of the standard library. Along "width" a head keeps 64 numbers and the number
+A one-layer model on the bytes of a module of the standard library. Along "width" the head dim stays 64 and the number
 of heads grows; along "heads" the width stays 256. Prints the exponents of the power laws as Markdown. A few minutes.
 """
 
 import argparse
-import json
+import csv
+import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
+
+from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.style import colours_of
+from flashmhf.reports.table import Table
 
 STEPS, BATCH, CONTEXT, LEARNING_RATE, SEEDS = 4, 2, 128, 1e-3, 2
 BASE_WIDTH, HEAD_DIM, SUBNETWORK_SIZE = 64, 64, 192
@@ -22,11 +28,12 @@ WIDTHS, HEADS, HEADS_WIDTH = (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16), 256
 VARIANTS = ("flashmhf", "mhffn", "pkv", "swiglu")
 SETTINGS = (("reference", False), ("scaled", False), ("scaled", True))  # (init, learning rates by fan-in)
 PARTS = ("scores", "gate", "ffn", "attention", "logits")
+CASE = ("axis", "variant", "init", "by_fan_in", "width", "heads")  # what identifies a case, seeds apart
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model: heads of its feed-forward layer, and whether learning rates go by fan-in."""
+    """One model; `by_fan_in`: learning rates scale with the fan-in; `heads` of its feed-forward layer."""
 
     variant: str
     init: str
@@ -36,8 +43,23 @@ class Case:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One part of one case, geometric means over seeds: its RMS at initialisation, and that of its change."""
+
+    axis: str
+    variant: str
+    init: str
+    by_fan_in: bool
+    width: int
+    heads: int
+    part: str
+    size: float
+    change: float
+
+
 def configuration(case: Case) -> dict[str, Any]:
-    """The model of a case, as a configuration's values: d_ff in proportion to the width, sub-networks of one size."""
+    """The FlashMHFConfig values of a case: d_ff proportional to the width, sub-networks of constant size."""
     rows = 3 * case.width
     values = {"ffn_type": case.variant, "init": case.init, "hidden_size": case.width, "intermediate_size": rows}
     values |= {"num_hidden_layers": 1, "num_attention_heads": case.width // HEAD_DIM, "vocab_size": 256}
@@ -74,7 +96,7 @@ def tokens(seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def parts(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """What each part of the model computes for a batch."""
+    """The output of each part of the model for a batch."""
     block = model.model.layers[0]  # type: ignore[union-attr, index]
     found: dict[str, Tensor] = {}
 
@@ -92,7 +114,7 @@ def parts(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 
 
 def inner_parts(layer: Any, x: Tensor) -> dict[str, Tensor]:
-    """Scores M (a SwiGLU's gate_proj, PKV's logits), and the logits of the gate where there is one."""
+    """Scores M (a SwiGLU's gate_proj, PKV's logits), and the gate's logits if it has a gate."""
     from flashmhf.layers import FlashMHF, SwiGLU
 
     if isinstance(layer, SwiGLU):
@@ -112,7 +134,7 @@ def rms(x: Tensor) -> float:
 
 
 def cases() -> list[tuple[str, Case]]:
-    """(axis, case), all of them."""
+    """All cases, each with the axis it belongs to."""
     along_width = [("width", width, width // HEAD_DIM) for width in WIDTHS]
     along_heads = [("heads", HEADS_WIDTH, heads) for heads in HEADS]
     return [
@@ -124,18 +146,19 @@ def cases() -> list[tuple[str, Case]]:
     ]
 
 
-def run() -> list[dict[str, Any]]:
-    """A row for every part of every case, the seeds' geometric means."""
+def run() -> list[Measurement]:
+    """Measures all cases."""
     measured: dict[tuple[str, Case], list[dict[str, tuple[float, float]]]] = {}
     for axis, case in cases():
-        measured.setdefault((axis, Case(**{**asdict(case), "seed": 0})), []).append(measure(case))
+        measured.setdefault((axis, replace(case, seed=0)), []).append(measure(case))
         if axis == "width" and case.seed == SEEDS - 1:
             print(f"{case.variant} {case.init} {case.width}", flush=True)
     rows = []
     for (axis, case), results in measured.items():
+        settings = {name: getattr(case, name) for name in CASE if name != "axis"}
         for part in results[0]:
             size, change = (mean_log([result[part][i] for result in results]) for i in (0, 1))
-            rows.append({"axis": axis, **asdict(case), "part": part, "size": size, "change": change})
+            rows.append(Measurement(axis=axis, **settings, part=part, size=size, change=change))
     return rows
 
 
@@ -143,45 +166,71 @@ def mean_log(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def exponent(rows: list[dict[str, Any]], axis: str, quantity: str) -> float:
-    """Slope of log(quantity) against log(axis) by least squares."""
-    x = torch.tensor([math.log(row[axis]) for row in rows])
-    y = torch.tensor([math.log(row[quantity]) for row in rows])
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+def exponent(x: list[float], y: list[float]) -> float:
+    """Slope of log(y) against log(x), by least squares."""
+    log_x, log_y = (torch.tensor([math.log(value) for value in values]) for values in (x, y))
+    return float(((log_x - log_x.mean()) * (log_y - log_y.mean())).sum() / (log_x - log_x.mean()).square().sum())
 
 
-def line_of(rows: list[dict[str, Any]], **chosen: Any) -> list[dict[str, Any]]:
-    return [row for row in rows if all(row[name] == value for name, value in chosen.items())]
+def write_rows(rows: list[Measurement], file: Path) -> None:
+    """As CSV: one line per case, with two columns per part."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        case = {name: getattr(row, name) for name in CASE}
+        line = lines.setdefault(tuple(case.values()), case)
+        line |= {f"{row.part}_{name}": f"{getattr(row, name):.6g}" for name in ("size", "change")}
+    file.write_text(Table.of(list(lines.values())).csv())
 
 
-def table(rows: list[dict[str, Any]], axis: str, quantity: str) -> str:
-    """Markdown: exponents of a quantity along an axis, a line for each variant and part."""
+def read_rows(file: Path) -> list[Measurement]:
+    """Reads what `write_rows` wrote."""
+    with file.open(newline="") as opened:
+        lines = list(csv.DictReader(opened))
+    return [
+        Measurement(
+            axis=line["axis"],
+            variant=line["variant"],
+            init=line["init"],
+            by_fan_in=line["by_fan_in"] == "True",
+            width=int(line["width"]),
+            heads=int(line["heads"]),
+            part=part,
+            size=float(line[f"{part}_size"]),
+            change=float(line[f"{part}_change"]),
+        )
+        for line in lines
+        for part in PARTS
+        if line[f"{part}_size"]
+    ]
+
+
+def line_of(rows: list[Measurement], **chosen: Any) -> list[Measurement]:
+    return [row for row in rows if all(getattr(row, name) == value for name, value in chosen.items())]
+
+
+def table(rows: list[Measurement], axis: str, quantity: str) -> str:
+    """Markdown: exponents of a quantity along an axis, one line per variant and part."""
     settings = [pair for pair in SETTINGS if axis == "width" or not pair[1]]
-    lines = [f"| {quantity} along {axis} | " + " | ".join(label(*pair) for pair in settings) + " |"]
-    lines.append("|---|" + "---:|" * len(settings))
-    for variant in VARIANTS:
-        for part in PARTS:
-            cells = [
-                line_of(rows, axis=axis, variant=variant, part=part, init=init, by_fan_in=by_fan_in)
-                for init, by_fan_in in settings
+    lines = []
+    for variant, part in itertools.product(VARIANTS, PARTS):
+        cells = [
+            line_of(rows, axis=axis, variant=variant, part=part, init=init, by_fan_in=by_fan_in)
+            for init, by_fan_in in settings
+        ]
+        if all(cells):
+            exponents = [
+                exponent(*([getattr(row, name) for row in cell] for name in (axis, quantity))) for cell in cells
             ]
-            if all(cells):
-                exponents = " | ".join(f"{exponent(cell, axis, quantity):+.2f}" for cell in cells)
-                lines.append(f"| {variant}, {part} | {exponents} |")
-    return "\n".join(lines)
+            lines.append([f"{variant}, {part}", *(f"{value:+.2f}" for value in exponents)])
+    return Table([f"{quantity} along {axis}", *(label(*pair) for pair in settings)], lines).markdown()
 
 
 def label(init: str, by_fan_in: bool) -> str:
     return f"`{init}`" + (", rates by fan-in" if by_fan_in else "")
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Changes against width and against heads, a column a setting, a row a part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw(rows: list[Measurement], file: Path) -> None:
+    """Changes against width and heads: one column per setting, one row per part."""
     columns = [("width", *pair) for pair in SETTINGS] + [("heads", *pair) for pair in SETTINGS[:2]]
     shown = ("scores", "gate", "ffn", "logits")
     figure, axes = plt.subplots(
@@ -190,12 +239,12 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     for y, part in enumerate(shown):
         for x, (axis, init, by_fan_in) in enumerate(columns):
             panel = axes[y][x]
-            for variant in VARIANTS:
+            for variant, colour in zip(VARIANTS, colours_of(VARIANTS), strict=True):
                 line = line_of(rows, axis=axis, variant=variant, part=part, init=init, by_fan_in=by_fan_in)
                 if line:
-                    across = [row[axis] for row in line]
-                    (drawn,) = panel.plot(across, [row["change"] for row in line], "o-", label=variant)
-                    panel.plot(across, [row["size"] for row in line], ":", color=drawn.get_color())
+                    across = [getattr(row, axis) for row in line]
+                    panel.plot(across, [row.change for row in line], "o-", label=variant, color=colour)
+                    panel.plot(across, [row.size for row in line], ":", color=colour)
             panel.set(xscale="log", yscale="log", xticks=across, xticklabels=across)
             panel.grid(alpha=0.3)
             panel.minorticks_off()
@@ -205,30 +254,21 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 panel.set_xlabel(axis)
         axes[y][0].set_ylabel(f"{part}: RMS")
     axes[0][0].legend(fontsize="small")
-    figure.suptitle(f"change after {STEPS} Adam steps at {LEARNING_RATE:g} (lines); size at the beginning (dotted)")
+    figure.suptitle(f"change after {STEPS} Adam steps at {LEARNING_RATE:g} (lines); size at initialisation (dotted)")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
+    file.write_bytes(png(figure, dpi=80))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--draw-only", action="store_true", help="from the results that are there")
+    parser.add_argument("--draw-only", action="store_true", help="from existing results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.draw_only:
-        settings: dict[str, Any] = {
-            "steps": STEPS,
-            "tokens_a_step": BATCH * CONTEXT,
-            "learning_rate": LEARNING_RATE,
-            "seeds": SEEDS,
-        }
-        settings |= {"base_width": BASE_WIDTH, "torch": str(torch.__version__)}
-        content = ",\n".join(json.dumps(row) for row in run())
-        arguments.results.write_text(f'{{"settings": {json.dumps(settings)}, "rows": [\n{content}\n]}}\n')
-    rows = json.loads(arguments.results.read_text())["rows"]
+        write_rows(run(), arguments.results)
+    rows = read_rows(arguments.results)
     for axis in ("width", "heads"):
         for quantity in ("size", "change"):
             print(table(rows, axis, quantity) + "\n")

@@ -1,16 +1,15 @@
-"""Draws who waits for whom in the Hopper kernels: `python benchmarks/draw_pipeline.py` writes docs/pipeline.png.
+"""Draws the pipelines of the Hopper kernels: `python benchmarks/draw_pipeline.py` writes docs/pipeline.png.
 
-A model, not a measurement: products take as long as the tensor cores need at full rate (head dim 128, 2,048
-multiply-adds a clock), one at a time; activations and loads take round numbers of clocks.
+A model, not a measurement: products run one at a time at the tensor cores' full rate (head dim 128, 2,048 multiply-adds
+per clock); activations and loads take round numbers of clocks.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from flashmhf.reports.benchmark_figures import png
 
 FILE = Path(__file__).parents[1] / "docs/pipeline.png"
 ACTIVATE, LOAD, ADD = 320, 400, 200  # clocks
@@ -20,7 +19,7 @@ TENSOR_CORES = "tensor cores"
 
 @dataclass(eq=False)
 class Step:
-    """One bar. It starts when its `after` have ended and its lane is free."""
+    """One bar. It starts once all of `after` have ended and its lane is free."""
 
     lane: str
     kind: str
@@ -35,7 +34,7 @@ class Step:
 
 
 def schedule(steps: list[Step]) -> None:
-    """Starts whatever can start first, one step a lane at a time."""
+    """Sets start times: earliest step first, one step at a time per lane."""
     free: dict[str, int] = {}
     waiting = list(steps)
 
@@ -50,7 +49,7 @@ def schedule(steps: list[Step]) -> None:
 
 
 def forward(tiles: int, stages: int) -> list[Step]:
-    """Two warpgroups of 64 tokens, 64 rows a tile: S 512 clocks, P V 256."""
+    """Two warpgroups of 64 tokens, 64 rows per tile: S 512 clocks, P V 256."""
     steps: list[Step] = []
     last: dict[tuple[str, int, int], Step] = {}
 
@@ -75,7 +74,7 @@ def forward(tiles: int, stages: int) -> list[Step]:
 
 
 def backward(tiles: int, stages: int) -> list[Step]:
-    """Both warpgroups together, 128 tokens and 64 rows a tile: S and dA 1,536 clocks, dQ 1,024, dV, dK and dU 1,536."""
+    """Both warpgroups on one tile of 128 tokens and 64 rows: S and dA 1,536 clocks, dQ 1,024, dV, dK and dU 1,536."""
     steps: list[Step] = []
     weights: list[Step] = []
     added: Step | None = None
@@ -116,7 +115,7 @@ def main() -> None:
     figure, axes = plt.subplots(2, 1, figsize=(13, 6), layout="constrained")
     draw(axes[0], "Forward: S of the next tile is issued before O of this one; A and B activate in turn", forward(5, 4))
     draw(axes[1], "Backward: dV, dK and dU of a tile run while the next one is activated", backward(4, 2))
-    figure.savefig(FILE, dpi=130)
+    FILE.write_bytes(png(figure, dpi=130))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,32 @@
 """Draws the README's picture, docs/measured.png, from a committed result: `python benchmarks/draw_results.py`."""
 
+import csv
 from pathlib import Path
 
-from flashmhf.benchmarking import read_result
+from flashmhf.benchmarking.measuring import Row
 from flashmhf.reports.benchmark_figures import grid, panels, png
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "benchmarks" / "results" / "cpu_layer_growth.json"
-FILE = ROOT / "docs" / "measured.png"
+SOURCE = ROOT / "benchmarks/results/cpu_layer_growth.csv"
+FILE = ROOT / "docs/measured.png"
+PASS = "forward+backward"
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a results.csv of one pass, with the numbers that are drawn."""
+    with file.open(newline="") as opened:
+        lines = [line for line in csv.DictReader(opened) if line["measured_pass"] == PASS]
+    return [
+        {**line, "tokens": int(line["tokens"]), **{name: float(line[name]) for name in ("median_ms", "peak_mib")}}
+        for line in lines
+    ]
 
 
 def main() -> None:
-    result = read_result(SOURCE)
-    rows = [row for row in result["rows"] if row["measured_pass"] == "forward+backward"]
-    figure = grid(panels(result["kind"], rows))
-    origin = f"{result['machine']}, torch {result['torch']}, commit {result['commit']}, {result['date']}"
-    figure.supxlabel(f"{result['command']}\n{origin}", fontsize="x-small", color="#666666")
+    rows = read_rows(SOURCE)
+    figure = grid(panels(rows[0]["kind"], rows))
+    origin = "{machine}, torch {torch}, commit {commit}, {date}".format(**rows[0])
+    figure.supxlabel(f"{SOURCE.name}: {origin}", fontsize="x-small", color="#666666")
     FILE.write_bytes(png(figure))
 
 

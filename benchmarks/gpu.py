@@ -1,12 +1,12 @@
-"""Everything that only a GPU can show, in two calls of a few minutes each. How to: benchmarks/README.md.
+"""Everything that needs a GPU, in calls of a few minutes each. Instructions: benchmarks/README.md.
 
-    python benchmarks/gpu.py --plan first|second [--steps smoke,op] [--time-limit 340] [--output FOLDER] [--dry-run]
-    python benchmarks/gpu.py --merge FOLDER...   rows of several machines become benchmarks/results/gpu.jsonl, .md, .png
-    python benchmarks/gpu.py --apply             the tables of tiles, and `auto` with them, follow those rows
+    python benchmarks/gpu.py --plan first|second|third [--steps smoke,op] [--time-limit S] [--output FOLDER] [--dry-run]
+    python benchmarks/gpu.py --merge FOLDER...   adds rows to benchmarks/results/gpu.jsonl, writes gpu.md and gpu.png
+    python benchmarks/gpu.py --apply             updates the tables of tiles, and what `auto` selects, from those rows
 
-Rows are appended to FOLDER/DEVICE-COMMIT.jsonl ($OUT or benchmarks/results/gpu if no folder is given) as soon as they
-are known. A second run of the same command goes on where the first one ended. `--dry-run` runs the plan on the CPU at
-toy sizes; with TRITON_INTERPRET=1 that includes the Triton kernels.
+Each row is appended to FOLDER/DEVICE-COMMIT.jsonl as soon as it is measured; FOLDER is $OUT or benchmarks/results/gpu
+by default. The same command resumes an incomplete run. `--dry-run` runs the plan on the CPU at toy sizes; with
+TRITON_INTERPRET=1 that includes the Triton kernels.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from gpu_rows import Row, RowFile, UnusableError, failed, file_of, read_lines, r
 
 RESULTS = Path(__file__).parent / "results"
 MERGED = RESULTS / "gpu.jsonl"
-LOOK_LIMIT_S = 60
-LESS_IS_BETTER = ("ratio",)
-SHOWN = 4  # variants of a step, and failures
+QUERY_LIMIT_S = 60
+LOWER_IS_BETTER = ("ratio",)
+MAX_SHOWN = 4  # variants per step, and failures
 
 
 class StoppedError(Exception):
@@ -42,7 +42,7 @@ def main() -> None:
     task.add_argument("--plan", choices=PLANS)
     task.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER")
     task.add_argument("--apply", action="store_true")
-    parser.add_argument("--steps", help="some of the plan's, with commas between; all of them if not given")
+    parser.add_argument("--steps", help="comma-separated steps of the plan; default: all")
     add_options(parser)
     arguments = parser.parse_args()
     if arguments.plan:
@@ -56,8 +56,8 @@ def main() -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the commands that measure share."""
-    parser.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="in all; the plan's own if not given")
+    """Options of all commands that measure."""
+    parser.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="in total; default: the plan's")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or RESULTS / "gpu"))
     parser.add_argument("--dry-run", action="store_true")
 
@@ -77,7 +77,7 @@ def run_safely(steps: tuple[Step, ...], seconds: float, arguments: argparse.Name
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What the user can mend is one line, and exit code 2."""
+    """An error that the user can fix is one line and exit code 2."""
     try:
         yield
     except UnusableError as error:
@@ -86,7 +86,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _chosen(parser: argparse.ArgumentParser, steps: tuple[Step, ...], names: str | None) -> tuple[Step, ...]:
-    """The named steps in the plan's order."""
+    """The named steps, in the plan's order."""
     known = [step.name for step in steps]
     wanted = known if names is None else names.split(",")
     if unknown := [name for name in wanted if name not in known]:
@@ -95,7 +95,10 @@ def _chosen(parser: argparse.ArgumentParser, steps: tuple[Step, ...], names: str
 
 
 def run(steps: tuple[Step, ...], seconds: float, output: Path, dry_run: bool) -> int:
-    """Runs steps within a limit, prints what became of them; 0 if all is complete and right, 1 if not, 130 and 143.
+    """Runs steps within a limit and prints their outcomes.
+
+    Returns:
+        The exit code: 0 if all steps are complete and right, 1 if not, 130 or 143 after a signal.
 
     Raises:
         UnusableError: the kernels cannot run here, or rows cannot be written.
@@ -106,47 +109,47 @@ def run(steps: tuple[Step, ...], seconds: float, output: Path, dry_run: bool) ->
     try:
         with Lease(steps, seconds, output, dry_run) as lease:
             print(_announcement(steps, seconds), flush=True)
-            facts = _look(dry_run)
+            facts = _query_device(dry_run)
             rows = RowFile(file_of(output, facts), facts)
             rows.prepare()
-            if torn := read_lines(rows.path)[1]:
-                print(f"{rows.path}: {torn} torn lines of an earlier run are ignored", flush=True)
+            if corrupt := read_lines(rows.path)[1]:
+                print(f"{rows.path}: {corrupt} corrupt lines of an earlier run are ignored", flush=True)
             for outcome in lease.outcomes(rows):
                 print(_line(outcome, rows), flush=True)
         return _summarize(lease, rows)
     except StoppedError as stopped:
         kept = "" if rows is None else f"; {len(rows_of(rows.read()))} rows are kept in {rows.path}"
-        print(f"interrupted{kept}; the same command goes on")
+        print(f"interrupted{kept}; the same command resumes")
         return 128 + int(stopped.args[0])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the first is enough; children are being ended
+        signal.signal(each, signal.SIG_IGN)  # one is enough; children are being killed
     raise StoppedError(number)
 
 
-def _look(dry_run: bool) -> Row:
-    """The facts of this machine and this code, or UnusableError with the reason why the kernels cannot run here."""
+def _query_device(dry_run: bool) -> Row:
+    """Provenance of this machine and code, or UnusableError with the reason why the kernels cannot run here."""
     command = [sys.executable, str(Path(__file__).with_name("gpu_facts.py")), *(["--dry-run"] if dry_run else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_LIMIT_S)
     except subprocess.TimeoutExpired as error:
-        raise UnusableError(f"device: expected an answer within {LOOK_LIMIT_S} s, got none") from error
+        raise UnusableError(f"device: expected an answer within {QUERY_LIMIT_S} s, got none") from error
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UnusableError(last if done.returncode == 2 else f"device: cannot look at it: {last}")
+        raise UnusableError(last if done.returncode == 2 else f"device: cannot be queried: {last}")
     facts: Row = json.loads(done.stdout.splitlines()[-1])
     return facts
 
 
 def _announcement(steps: tuple[Step, ...], seconds: float) -> str:
-    lines = [f"{seconds:.0f} s at most; what a step saves, later ones may take. To begin with: a look at the device."]
+    lines = [f"{seconds:.0f} s at most; later steps may use what earlier ones save. First the device is queried."]
     return "\n".join([*lines, *(f"  {step.limit_s:3d} s  {step.name:<14} {step.what}" for step in steps)])
 
 
 def _line(outcome: Outcome, rows: RowFile) -> str:
-    """One line of the table: how long, how many rows, how many of them wrong, what became of it, the best of it."""
+    """One line of the table: time, number of rows and of wrong ones, state, best results."""
     step = outcome.step
     found = rows_of(rows.read(), step.name)
     wrong = sum(map(failed, found))
@@ -155,17 +158,17 @@ def _line(outcome: Outcome, rows: RowFile) -> str:
 
 
 def _best(step: Step, found: list[Row]) -> str:
-    """The best of the quantity that a step shows, by variant and pass."""
+    """The best values of a step's main quantity, by variant and pass."""
     if step.shows is None:
         return ""
-    sign = -1 if step.shows in LESS_IS_BETTER else 1
+    sign = -1 if step.shows in LOWER_IS_BETTER else 1
     best: dict[str, float] = {}
     for row in found:
-        if isinstance(row.get(step.shows), int | float):  # what is not finite is written as a word
-            who = (row["model"], row.get("backend")) if "model" in row else (row.get("contender"), row.get("variant"))
-            name = " ".join(filter(None, (*who, row.get("kernel") or row.get("measured_pass"))))
+        if isinstance(row.get(step.shows), int | float):  # non-finite values are stored as text
+            labels = (row["model"], row.get("backend")) if "model" in row else (row.get("ffn_type"), row.get("variant"))
+            name = " ".join(filter(None, (*labels, row.get("kernel") or row.get("measured_pass"))))
             best[name] = max(best.get(name, float("-inf")), sign * row[step.shows])
-    ranked = sorted(best.items(), key=lambda item: -item[1])[:SHOWN]
+    ranked = sorted(best.items(), key=lambda item: -item[1])[:MAX_SHOWN]
     return "; ".join([step.shows] * bool(ranked) + [f"{name} {sign * value:.3g}" for name, value in ranked])
 
 
@@ -177,15 +180,15 @@ def _summarize(lease: Lease, rows: RowFile) -> int:
     lines = rows.read()
     names = {outcome.step.name for outcome in lease.done}
     wrong = [row for row in rows_of(lines) if row["step"] in names and failed(row)]
-    for row in wrong[:SHOWN]:
-        said = (
+    for row in wrong[:MAX_SHOWN]:
+        reason = (
             row.get("failed")
-            or f"{row.get('result', 'result')} off by {row.get('error')}, {row.get('changed')} changed"
+            or f"{row.get('result', 'result')}: error {row.get('error')}, {row.get('changed')} repeats differ"
         )
-        print(f"wrong: {row['step']}: {row['case']}: {said}"[:300])
+        print(f"wrong: {row['step']}: {row['case']}: {reason}"[:300])
     left = [outcome.step.name for outcome in lease.done if outcome.state != "complete"]
     if left:
-        print(f"left for the same command: {', '.join(left)}")
+        print(f"incomplete, the same command resumes: {', '.join(left)}")
     return 1 if wrong or left else 0
 
 

@@ -1,7 +1,7 @@
-"""Steps `smoke`, `rounds` and `tiles`: is what the kernels compute right, on fresh random data, on this very GPU?
+"""Steps `smoke`, `rounds` and `tiles`: are the kernels' results right on this GPU, on fresh random data?
 
 Results are compared with the formula in float64 within the error budget; memory that a kernel leaves unwritten is NaN;
-and a call that is repeated must give the same bits again, since a result that changes is a race.
+and a repeated call must return the same bits, since a difference means a race.
 """
 
 import contextlib
@@ -14,25 +14,24 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row
-from flashmhf.ops import calls, reference
+from flashmhf.benchmarking.measuring import Row, dtype_name
+from flashmhf.ops import call_cache, reference
 from flashmhf.ops.backends import select
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.tiles import Tile, device_class, fused_tile, table_rows
-from gpu_bench import Bench, Case, Size, Variant, name_of
-from gpu_kernels import Case as Compilation
-from gpu_kernels import check_kernel, checked, expected, relative_error
+from gpu_bench import Bench, Case, Variant
+from gpu_kernels import PROLOGUE, KernelCase, Size, check_kernel, checked, expected, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMOKE_DIM = 128
-# Tails everywhere and grouped heads: the order inside packed registers, masks and rings show here. Then whole tiles.
+# Tails everywhere and grouped heads, to exercise packed registers, masks and ring buffers. Then full tiles.
 SMOKE_SIZES: tuple[Size, ...] = ((1000, 4, 2, 3, 200), (1024, 2, 2, 2, 384))
 FEW_TOKENS_SIZES: tuple[Size, ...] = ((3, 4, 2, 3, 200), (16, 2, 2, 2, 384), (100, 4, 2, 3, 200))
 SMOKE_REPEATS = 5
 HEAD_DIMS = (128, 64, 256, 96)
-# One token, and many tiles of many heads, beside those of the smoke.
+# The smoke test's, one token, and many tiles of many heads.
 ROUND_SIZES: tuple[Size, ...] = (*SMOKE_SIZES, (1, 2, 1, 1, 1), (8192, 8, 8, 7, 384))
 CANDIDATE_SIZE = SMOKE_SIZES[0]
 ROUNDS = 20
@@ -40,15 +39,15 @@ TILE_SIZES: dict[str, tuple[Size, ...]] = {"decode": FEW_TOKENS_SIZES[:2]}
 TOY_SIZE: Size = (20, 4, 2, 2, 40)
 WIDE = (16, 16, 1, 64, 128)  # H, H_kv, E, F, D
 BACKWARD_RESULTS = ("dq", "dk", "du", "dv", "dgate")
-# Kernel -> which of them are asked for when it is to run.
+# Kernel -> which gradients to request so that it runs.
 NEEDS = {"backward": (True,) * 5, "backward_dq": (True, False, False, False, True)}
-ANY_ORDER = ("dq", "dgate")  # in one pass these are sums of atomic additions
+ATOMIC_RESULTS = ("dq", "dgate")  # the fused backward accumulates these with atomics
 
 
 def smoke(bench: Bench) -> Iterator[Case]:
-    """Everything that `auto` or `hopper` would run at head dim 128 in bfloat16, then every tile that is to be timed.
+    """Everything that `auto` or `hopper` would run at head dim 128 in bfloat16, then every tile to be timed.
 
-    What is most likely to hang comes last, so that there is something to time if it does.
+    What is most likely to hang comes last, so that the rest can be timed even if it does.
     """
     variants = [*bench.variants(SMOKE_DIM, bench.dtype)]
     for variant in (variant for variant in variants if variant.shipped):
@@ -68,7 +67,7 @@ def _smoke_cases(bench: Bench, variant: Variant, few_tokens: bool = False) -> It
 
 
 def rounds(bench: Bench) -> Iterator[Case]:
-    """Hopper's kernels twenty times over, as races are rare, at all head dims; then, once, what else is to be timed."""
+    """Hopper's kernels at all head dims, twenty times, as races are rare; then, once, everything else to be timed."""
     dims, dtypes = ((64, SMOKE_DIM), (bench.dtype,)) if bench.dry_run else (HEAD_DIMS, DTYPES[:2])
     for shipped, dtype, D in itertools.product((True, False), dtypes, dims):
         for variant in bench.variants(D, dtype):
@@ -83,13 +82,13 @@ def rounds(bench: Bench) -> Iterator[Case]:
 
 
 def _case(check: Callable[[], Iterator[Row]], variant: Variant, dtype: torch.dtype, size: Size) -> Case:
-    name = f"{variant.name} {variant.kernel} {name_of(dtype)} D={variant.D} {size}"
-    return Case(name, check, variant.row() | {"dtype": name_of(dtype)})
+    name = f"{variant.name} {variant.kernel} {dtype_name(dtype)} D={variant.D} {size}"
+    return Case(name, check, variant.row() | {"dtype": dtype_name(dtype)})
 
 
 def _check(bench: Bench, variant: Variant, size: Size, dtype: torch.dtype, rounds: int, repeats: int) -> Iterator[Row]:
-    """The worst of every result over rounds of fresh data; the last round is repeated."""
-    case = variant.row() | {"dtype": name_of(dtype), "sizes": _sizes(size), "rounds": rounds}
+    """The largest error of every result over rounds of fresh data; the last round is repeated."""
+    case = variant.row() | {"dtype": dtype_name(dtype), "sizes": _sizes(size), "rounds": rounds}
     worst: dict[str, Row] = {}
     for _ in range(rounds):
         inputs = bench.inputs(*size, variant.D, dtype)
@@ -107,12 +106,12 @@ def _check(bench: Bench, variant: Variant, size: Size, dtype: torch.dtype, round
         variant.backend == "hopper" or fused_tile(bench.device, dtype, variant.D) is not None
     )
     for name, row in worst.items():
-        repeatable = changed[name] == 0 or (fused and name in ANY_ORDER)
+        repeatable = changed[name] == 0 or (fused and name in ATOMIC_RESULTS)
         yield row | {"repeats": repeats, "changed": changed[name], "passed": row["passed"] and repeatable}
 
 
 def run(bench: Bench, variant: Variant, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """The results of a forward or of (part of) a backward alone, in memory full of NaN."""
+    """The results of a forward or of (part of) a backward, in memory filled with NaN."""
     call = prepared(bench, variant, inputs)
     with poisoned_memory():
         results = call()
@@ -122,7 +121,7 @@ def run(bench: Bench, variant: Variant, inputs: list[Tensor]) -> dict[str, Tenso
 
 
 def prepared(bench: Bench, variant: Variant, inputs: list[Tensor]) -> Callable[[], Any]:
-    """The call of a backend's forward or backward with a variant's tile, as the operator makes it."""
+    """A call of a backend's forward or backward with a variant's tile, as the operator makes it."""
     *arguments, dout = inputs
     q, k, u, v, gate = arguments
     module: Any = select(Problem.of(q, k, u, v, gate), bench.runs_as(variant.backend))
@@ -138,7 +137,7 @@ def prepared(bench: Bench, variant: Variant, inputs: list[Tensor]) -> Callable[[
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills with NaN what torch.empty and its kin return: what a kernel does not write fails its check."""
+    """Fills the results of torch.empty and similar with NaN: what a kernel does not write fails its check."""
 
     def poisoned(make: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         x = make(*args, **options)
@@ -151,7 +150,7 @@ def poisoned_memory() -> Iterator[None]:
         patch.object(torch.Tensor, "new_empty", lambda *args, **options: poisoned(new_empty, *args, **options)),
     ):
         yield
-    calls.forget()  # the poisoning would be done again as a part of each
+    call_cache.clear()  # recorded calls would repeat the poisoning
 
 
 def _sizes(size: Size) -> str:
@@ -162,27 +161,29 @@ def _sizes(size: Size) -> str:
 def tiles(bench: Bench) -> Iterator[Case]:
     """Every row of the tile table for this device, bfloat16 first; gate and norm; addresses beyond 32 bits."""
     for kernel, dtype, D, tile in _shipped(bench):
-        about = {"kernel": kernel, "dtype": name_of(dtype), "D": D, "tile": "x".join(map(str, tile))}
+        about = {"kernel": kernel, "dtype": dtype_name(dtype), "D": D, "tile": "x".join(map(str, tile))}
         check = functools.partial(_check_tile, bench, kernel, dtype, D, tile)
-        yield Case(f"{kernel} {name_of(dtype)} D={D}", check, about)
+        yield Case(f"{kernel} {dtype_name(dtype)} D={D}", check, about)
     yield from _gated_cases(bench, DTYPES, (48,) if bench.dry_run else (48, 64, 128, 256))
     for backend in bench.backends(*WIDE, bench.dtype):
         yield Case(f"beyond 32 bits {backend}", functools.partial(_beyond_32_bits, bench, backend))
 
 
-def portable_cases(bench: Bench) -> dict[torch.dtype, list[Compilation]]:
-    """What `tiles` launches, for compiling ahead."""
-    cases: dict[torch.dtype, list[Compilation]] = {}
+def portable_cases(bench: Bench) -> dict[torch.dtype, list[KernelCase]]:
+    """What `tiles` launches, to compile ahead."""
+    cases: dict[torch.dtype, list[KernelCase]] = {}
     for kernel, dtype, D, tile in _shipped(bench):
-        cases.setdefault(dtype, []).extend((kernel, size, D, dtype, tile) for size in _tile_sizes(bench, kernel))
+        cases.setdefault(dtype, []).extend(
+            KernelCase(kernel, size, D, dtype, tile) for size in _tile_sizes(bench, kernel)
+        )
     return cases
 
 
 def _shipped(bench: Bench) -> Iterator[tuple[str, torch.dtype, int, Tile]]:
-    """Kernel, dtype, head dim and tile: each row at its own head dim, and at one that is no power of two."""
+    """Kernel, dtype, head dim and tile: each row at its own head dim, and at one that is not a power of two."""
     for dtype in DTYPES:
         if bench.dry_run and dtype == torch.bfloat16:
-            continue  # Triton's interpreter multiplies bfloat16 wrongly
+            continue  # Triton's interpreter gets bfloat16 products wrong
         for kernel, block_d, tile in table_rows(device_class(bench.device), dtype.itemsize):
             if not bench.dry_run or block_d == 32:
                 yield kernel, dtype, block_d, tile
@@ -199,16 +200,17 @@ def _check_tile(bench: Bench, kernel: str, dtype: torch.dtype, D: int, tile: Til
 
 
 def _gated_cases(bench: Bench, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> Iterator[Case]:
-    T, H, E, F = (20, 2, 3, 40) if bench.dry_run else (1000, 4, 5, 200)
+    size = (20, 2, 2, 3, 40) if bench.dry_run else (1000, 4, 4, 5, 200)
     for dtype, D in itertools.product(dtypes, dims):
-        for backend in bench.backends(H, H, E, F, D, dtype):
-            check = functools.partial(_gated, bench, backend, T, H, E, F, D, dtype)
-            yield Case(f"gated {backend} {name_of(dtype)} D={D}", check)
+        for backend in bench.backends(*size[1:], D, dtype):
+            check = functools.partial(_gated, bench, backend, size, D, dtype)
+            yield Case(f"gated {backend} {dtype_name(dtype)} D={D}", check)
 
 
-def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, dtype: torch.dtype) -> list[Row]:
+def _gated(bench: Bench, backend: str, size: Size, D: int, dtype: torch.dtype) -> list[Row]:
     """Norm and gate kernels and the operator, composed as the layer composes them."""
-    q, k, u, v, _, dout = bench.inputs(T, H, H, E, F, D, dtype)
+    _, H, _, E, _ = size
+    q, k, u, v, _, dout = bench.inputs(*size, D, dtype)
     inputs = [q, k, u, v, bench.randn(H, D, E, dtype=dtype) / D**0.5, bench.randn(H, D, dtype=dtype)]
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -217,13 +219,12 @@ def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, d
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
     def formula(*leaves: Tensor) -> Tensor:
-        return reference.gated_forward(*leaves, "sigmoid", 1.0, 1e-6)  # type: ignore[call-arg, arg-type]
+        return reference.gated_forward(*leaves, PROLOGUE)  # type: ignore[call-arg, arg-type]
 
-    with poisoned_memory():  # the second call runs what the first one found out
+    with poisoned_memory():  # the second call replays what the first one recorded
         got = [results(functools.partial(gated_mhf, backend=bench.runs_as(backend)), dtype) for _ in range(2)]
     eager, exact = results(formula, dtype), results(formula, torch.float64)
-    sizes = f"T {T}, H {H} / {H}, E {E}, F {F}"
-    case = {"kernel": "gated_mhf", "backend": backend, "dtype": name_of(dtype), "D": D, "sizes": sizes}
+    case = {"kernel": "gated_mhf", "backend": backend, "dtype": dtype_name(dtype), "D": D, "sizes": _sizes(size)}
     names = ("out", "dq", "dk", "du", "dv", "dgate_weight", "dnorm_weight")
     return [
         checked(case | {"call": call}, *result)
@@ -233,13 +234,13 @@ def _gated(bench: Bench, backend: str, T: int, H: int, E: int, F: int, D: int, d
 
 
 def _beyond_32_bits(bench: Bench, backend: str) -> list[Row]:
-    """More elements of q than a 32-bit offset reaches: the last tokens must be those of a short call."""
+    """More elements of q than a 32-bit offset can address: the last tokens must equal those of a short call."""
     H, *_, D = WIDE
     T = 64 if bench.dry_run else 2**31 // (H * D) + 1000
     q, k, u, v, _, _ = bench.inputs(T, *WIDE, bench.dtype)
     call = functools.partial(flash_mhf, backend=bench.runs_as(backend))
     tail = call(q[-150:].clone(), k, u, v)
     error, budget = relative_error(call(q, k, u, v)[-150:], tail), torch.finfo(q.dtype).eps
-    case = {"kernel": "beyond 32 bits", "backend": backend, "dtype": name_of(q.dtype), "D": D}
+    case = {"kernel": "beyond 32 bits", "backend": backend, "dtype": dtype_name(q.dtype), "D": D}
     sizes = f"q of {q.numel():,} elements, its last tokens"
     return [{**case, "sizes": sizes, "result": "out", "error": error, "budget": budget, "passed": error <= budget}]

@@ -1,6 +1,6 @@
-"""Compiles kernels in many processes before one process launches them in turn, because compiling takes the longest.
+"""Compiles kernels in many processes before one process launches them, because compilation takes the longest.
 
-What they leave in Triton's cache on disk, the launcher finds there (tests/ops/test_compile_ahead.py).
+The launcher finds the results in Triton's cache on disk (tests/benchmarks/test_gpu_compile.py).
 """
 
 import contextlib
@@ -18,21 +18,21 @@ import triton
 
 from compile_kernels import TARGETS, Compiled, Source, compile_source
 from flashmhf.benchmarking.layer import describe
-from gpu_kernels import Case, launches
+from gpu_kernels import KernelCase, launches
 
 TIME_LIMIT_S = 120.0
-START_LIMIT_S = 120.0  # importing torch in as many processes as there are cores, from a disk that nobody has read yet
+START_LIMIT_S = 120.0  # importing torch in one process per core, from a cold disk
 
 
-def compile_ahead(target: str, cases: Iterable[Case], time_limit_s: float = TIME_LIMIT_S) -> list[Compiled | str]:
-    """What the first launch of each case compiles to on a device class, or the first complaint about any, in one line.
+def compile_ahead(target: str, cases: Iterable[KernelCase], time_limit_s: float = TIME_LIMIT_S) -> list[Compiled | str]:
+    """What the first launch of each case compiles to on a device class, or the first error of any, in one line.
 
     Args:
         target: one of TARGETS.
-        cases: each is planned before the next is asked for, with the tables of tiles as they are at that moment.
-        time_limit_s: of one kernel; what takes longer is given up, and the others go on.
+        cases: each is planned before the next is requested, with the tables of tiles of that moment.
+        time_limit_s: per kernel; a kernel that takes longer is abandoned.
     """
-    # torch.compile sets this variable for the whole process, and launches after it would look elsewhere.
+    # torch.compile sets this variable for the process, and later launches would use another cache.
     os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
     planned = [_sources(target, case) for case in cases]
     unique = {source.key: source for sources in planned if not isinstance(sources, str) for source in sources}
@@ -48,7 +48,7 @@ def compile_ahead(target: str, cases: Iterable[Case], time_limit_s: float = TIME
     return results
 
 
-def _sources(target: str, case: Case) -> list[Source] | str:
+def _sources(target: str, case: KernelCase) -> list[Source] | str:
     try:
         return [Source.of(launch, TARGETS[target]) for launch in launches(target, case)]
     except Exception as error:
@@ -59,7 +59,7 @@ class Compiler:
     """A process that compiles one source after another.
 
     Raises:
-        TimeoutError: not done (or not started) within its limit.
+        TimeoutError: not finished (or not started) within its limit.
         EOFError: the process died.
     """
 
@@ -72,7 +72,7 @@ class Compiler:
         self._answer(START_LIMIT_S)
 
     def compile(self, source: Source, limit_s: float) -> Compiled | str:
-        """The result, or what the compiler says of it."""
+        """The result, or the compiler's error."""
         self._connection.send(source)
         result: Compiled | str = self._answer(limit_s)
         return result
@@ -86,17 +86,17 @@ class Compiler:
         raise TimeoutError(f"no answer within {limit_s:g} s")
 
     def _kill(self) -> int | None:
-        """Ends the process, with the assembler that it may wait for, and returns its exit code."""
-        self._process.join(1)  # one that is dying has an exit code of its own
+        """Kills the process, and the assembler that it may wait for, and returns its exit code."""
+        self._process.join(1)  # if it is exiting, its own exit code is wanted
         assert self._process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()  # one that is not yet the head of a group
+        self._process.kill()  # in case it is not yet a group leader
         self._process.join()
         return self._process.exitcode
 
 
-_idle: queue.SimpleQueue[Compiler] = queue.SimpleQueue()  # kept from call to call: each takes seconds to import torch
+_idle: queue.SimpleQueue[Compiler] = queue.SimpleQueue()  # reused across calls: each takes seconds to import torch
 
 
 def _compile(limit_s: float, source: Source) -> Compiled | str:
@@ -106,7 +106,7 @@ def _compile(limit_s: float, source: Source) -> Compiled | str:
         except queue.Empty:
             compiler = Compiler()
         result = compiler.compile(source, limit_s)
-    except (TimeoutError, EOFError) as error:  # LLVM ends the process where it finds its own invariants broken
+    except (TimeoutError, EOFError) as error:  # LLVM aborts the process if an assertion fails
         return describe(error)
     _idle.put(compiler)
     return result

@@ -1,55 +1,55 @@
-"""What every row says of its origin: device, versions, commit. As a script it prints them as JSON.
+"""Provenance of every row: device, versions, commit. As a script, prints it as JSON.
 
-gpu.py asks for them in a process of its own, so that the process of a lease neither waits for torch nor holds a context
-on the device. What keeps the kernels from running here is one line, and exit code 2.
+gpu.py runs it as a subprocess, so that the process of the lease neither waits for torch nor holds a context on the
+device. If the kernels cannot run here, it prints the reason in one line, with exit code 2.
 """
 
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 import flashmhf
-from flashmhf.benchmarking import Row, provenance
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.benchmarking.provenance import provenance
 from flashmhf.ops.backends import backends
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton.tiles import device_class
 
 OPS = Path(flashmhf.__file__).parent / "ops"
-# Whose code a measurement of a backend is about. Tiles are not: a row names the one that it measured.
+# Folders whose code a measurement of a backend is about. Tables of tiles are not: a row has the tile it measured.
 KERNELS = {"triton": ("triton",), "hopper": ("hopper", "triton")}
 TABLES = ("tiles.py",)
 MIN_TRITON = (3, 6)
 
 
 def facts(dry_run: bool) -> Row:
-    """Of this machine and this code.
+    """Provenance of this machine and this code.
 
     Raises:
-        ValueError: the kernels cannot run here; says why.
+        ValueError: the kernels cannot run here, and why.
     """
     device = torch.device("cpu" if dry_run else "cuda")
     if not dry_run:
         check_device(device)
-    known = provenance(device)
-    commit = known["commit"]
+    origin = provenance(device)
+    commit = origin.commit
     return {
         "device": "cpu" if dry_run else torch.cuda.get_device_name(device),
         "device_class": device_class(device),
-        "torch": known["torch"],
-        "triton": known["triton"],
+        "torch": origin.torch,
+        "triton": origin.triton,
         "commit": None if commit is None or commit.endswith("-dirty") else commit,
         "code": code_hash(),
         "kernels": kernel_hashes(),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": origin.date,
     }
 
 
 def check_device(device: torch.device) -> None:
-    """Raises ValueError where the portable kernels cannot run: no GPU, a driver or Triton too old, an unknown GPU."""
+    """Raises ValueError if the portable kernels cannot run: no GPU, driver or Triton too old, unsupported GPU."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -69,13 +69,13 @@ def check_device(device: torch.device) -> None:
 
 
 def code_hash() -> str:
-    """Of the package and the benchmarks: a commit has no name for a changed tree, and a copy of one has no commit."""
+    """A hash of package and benchmarks: identifies a modified tree, and a copy without a repository."""
     files = [*Path(flashmhf.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
     return _hash(sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
 
 
 def kernel_hashes(ops: Path = OPS) -> dict[str, str]:
-    """Of each backend's sources, but for blank lines and comments of their own: those change no kernel."""
+    """A hash of each backend's sources without blank lines and comment lines, which change no kernel."""
     hashes = {}
     for backend, folders in KERNELS.items():
         files = sorted(file for folder in folders for file in (ops / folder).glob("*.py") if file.name not in TABLES)

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row
-from flashmhf.benchmarking.measuring import graphed
+from flashmhf.benchmarking.measuring import Row, dtype_name, graphed
 from flashmhf.layers import FlashMHF
-from gpu_bench import Bench, Case, name_of
+from gpu_bench import Bench, Case
 from gpu_checks import SMOKE_DIM
 from gpu_kernels import relative_error
 
 
 def graphs(bench: Bench) -> Iterator[Case]:
-    """On fresh inputs, forward and backward. Compiling takes longest and comes last."""
+    """On fresh inputs, forward and backward. Compilation takes longest and comes last."""
     for mode, check in (("cuda graph", _replayed), ("reduce-overhead", _compiled)):
         for name in bench.shapes:
             for T in (1, 3) if bench.dry_run else (1, 16, 64):
@@ -41,8 +40,14 @@ def _check_graph(
         device=bench.device,
     )
     xs = [bench.randn(T, shape.hidden_size, dtype=bench.dtype) for _ in range(4)]
-    budget = torch.finfo(bench.dtype).eps  # another product may be chosen, so the last bit is free
-    case: dict[str, Any] = {"mode": mode, "backend": backend, "shape": name, "tokens": T, "dtype": name_of(bench.dtype)}
+    budget = torch.finfo(bench.dtype).eps  # cuBLAS may select another product, so the last bit may differ
+    case: dict[str, Any] = {
+        "mode": mode,
+        "backend": backend,
+        "shape": name,
+        "tokens": T,
+        "dtype": dtype_name(bench.dtype),
+    }
     rows = []
     for result, (got, eager) in check(bench, layer, xs).items():
         error = relative_error(got, eager)
@@ -58,7 +63,7 @@ def _replayed(bench: Bench, layer: FlashMHF, xs: list[Tensor]) -> dict[str, tupl
         for i, x in enumerate(xs):
             static_x.copy_(x)
             got = replay()
-            got = out if got is None else got  # a graph writes where it wrote before; without one, the call returns
+            got = out if got is None else got  # a graph writes to `out`; without a graph, the call returns its result
             results[f"out {i}"] = (got.clone(), layer(x))
     return results
 
@@ -68,7 +73,7 @@ def _compiled(bench: Bench, layer: FlashMHF, xs: list[Tensor]) -> dict[str, tupl
     options = {"backend": "aot_eager"} if bench.dry_run else {"mode": "reduce-overhead"}
     compiled: Callable[..., Tensor] = torch.compile(layer, **options)  # type: ignore[call-overload]
     results = {}
-    for i, x in enumerate(xs):  # the first compiles, the second records, the others replay
+    for i, x in enumerate(xs):  # compiles, records, replays
         with torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()
             results[f"out {i}"] = (compiled(x).clone(), layer(x))

@@ -1,45 +1,54 @@
-"""Every kernel by name, ready to run with a tile of one's choice, and what its results should be."""
+"""Every kernel by name, ready to run with any tile, and the results it should have."""
 
 import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row, dtype_name
 from flashmhf.ops import reference
 from flashmhf.ops.hopper import backward as hopper_backward
-from flashmhf.ops.hopper import backward_dq as hopper_tokens
+from flashmhf.ops.hopper import backward_dq as hopper_dq
 from flashmhf.ops.hopper import forward as hopper_forward
-from flashmhf.ops.hopper.dq_accum import dq_buffer, rounded_dq
+from flashmhf.ops.hopper.dq_accum import allocate_dq_accum, convert_dq
 from flashmhf.ops.hopper.tiles import BackwardTile, DqTile, ForwardTile, HopperTile
 from flashmhf.ops.prologue import Prologue
+from flashmhf.ops.tensors import Gradients, Inputs
 from flashmhf.ops.triton import tiles
-from flashmhf.ops.triton.backward import plan_backward_dkuv, plan_backward_dq
-from flashmhf.ops.triton.forward import plan_combine, plan_forward, splits_for
+from flashmhf.ops.triton.backward import plan_backward_dkuv, plan_backward_dq, plan_backward_fused
+from flashmhf.ops.triton.forward import num_splits, plan_combine, plan_forward
 from flashmhf.ops.triton.launch import Launch
 from flashmhf.ops.triton.prologue import plan_prologue_backward, plan_prologue_forward, programs_per_head
 from flashmhf.ops.triton.tiles import Tile
-from gpu_bench import name_of
 
 BACKENDS = ("triton", "hopper")
-# Kernel, sizes T, H, H_kv, E, F, head dim, dtype, tile. In the place of a kernel one of BACKENDS, without a tile, is
-# everything that a layer of that size launches forward and backward.
-Case = tuple[str, tuple[int, int, int, int, int], int, torch.dtype, Tile | HopperTile | None]
+
+Size = tuple[int, int, int, int, int]  # T, H, H_kv, E, F
+
+
+class KernelCase(NamedTuple):
+    """A kernel of KERNELS; or one of BACKENDS, without a tile, for all that a layer launches forward and backward."""
+
+    kernel: str
+    size: Size
+    D: int
+    dtype: torch.dtype
+    tile: Tile | HopperTile | None
 
 
 @dataclass
 class Prepared:
-    """A kernel with its inputs, its tile and room for its results. A call launches it and returns the results."""
+    """A kernel with inputs, tile and buffers for its results. A call launches it and returns the results."""
 
     launches: list[Launch]
     results: dict[str, Tensor]
-    sums: dict[str, Tensor] = field(default_factory=dict)  # float32; the kernel adds to them
-    rounded: Callable[[str, Tensor], Tensor] = lambda name, total: total  # a sum as the result of that name
+    sums: dict[str, Tensor] = field(default_factory=dict)  # float32 accumulators
+    rounded: Callable[[str, Tensor], Tensor] = lambda name, total: total  # accumulator -> result
 
     def __call__(self) -> dict[str, Tensor]:
         for total in self.sums.values():
@@ -53,7 +62,7 @@ class Prepared:
 
 def _forward(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, _ = inputs
-    out, splits = poisoned(q), splits_for(q, k, tile)
+    out, splits = poisoned(q), num_splits(q, k, tile)
     if splits == 1:
         return Prepared([plan_forward(q, k, u, v, gate, out, tile)], {"out": out})
     partial = poisoned(q.new_empty(splits, *q.shape, dtype=torch.float32))
@@ -64,14 +73,15 @@ def _forward(inputs: list[Tensor], tile: Tile) -> Prepared:
 def _backward_dq(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
-    launch = plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)
+    grads = Gradients(dq, None, None, None, dgate)
+    launch = plan_backward_dq(dout, Inputs(q, k, u, v, gate), grads, tile)
     return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
 def _backward_dkuv(inputs: list[Tensor], tile: Tile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dk, du, dv = (poisoned(weight) for weight in (k, u, v))
-    launch = plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile)
+    launch = plan_backward_dkuv(dout, Inputs(q, k, u, v, gate), Gradients(None, dk, du, dv, None), tile)
     return Prepared([launch], {"dk": dk, "du": du, "dv": dv})
 
 
@@ -81,7 +91,8 @@ def _backward_fused(inputs: list[Tensor], tile: Tile) -> Prepared:
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
     sums = {name: torch.empty_like(results[name], dtype=torch.float32) for name in ("dq", "dgate")}
-    launch = plan_backward_dkuv(dout, q, k, u, v, gate, dk, du, dv, tile, *sums.values())
+    grads = Gradients(sums["dq"], dk, du, dv, sums["dgate"])
+    launch = plan_backward_fused(dout, Inputs(q, k, u, v, gate), grads, tile)
     return Prepared([launch], results, sums)
 
 
@@ -96,19 +107,21 @@ def _hopper_backward(inputs: list[Tensor], tile: BackwardTile) -> Prepared:
     names = ("dq", "dgate", "dk", "du", "dv")
     results = {name: poisoned(x) for name, x in zip(names, (q, gate, k, u, v), strict=True)}
     dk, du, dv = (results[name] for name in ("dk", "du", "dv"))
-    dq_accum, added_dgate = dq_buffer(q, tile), torch.empty_like(gate)
-    launches = hopper_backward.plan_backward_split(dout, q, k, u, v, gate, dk, du, dv, dq_accum, added_dgate, tile)
+    dq_accum, dgate_accum = allocate_dq_accum(q, tile), torch.empty_like(gate)
+    grads = Gradients(dq_accum, dk, du, dv, dgate_accum)
+    launches = hopper_backward.plan_backward_split(dout, Inputs(q, k, u, v, gate), grads, tile)
 
     def rounded(name: str, total: Tensor) -> Tensor:
-        return rounded_dq(total, q, tile) if name == "dq" else total
+        return convert_dq(total, q, tile) if name == "dq" else total
 
-    return Prepared(launches, results, {"dq": dq_accum, "dgate": added_dgate}, rounded)
+    return Prepared(launches, results, {"dq": dq_accum, "dgate": dgate_accum}, rounded)
 
 
 def _hopper_backward_dq(inputs: list[Tensor], tile: DqTile) -> Prepared:
     q, k, u, v, gate, dout = inputs
     dq, dgate = poisoned(q), poisoned(gate)
-    launch = hopper_tokens.plan_backward_dq(dout, q, k, u, v, gate, dq, dgate, tile)
+    grads = Gradients(dq, None, None, None, dgate)
+    launch = hopper_dq.plan_backward_dq(dout, Inputs(q, k, u, v, gate), grads, tile)
     return Prepared([launch], {"dq": dq, "dgate": dgate})
 
 
@@ -131,15 +144,15 @@ def _prologue_backward(inputs: list[Tensor], tile: Any) -> Prepared:
 
 
 def _prologue_weights(q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Random weights of the gate and of the norm."""
+    """Random weights of the gate and the norm."""
     (_, H, D), E = q.shape, gate.shape[-1]
     return torch.randn(H, D, E, dtype=q.dtype, device=q.device), torch.randn(H, D, dtype=q.dtype, device=q.device)
 
 
 PROLOGUE = Prologue("sigmoid", 1.0, 1e-6)
 
-# Kernel -> what prepares it for inputs (q, k, u, v, gate, dout) and a tile. The prologue's kernels choose their tiles
-# themselves; the backward one writes over dout, which stands for dq.
+# Kernel -> prepares it for inputs (q, k, u, v, gate, dout) and a tile. The prologue's kernels choose their tiles
+# themselves; the backward one overwrites dout, which is its dq.
 KERNELS: dict[str, Callable[[list[Tensor], Any], Prepared]] = {
     "decode": _forward,
     "forward": _forward,
@@ -154,8 +167,8 @@ KERNELS: dict[str, Callable[[list[Tensor], Any], Prepared]] = {
 }
 
 
-def launches(target: str, case: Case, device: str = "meta") -> list[Launch]:
-    """What a case launches on a device class, planned on tensors without data."""
+def launches(target: str, case: KernelCase, device: str = "meta") -> list[Launch]:
+    """What a case launches on a device class, planned on tensors of `device`."""
     kernel, (T, H, H_kv, E, F), D, dtype, tile = case
     q, dout = (torch.empty(T, H, D, dtype=dtype, device=device) for _ in range(2))
     weights = [torch.empty(H_kv, E, F, D, dtype=dtype, device=device) for _ in range(3)]
@@ -175,8 +188,8 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
 
 
 def _layer(backend: Any, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor, dout: Tensor) -> None:
-    """A layer with a gate, with and without a norm of Q, forward and backward, with frozen weights, too; and the
-    operator without a gate.
+    """A layer with a gate, with and without Q norm, forward and backward, with trained and with frozen weights; and
+    the operator without a gate.
     """
     (_, H, D), E = q.shape, gate.shape[-1]
     gate_weight, norm = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in ((H, D, E), (H, D)))
@@ -185,17 +198,17 @@ def _layer(backend: Any, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tenso
         backend.prologue_backward(q, gate_weight, norm_weight, PROLOGUE, dout, gate)
     for share in (gate, None):
         backend.forward(q, k, u, v, share)
-        for of_weights in (True, False):
-            backend.backward(dout, q, k, u, v, share, (True, *[of_weights] * 3, share is not None))
+        for trained in (True, False):
+            backend.backward(dout, q, k, u, v, share, (True, *[trained] * 3, share is not None))
 
 
 def poisoned(like: Tensor) -> Tensor:
-    """Of the same shape, full of NaN: what a kernel does not write fails its check."""
+    """Same shape, filled with NaN: what a kernel does not write fails its check."""
     return torch.full_like(like, float("nan"), memory_format=torch.contiguous_format)
 
 
 def expected(inputs: list[Tensor]) -> dict[str, Tensor]:
-    """Every result by the formula, in the dtype of the inputs."""
+    """Every result by the reference formula, in the inputs' dtype."""
     *arguments, dout = inputs
     q, k, u, v, gate = arguments
     grads = reference.backward(dout, q, k, u, v, gate, (True,) * 5)
@@ -204,24 +217,24 @@ def expected(inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius norm; NaN counts as infinite."""
+    """Relative Frobenius norm; infinity for NaN."""
     error = float((got.double() - exact.double()).norm() / exact.double().norm())
     return error if error == error else float("inf")
 
 
 def checked(case: dict[str, Any], name: str, result: Tensor, eager: Tensor, exact: Tensor) -> Row:
-    """One row: the error, and the budget of twice eager PyTorch's plus the rounding of the result."""
+    """One row: the error, and its budget of twice eager PyTorch's error plus the rounding of the result."""
     error = relative_error(result, exact)
     budget = 2 * relative_error(eager, exact) + torch.finfo(result.dtype).eps / 2
     return {**case, "result": name, "error": error, "budget": budget, "passed": error <= budget}
 
 
 def check_kernel(kernel: str, inputs: list[Tensor], tile: Tile | HopperTile) -> list[Row]:
-    """Runs a kernel of the operator on inputs and compares all its results with the formula in float64."""
+    """Runs a kernel of the operator and compares all its results with the formula in float64."""
     got = KERNELS[kernel](inputs, tile)()
     exact, eager = expected([x.double() for x in inputs]), expected(inputs)
     q, k = inputs[:2]
     T, H, D = q.shape
     sizes = f"T {T}, H {H} / {k.shape[0]}, E {k.shape[1]}, F {k.shape[2]}"
-    case = {"kernel": kernel, "dtype": name_of(q.dtype), "D": D, "tile": "x".join(map(str, tile)), "sizes": sizes}
+    case = {"kernel": kernel, "dtype": dtype_name(q.dtype), "D": D, "tile": "x".join(map(str, tile)), "sizes": sizes}
     return [checked(case, name, result, eager[name], exact[name]) for name, result in got.items()]

@@ -1,8 +1,8 @@
-"""Runs the steps of a plan one after another, each in a process of its own, within a limit of seconds.
+"""Runs the steps of a plan in sequence, each in its own process, within a time limit.
 
-A step that hangs, crashes or fills the memory costs itself alone, and of itself the case at fault: its process starts
-again behind that case. While one step measures, the process of the next has begun to import torch. This process
-imports no torch, holds no rows, and leaves no child behind.
+A step that hangs, crashes or runs out of memory only loses the case at fault: its process restarts after that case.
+While one step measures, the next one's process already imports torch. This process does not import torch, holds no
+rows, and leaves no child behind.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from gpu_plan import Step
 from gpu_rows import Row, RowFile, UnusableError, append_failure
 
 SCRIPT = Path(__file__).with_name("gpu_step.py")
-COMPLETE, OUT_OF_TIME, DEVICE_BROKEN, UNUSABLE = 0, 10, 11, 12  # how gpu_step.py exits
-MIN_S = 5  # a step that gets less is skipped
-GRACE_S = 3  # before the limit no case begins any more
+COMPLETE, OUT_OF_TIME, DEVICE_BROKEN, UNUSABLE = 0, 10, 11, 12  # exit codes of gpu_step.py
+MIN_S = 5  # a step with less is skipped
+GRACE_S = 3  # no case starts this close to the limit
 POLL_S = 0.05
 ENVIRONMENT = {
-    "KINETO_LOG_LEVEL": "6",  # torch's profiler would print its every start and stop
-    "PYTHONFAULTHANDLER": "1",  # the log says where a process crashed
+    "KINETO_LOG_LEVEL": "6",  # silences torch's profiler
+    "PYTHONFAULTHANDLER": "1",  # the log shows where a process crashed
     "PYTHONUNBUFFERED": "1",
 }
 
 
 @dataclass
 class Outcome:
-    """What became of a step; `state` is "complete", "skipped: ..." or "incomplete: ..."."""
+    """How a step ended; `state` is "complete", "skipped: ..." or "incomplete: ..."."""
 
     step: Step
     seconds: float
@@ -41,11 +41,11 @@ class Outcome:
 
 
 class Lease:
-    """A limit of seconds, and the processes in it; the context ends them all.
+    """A time limit and its processes; leaving the context kills them all.
 
     Attributes:
         done: the outcomes so far.
-        log: what the steps print.
+        log: the steps' output.
     """
 
     def __init__(self, steps: tuple[Step, ...], seconds: float, output: Path, dry_run: bool) -> None:
@@ -65,7 +65,7 @@ class Lease:
             self._end(self._processes[-1])
 
     def outcomes(self, rows: RowFile) -> Iterator[Outcome]:
-        """Runs the steps and yields what became of each.
+        """Runs the steps and yields the outcome of each.
 
         Raises:
             UnusableError: rows can no longer be written.
@@ -83,35 +83,35 @@ class Lease:
         if left < MIN_S:
             return Outcome(step, 0, "skipped: no time left")
         began = time.monotonic()
-        deadline = began + min(left, max(step.limit_s, left - later_s))  # what earlier steps saved is this one's
+        deadline = began + min(left, max(step.limit_s, left - later_s))  # including what earlier steps saved
         state = self._attempt(step, process, deadline)
         while state is None:
             state = self._attempt(step, self._start(step), deadline)
         return Outcome(step, time.monotonic() - began, state)
 
     def _attempt(self, step: Step, process: subprocess.Popen[str], deadline: float) -> str | None:
-        """What became of the step, or None where a new process is to go on behind the case that ended this one."""
+        """The outcome of a step, or None if a new process should continue after the case that ended this one."""
         before = len(self._lines(step))
         self._go(step, process, deadline)
         reason = self._watch(step, process, deadline, before)
         self._end(process)
         if process.returncode == UNUSABLE:
-            self.rows.append(step.name, "", {"state": "stopped"})  # says why, if it still is so
-            raise UnusableError(f"output: rows could not be written; {self.log} may say why")
+            self.rows.append(step.name, "", {"state": "stopped"})  # raises the reason if it persists
+            raise UnusableError(f"output: rows could not be written; see {self.log}")
         if process.returncode == COMPLETE:
             return "complete"
         latest = self._in_flight(step, before)
         if process.returncode == OUT_OF_TIME or time.monotonic() >= deadline:
             return "incomplete: out of time" + ("" if latest is None else f" in {latest['case']}")
-        reason = reason or _how(process.returncode, self.log)
-        if process.returncode != DEVICE_BROKEN:  # that one has said it
+        reason = reason or _exit_reason(process.returncode, self.log)
+        if process.returncode != DEVICE_BROKEN:  # which has written its own failure
             if latest is None:
-                return f"incomplete: {reason}"  # outside of any case: another process would do the same
+                return f"incomplete: {reason}"  # outside any case: another process would fail the same way
             append_failure(self.rows, step.name, latest["case"], latest, reason)
         return None if deadline - time.monotonic() > MIN_S else f"incomplete: {reason}"
 
     def _start(self, step: Step) -> subprocess.Popen[str]:
-        """A process that imports what the step needs and waits.
+        """Starts a process that imports what the step needs and waits.
 
         Raises:
             UnusableError: the log cannot be written.
@@ -129,18 +129,18 @@ class Lease:
                 stderr=log,
                 text=True,
                 env={**os.environ, **ENVIRONMENT},
-                start_new_session=True,  # so that it ends with all that it started
+                start_new_session=True,  # so that it can be killed with all its children
             )
         self._processes.append(process)
         return process
 
     def _end(self, process: subprocess.Popen[str]) -> None:
-        """Ends a process and all that it started: its session, as compilers have process groups of their own."""
+        """Kills a process and its session, since compilers have their own process groups."""
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(int(entry.name)) == process.pid:
                     os.kill(int(entry.name), signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: what it holds is out of reach
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver
             process.wait(10)
         with contextlib.suppress(BrokenPipeError):
             assert process.stdin is not None
@@ -153,12 +153,12 @@ class Lease:
             "dry_run": self._dry_run, "until": deadline - GRACE_S,
         }  # fmt: skip
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; _watch sees how
+        with contextlib.suppress(BrokenPipeError):  # it has exited; _watch sees how
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
 
     def _watch(self, step: Step, process: subprocess.Popen[str], deadline: float, before: int) -> str | None:
-        """Waits until the process ends, or is to be ended, and says why in that case."""
+        """Waits until the process exits or has to be killed, and returns the reason in that case."""
         size, since = self._size(), time.monotonic()
         while process.poll() is None:
             now = time.monotonic()
@@ -168,13 +168,13 @@ class Lease:
                 size, since = self._size(), now
             elif step.case_limit_s is not None and now - since > step.case_limit_s and self._in_flight(step, before):
                 process.send_signal(signal.SIGUSR1)
-                time.sleep(POLL_S)  # for the log
+                time.sleep(POLL_S)  # lets it write its stack to the log
                 return f"no row for {step.case_limit_s} s"
             time.sleep(POLL_S)
         return None
 
     def _in_flight(self, step: Step, before: int) -> Row | None:
-        """What the present process of a step is at: its last line with a state, unless that says that a case is done.
+        """The last state line of a step's current process, unless it says that a case is done.
 
         `before`: the number of lines before that process.
         """
@@ -188,8 +188,8 @@ class Lease:
         return self.rows.path.stat().st_size if self.rows.path.exists() else 0
 
 
-def _how(code: int | None, log: Path) -> str:
-    """How a process ended, and the last that it said."""
+def _exit_reason(code: int | None, log: Path) -> str:
+    """How a process ended, and the last line of its log."""
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"exit code {code}: {_last_line(log)}"

@@ -1,4 +1,4 @@
-"""Rows of several machines and days as one file, a short table in Markdown, and a picture."""
+"""Rows of several machines and days in one file, short tables in Markdown, and a picture."""
 
 import json
 import math
@@ -6,16 +6,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from flashmhf.benchmarking import table
 from flashmhf.evaluation.bootstrap import student_t
 from flashmhf.files import atomic_write
+from flashmhf.reports.table import Table
 from gpu_facts import facts
 from gpu_plots import plot
 from gpu_rows import Row, UnusableError, failed, read_lines, rows_of
 from gpu_speed import growth_fit
 
 CHECKS = ("smoke", "rounds", "tiles", "graphs", "sanitizer")
-# Step -> what makes a line, what makes a column, and the quantity in it.
+# Step -> keys of a line, key of a column, and the quantity.
 TABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "op": (("shape", "dtype", "measured_pass", "tokens"), "variant", "ratio_to_cublas"),
     "dims": (("shape", "dtype", "measured_pass", "tokens"), "variant", "ratio_to_cublas"),
@@ -25,31 +25,31 @@ TABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 FACTS = ("step", "case", "device", "device_class", "torch", "triton", "commit", "code", "kernels", "date")
 OTHER_TILE = "fastest other tile"
-BASELINE, OTHER = "swiglu", "flashmhf"  # of the training comparison
+BASELINE, VARIANT = "swiglu", "flashmhf"  # of the training comparison
 
 
 def merge(folders: list[Path], merged: Path) -> str:
-    """Adds the rows of folders (or files) to those of `merged`, writes table and picture beside it, says what it did.
+    """Adds the rows of folders (or files) to `merged`, writes tables and picture next to it, returns a summary.
 
     Raises:
         UnusableError: a folder holds no rows, or a file cannot be read.
     """
     files = [file for folder in folders for file in _files(folder)]
-    lines, torn = read_lines(merged)
+    lines, corrupt = read_lines(merged)
     for file in files:
-        of_file, torn_of_file = read_lines(file)
-        lines, torn = lines + of_file, torn + torn_of_file
+        new_lines, new_corrupt = read_lines(file)
+        lines, corrupt = lines + new_lines, corrupt + new_corrupt
     own = _own_commit()
     rows = [row for row in rows_of(lines) if row["device"] != "cpu"]
-    ignored = f", {torn} torn lines ignored" if torn else ""
+    ignored = f", {corrupt} corrupt lines ignored" if corrupt else ""
     if not rows:
-        return f"{merged}: nothing to write in {len(files)} files{ignored}; a dry run measures nothing"
+        return f"{merged}: no rows of a GPU in {len(files)} files{ignored}"
     unique = list(dict.fromkeys(json.dumps(row | own.get(row["code"], {})) for row in rows))
     atomic_write(merged, "".join(f"{line}\n" for line in unique))
     rows = [json.loads(line) for line in unique]
     atomic_write(merged.with_suffix(".md"), _markdown(rows))
     plot(_shipped(rows), merged.with_suffix(".png"))
-    return f"{merged}: {len(rows)} rows of {len(files)} files and of before{ignored}"
+    return f"{merged}: {len(rows)} rows, {len(files)} files added{ignored}"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -60,13 +60,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _own_commit() -> dict[str, Row]:
-    """This code -> its commit, which a copy without a repository, where it was measured, does not know."""
+    """This code -> its commit, which rows measured in a copy without a repository lack."""
     known = facts(dry_run=True)
     return {} if known["commit"] is None else {known["code"]: {"commit": known["commit"]}}
 
 
 def _shipped(rows: list[Row]) -> dict[str, list[Row]]:
-    """By step, without what other tiles measured."""
+    """Rows by step, without those of tiles that do not ship."""
     steps: dict[str, list[Row]] = {}
     for row in rows:
         if "=" not in row.get("variant", ""):
@@ -75,7 +75,7 @@ def _shipped(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _markdown(rows: list[Row]) -> str:
-    """For each device and state of the code: counts of checks, and one small table a step."""
+    """Per device and code: counts of checks, and one small table per step."""
     origins: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("device", "torch", "triton", "commit", "code", "date"))
@@ -88,8 +88,8 @@ def _markdown(rows: list[Row]) -> str:
             "",
             f"torch {torch}, Triton {triton}, commit {commit or f'(code {code})'}",
         ]
-        runs = [row for row in of_origin if "contender" in row]
-        others = [row for row in of_origin if "contender" not in row]
+        runs = [row for row in of_origin if "seed" in row]
+        others = [row for row in of_origin if "seed" not in row]
         for step in dict.fromkeys(row["step"] for row in others):
             lines += _section(step, [row for row in others if row["step"] == step])
         lines += _training(runs)
@@ -100,46 +100,47 @@ def _section(step: str, rows: list[Row]) -> list[str]:
     wrong = [row for row in rows if failed(row)]
     lines = ["", f"### {step}", ""]
     if step in CHECKS:
-        lines.append(f"{len(rows) - len(wrong)} of {len(rows)} results as they should be.")
+        lines.append(f"{len(rows) - len(wrong)} of {len(rows)} results are right.")
     lines += [f"- {row['case']}: {row.get('failed') or row.get('result')}, error {row.get('error')}" for row in wrong]
     if step in TABLES:
         index, column, quantity = TABLES[step]
-        lines += [f"{quantity.replace('_', ' ')}:", "", table(_pivot(rows, index, column, quantity))]
+        lines += [f"{quantity.replace('_', ' ')}:", "", Table.of(_pivot(rows, index, column, quantity)).markdown()]
         if step == "growth":
             variants = dict.fromkeys(row["variant"] for row in rows if "variant" in row)
             fits = [
                 {"variant": name, **growth_fit([row for row in rows if row.get("variant") == name])}
                 for name in variants
             ]
-            lines += ["", table(fits)]
+            lines += ["", Table.of(fits).markdown()]
     elif step not in CHECKS:
-        lines.append(table([{key: value for key, value in row.items() if key not in FACTS} for row in rows]))
+        lines.append(
+            Table.of([{key: value for key, value in row.items() if key not in FACTS} for row in rows]).markdown()
+        )
     return lines
 
 
 def _training(rows: list[Row]) -> list[str]:
-    """The last validation loss of every run, a line each seed, and what the pairs say."""
+    """The final validation loss of every run, one line per seed, and the mean difference of the pairs."""
     if not rows:
         return []
-    first, second = BASELINE, OTHER
     losses: dict[int, Row] = {}
     for row in rows:
         if row.get("final"):
-            losses.setdefault(row["seed"], {"seed": row["seed"]})[row["contender"]] = row["validation_nats_per_token"]
-    pairs = [line for line in losses.values() if first in line and second in line]
+            losses.setdefault(row["seed"], {"seed": row["seed"]})[row["ffn_type"]] = row["validation_nats_per_token"]
+    pairs = [line for line in losses.values() if BASELINE in line and VARIANT in line]
     for line in pairs:
-        line["difference"] = line[second] - line[first]
+        line["difference"] = line[VARIANT] - line[BASELINE]
     differences = [line["difference"] for line in pairs]
-    failures = [f"- {row['contender']}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
+    failures = [f"- {row['ffn_type']}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
     return [
         "",
         "### training",
         "",
-        "Validation loss of the last step, nats/token:",
+        "Final validation loss, nats/token:",
         "",
-        table(list(losses.values())),
+        Table.of(list(losses.values())).markdown(),
         "",
-        f"{second} less {first}: {_interval(differences)}.",
+        f"{VARIANT} - {BASELINE}: {_interval(differences)}.",
         *failures,
     ]
 
@@ -148,13 +149,13 @@ def _interval(differences: list[float]) -> str:
     """The mean with its 95 % interval over seeds."""
     count = len(differences)
     if count < 2:
-        return "not decided: two seeds of both at least are wanted"
+        return "not decided, needs at least two seeds of both"
     mean, half = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count) * student_t(count - 1)
     return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] (95 %, Student's t over {count} seeds)"
 
 
 def _pivot(rows: list[Row], index: tuple[str, ...], column: str, quantity: str) -> list[Row]:
-    """One line for each value of `index`, one column for each variant; of tiles that do not ship the best alone."""
+    """One line per value of `index`, one column per variant, and one for the best tile that does not ship."""
     lines: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if not isinstance(row.get(quantity), int | float):

@@ -1,15 +1,16 @@
 """Steps `training` and `generation`: whole language models against their SwiGLU presets.
 
-One model at a time is on the device, since two of 1.3B with AdamW and their activations may not fit it. They compare by
-`mfu_of_matmul` or tokens/s; the yardstick is measured beside each model.
+One model at a time is on the device, since two of 1.3B with AdamW and activations may not fit. They are compared by
+`mfu_of_matmul` or tokens/s; matmul throughput is measured together with each model.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.model import bench_generation, bench_training
+from flashmhf.benchmarking.workloads import ModelWorkload
 from gpu_bench import Bench, Case
 from gpu_checks import SMOKE_DIM
 
@@ -17,10 +18,11 @@ REPEATS = 5
 
 
 def training(bench: Bench, size: str) -> Iterator[Case]:
-    """A step of AdamW at 2048 tokens a sequence, on each backend that passed."""
+    """A step with AdamW at 2048 tokens per sequence, on each backend that passed."""
     batch_size, context_length = (1, 16) if bench.dry_run else (8, 2048)
     for name, backend in _models(bench, size):
-        measure = functools.partial(bench_training, (name,), batch_size, context_length, **_options(bench, backend))
+        workload = ModelWorkload(models=(name,), batch_size=batch_size, context_length=context_length)
+        measure = functools.partial(bench_training, workload, **_options(bench, backend))
         yield Case(f"{name} {backend or ''}".strip(), functools.partial(_alone, measure))
 
 
@@ -29,8 +31,10 @@ def generation(bench: Bench, size: str = "370m") -> Iterator[Case]:
     prompt_length, new_tokens = (8, 2) if bench.dry_run else (512, 128)
     for batch_size in (1,) if bench.dry_run else (1, 16):
         for name, backend in _models(bench, size):
-            options = _options(bench, backend)
-            measure = functools.partial(bench_generation, (name,), batch_size, prompt_length, new_tokens, **options)
+            workload = ModelWorkload(
+                models=(name,), batch_size=batch_size, context_length=prompt_length, new_tokens=new_tokens
+            )
+            measure = functools.partial(bench_generation, workload, **_options(bench, backend))
             yield Case(f"{name} {backend or ''} batch {batch_size}", functools.partial(_alone, measure))
 
 
@@ -47,5 +51,5 @@ def _options(bench: Bench, backend: str | None) -> dict[str, Any]:
 
 
 def _alone(measure: Callable[[], list[Row]]) -> list[Row]:
-    """Without the ratio to itself."""
+    """Without the ratio of a model to itself."""
     return [{key: value for key, value in row.items() if key != "ratio"} for row in measure()]

@@ -1,7 +1,7 @@
 """The plans of benchmarks/gpu.py as data: which steps, in which order, for how long.
 
-The order is that of worth: should the machine go away, what was measured by then is what mattered most. A step of many
-minutes (a training run, say) is one more line with a larger limit.
+The most valuable steps come first, in case the machine goes away. A step of many minutes, such as a training run, is
+one more line with a larger limit.
 """
 
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Step:
-    """What one process measures, and for how long at most.
+    """What one process measures, and its time limit.
 
     Attributes:
-        limit_s: from when the process is told to go; what earlier steps saved is added.
+        limit_s: from the start of measuring; time that earlier steps saved is added.
         cases: "module:function", called with a `Bench` and the options; yields cases.
-        case_limit_s: a case that writes no row for so long hangs: it is given up, and the step goes on behind it.
-        shows: the quantity whose best row the last table quotes.
+        case_limit_s: a case without a new row for this long is killed as hanging, and the step continues after it.
+        shows: the quantity whose best values the summary shows.
     """
 
     name: str
@@ -30,13 +30,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps that fit `seconds` together, the look at the device before them included."""
+    """Steps that fit `seconds` in total, including the query of the device."""
 
     seconds: int
     steps: tuple[Step, ...]
 
-
-LOOK_S = 20  # at the device: starting Python, torch and the driver
 
 FIRST = (
     Step("machine", 15, "versions, nvidia-smi, cuBLAS at 8192^3, copy", "gpu_machine:machine", shows="tflops"),
@@ -65,21 +63,21 @@ SECOND = (
     ),
     Step("sanitizer", 30, "compute-sanitizer memcheck on small cases", "gpu_sanitizer:sanitizer"),
     Step("graphs", 25, "CUDA graphs and reduce-overhead against eager", "gpu_graphs:graphs"),
-    Step("tune", 35, "portable tiles among a grid", "tune:tune", shows="speedup"),
+    Step("tune", 35, "a grid of portable tiles", "tune:tune", shows="speedup"),
     Step("growth", 15, "forward + backward of a layer, 4k to 1M tokens", "gpu_speed:growth"),
     Step("training-1.3b", 20, "training step, 1.3B", "gpu_model:training", {"size": "1.3b"}, shows="mfu_of_matmul"),
     Step("generation", 15, "new tokens after a prompt, 370M", "gpu_model:generation", shows="tokens_per_s"),
 )  # fmt: skip
 
-# SwiGLU against FlashMHF, seed after seed, so that what is there when the time is over is mostly pairs. By an estimate
-# the tokens fit; nothing has been measured.
+# SwiGLU against FlashMHF, seed by seed, so that a run that is cut short has complete pairs. The token budget is an
+# estimate; nothing has been measured.
 THIRD = tuple(
     Step(
-        f"{contender}-{seed}", 75, f"training {contender} of 30M parameters, seed {seed}", "gpu_training:training",
-        {"contender": contender, "seed": seed}, shows="tokens_per_s",
+        f"{ffn_type}-{seed}", 75, f"training {ffn_type} of 30M parameters, seed {seed}", "gpu_training:training",
+        {"ffn_type": ffn_type, "seed": seed}, shows="tokens_per_s",
     )
     for seed in range(3)
-    for contender in ("swiglu", "flashmhf")
+    for ffn_type in ("swiglu", "flashmhf")
 )  # fmt: skip
 
 PLANS = {"first": Plan(340, FIRST), "second": Plan(300, SECOND), "third": Plan(480, THIRD)}

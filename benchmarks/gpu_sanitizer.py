@@ -1,6 +1,6 @@
-"""Step `sanitizer`: compute-sanitizer over forward and backward at small shapes.
+"""Step `sanitizer`: compute-sanitizer on forward and backward at small shapes.
 
-As a script it is what runs under the tool: python gpu_sanitizer.py BACKEND DTYPE DEVICE
+As a script, the program to check: python gpu_sanitizer.py BACKEND DTYPE DEVICE
 """
 
 import functools
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 
 import torch
 
-from flashmhf.benchmarking import Row
+from flashmhf.benchmarking.measuring import Row
 from flashmhf.layers import FlashMHF
 from gpu_bench import Bench, Case, OutOfTimeError
 
 TOOLS = ("memcheck", "racecheck")
 DTYPES = ("bfloat16", "float16", "float32")
 TIME_LIMIT_S = 90
-PLACES = (None, "/usr/local/cuda/bin")  # the PATH, and where the toolkit installs it
+PLACES = (None, "/usr/local/cuda/bin")  # PATH, and the toolkit's folder
 HEAD_DIMS = (128, 48)
 TOKENS = (1, 16, 100, 200)  # few tokens, split rows, a tail
 
@@ -39,7 +39,7 @@ def _check(bench: Bench, tool: str, backend: str, dtype: str) -> list[Row]:
     if program is None and not bench.dry_run:
         return [{**row, "outcome": "tool not found"}]
     command = script if program is None else [program, "--tool", tool, "--error-exitcode", "9", *script]
-    # Torch's allocator would hide accesses between its blocks.
+    # Torch's caching allocator would hide out-of-bounds accesses between its blocks.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     limit_s = min(TIME_LIMIT_S, bench.remaining_s())
     try:

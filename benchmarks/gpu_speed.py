@@ -1,4 +1,4 @@
-"""Steps `op`, `dims`, `layer`, `decode` and `growth`: how fast, in how much memory, against what.
+"""Steps `op`, `dims`, `layer`, `decode` and `growth`: time and memory against baselines.
 
 Only what passed its check earlier in the lease is timed.
 """
@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from flashmhf.benchmarking import Row, Shape, bench_decode, bench_layer
-from flashmhf.benchmarking.layer import describe
-from flashmhf.benchmarking.measuring import interleaved_times, matmul_call
-from gpu_bench import Bench, Case, name_of
+from flashmhf.benchmarking.decode import bench_decode
+from flashmhf.benchmarking.layer import bench_layer, describe
+from flashmhf.benchmarking.measuring import Row, dtype_name, interleaved_times, matmul_call
+from flashmhf.benchmarking.workloads import LayerShape
+from gpu_bench import Bench, Case
 from gpu_checks import HEAD_DIMS, SMOKE_DIM, prepared
 
 PRODUCTS = {
     "forward": 3,
     "backward": 8,
     "backward_dq": 5,
-}  # what the algorithm needs; a kernel may compute some of them again
+}  # of the algorithm; a kernel may recompute some
 OP_TOKENS = (16384, 4096, 65536, 1024)
 DIMS_TOKENS = (4096, 16384)
 DIMS_HIDDEN_SIZE = 2048
@@ -32,33 +33,35 @@ LAYERS_OF = {"triton": "flashmhf-triton", "hopper": "flashmhf-hopper"}
 
 
 def op(bench: Bench) -> Iterator[Case]:
-    """TFLOP/s of the operator as a ratio to cuBLAS at 8192^3 in the same run, every tile that passed in turn."""
+    """TFLOP/s of the operator as a ratio to cuBLAS at 8192^3 in the same run, for every tile that passed."""
     for T in (16, 48) if bench.dry_run else OP_TOKENS:
         for name, shape in reversed(bench.shapes.items()):
             yield Case(f"{name} T={T}", functools.partial(_op, bench, name, shape, SMOKE_DIM, bench.dtype, T))
 
 
 def dims(bench: Bench) -> Iterator[Case]:
-    """The same where `op` does not look: other head dims in bfloat16, and float16."""
+    """The same for what `op` leaves out: other head dims in bfloat16, and float16."""
     D_hidden = 128 if bench.dry_run else DIMS_HIDDEN_SIZE
     for dtype in (bench.dtype,) if bench.dry_run else (torch.bfloat16, torch.float16):
         for D in (64,) if bench.dry_run else HEAD_DIMS:
             if (D, dtype) != (SMOKE_DIM, torch.bfloat16):
                 E, F = (2, 24) if bench.dry_run else (15, 384)
-                shape = Shape(D_hidden // D * D, D_hidden // D, E, F)
+                shape = LayerShape(
+                    hidden_size=D_hidden // D * D, num_heads=D_hidden // D, num_subnetworks=E, subnetwork_size=F
+                )
                 for T in (16,) if bench.dry_run else DIMS_TOKENS:
                     measure = functools.partial(_op, bench, f"D={D}", shape, D, dtype, T)
-                    yield Case(f"{name_of(dtype)} D={D} T={T}", measure)
+                    yield Case(f"{dtype_name(dtype)} D={D} T={T}", measure)
 
 
-def _op(bench: Bench, name: str, shape: Shape, D: int, dtype: torch.dtype, T: int) -> Iterator[Row]:
+def _op(bench: Bench, name: str, shape: LayerShape, D: int, dtype: torch.dtype, T: int) -> Iterator[Row]:
     H, E, F = shape.hidden_size // D, shape.num_subnetworks, shape.subnetwork_size
     inputs = bench.inputs(T, H, H, E, F, D, dtype)
     matmul, matmul_flops = matmul_call(bench.device, dtype)
     variants = [variant for variant in bench.variants(D, dtype) if bench.passed(variant, dtype)]
     for kernel, products in PRODUCTS.items():
         named = {variant.name: variant for variant in variants if variant.kernel == kernel}
-        common = {"dtype": name_of(dtype), "shape": name, "tokens": T, "measured_pass": kernel}
+        common = {"dtype": dtype_name(dtype), "shape": name, "tokens": T, "measured_pass": kernel}
         calls = {"matmul": matmul}
         for key, variant in named.items():
             yield {"state": "trying", **variant.row(), **common}
@@ -78,7 +81,7 @@ def _op(bench: Bench, name: str, shape: Shape, D: int, dtype: torch.dtype, T: in
 
 
 def _invalid_reason(bench: Bench, call: Callable[[], Any]) -> Row | None:
-    """Why a call cannot be timed. Raises where nothing can be any more."""
+    """Why a call cannot be timed. Raises if the device is broken."""
     try:
         call()
         bench.synchronize()
@@ -91,7 +94,7 @@ def _invalid_reason(bench: Bench, call: Callable[[], Any]) -> Row | None:
 
 
 def layer(bench: Bench) -> Iterator[Case]:
-    """Whole layers at matched parameters, against SwiGLU as it is and by liger; then compiled, which takes longest."""
+    """Whole layers at equal FLOPs, against SwiGLU in eager mode and by liger; then compiled, which takes longest."""
     eager = ["swiglu", *(["swiglu-liger"] if find_spec("liger_kernel") else []), "swiglu-checkpointed"]
     for names in (eager, ["swiglu", "swiglu-compiled"]):
         if bench.dry_run and "swiglu-compiled" in names:
@@ -115,7 +118,7 @@ def _layers(bench: Bench) -> tuple[str, ...]:
 
 
 def decode(bench: Bench) -> Iterator[Case]:
-    """A few tokens through whole layers under CUDA graphs: time, and the rate of reading the weights once."""
+    """A few tokens through whole layers under CUDA graphs: time, and bandwidth of reading the weights."""
     for T in (1, 3) if bench.dry_run else DECODE_TOKENS:
         for name in reversed(bench.shapes):
             yield Case(f"{name} T={T}", functools.partial(_decode, bench, name, T))
@@ -128,7 +131,7 @@ def _decode(bench: Bench, name: str, T: int) -> list[Row]:
 
 
 def growth(bench: Bench) -> Iterator[Case]:
-    """Forward + backward of one layer from 4k to 1M tokens: does time grow as T does, and memory no faster?"""
+    """Forward + backward of one layer from 4k to 1M tokens: do time and memory grow linearly?"""
     name = "toy" if bench.dry_run else GROWTH_SHAPE
     if not _layers(bench):
         return
@@ -144,7 +147,7 @@ def _grow(bench: Bench, name: str, T: int) -> list[Row]:
 
 
 def growth_fit(rows: list[Row]) -> Row:
-    """The exponent of time in T, by least squares of its logarithm, and the range of peak bytes/token."""
+    """The exponent of time in T, by least squares in log-log space, and the range of peak bytes/token."""
     rows = [row for row in rows if "median_ms" in row]
     if len(rows) < 2:
         return {}

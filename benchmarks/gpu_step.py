@@ -1,8 +1,8 @@
 """The process of one step: python gpu_step.py MODULE:FUNCTION, started by gpu_lease.py.
 
-It imports what it needs, waits for one line of JSON on its standard input that says go, and runs cases until they or
-its time end. Each row is on the disk before the next is measured. When the standard input closes, the process that
-started it is gone, and this one ends, too.
+It imports what it needs, waits for one line of JSON on standard input, and runs cases until they or its time are
+exhausted. Each row is on disk before the next is measured. If standard input closes, the parent is gone, and this
+process exits, too.
 """
 
 import faulthandler
@@ -29,20 +29,20 @@ from gpu_rows import RowFile, UnusableError, append_failure, done, started
 def main() -> int:
     module, _, function = sys.argv[1].partition(":")
     cases: Callable[..., Iterator[Case]] = getattr(importlib.import_module(module), function)
-    go = sys.stdin.readline()
-    if not go:
+    message = sys.stdin.readline()
+    if not message:
         return COMPLETE
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    faulthandler.register(signal.SIGUSR1)  # where does it hang?
+    faulthandler.register(signal.SIGUSR1)  # shows where it hangs
     try:
-        return run(cases, **json.loads(go))
+        return run(cases, **json.loads(message))
     except UnusableError as error:
         print(error, file=sys.stderr)
         return UNUSABLE
 
 
 def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # nothing more is ever written there
+    os.read(sys.stdin.fileno(), 1)  # blocks until standard input closes
     os.killpg(0, signal.SIGKILL)
 
 
@@ -55,14 +55,14 @@ def run(
     dry_run: bool,
     until: float,
 ) -> int:
-    """Runs the cases that did not end yet, none after `until` on the monotonic clock; returns an exit code."""
-    torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time
+    """Runs the cases that are not done, starts none after `until` on the monotonic clock; returns an exit code."""
+    torch.manual_seed(time.time_ns() % 2**31)  # fresh data in every run
     rows = RowFile(Path(file), facts)
     lines = rows.read()
     bench = Bench(dry_run, until, lines)
     over, begun = done(lines, step), started(lines, step)
     left = [case for case in cases(bench, **options) if case.name not in over]
-    for case in sorted(left, key=lambda case: case.name in begun):  # what was cut short goes last
+    for case in sorted(left, key=lambda case: case.name in begun):  # interrupted ones last
         if bench.remaining_s() <= 0:
             return OUT_OF_TIME
         latest = case.about | {"state": "started"}
@@ -75,17 +75,17 @@ def run(
             return OUT_OF_TIME
         except UnusableError:
             raise
-        except Exception as error:  # whatever the compiler or the driver says, the other cases are worth their time
+        except Exception as error:  # any error of compiler or driver: the other cases still run
             append_failure(rows, step, case.name, latest, describe(error))
-        if broken := _why_broken():
+        if broken := _device_error():
             append_failure(rows, step, case.name, latest, broken)
             return DEVICE_BROKEN
         rows.append(step, case.name, {"state": "done"})
     return COMPLETE
 
 
-def _why_broken() -> str | None:
-    """What the device says when all has run and memory is freed: after an illegal access nothing runs any more."""
+def _device_error() -> str | None:
+    """The device's error after all work is done and memory is freed; after an illegal access nothing runs."""
     gc.collect()
     if torch.cuda.is_available():
         try:
@@ -99,4 +99,4 @@ def _why_broken() -> str | None:
 if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
-    os._exit(exit_code)  # all is on the disk, and a device that hangs would hold up a tidy end
+    os._exit(exit_code)  # everything is on disk, and a hanging device would block a normal exit

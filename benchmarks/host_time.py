@@ -1,16 +1,16 @@
-"""Host time of a FlashMHF layer beside an eager SwiGLU's: Python and dispatch alone, measured without a GPU.
+"""Host time of a FlashMHF layer and an eager SwiGLU: Python and dispatch only, measured without a GPU.
 
-python benchmarks/host_time.py [--output benchmarks/results/host_time.json] [--repeats 200] [--device cuda]
+python benchmarks/host_time.py [--output benchmarks/results/host_time.csv] [--repeats 200] [--device cuda]
 
 Both layers run eagerly on one CPU token of width 64, where the three products of a SwiGLU cost little more than their
-dispatch. The backends `triton` and `hopper` believe in a GPU: Triton compiles the real kernels for sm_90a. `ratio` is
-with a function that does nothing in the place of Triton's launch, `ratio_to_c` with Triton's own Python down to its
-launcher written in C. What a launch costs below that (about a cudaLaunchKernel) is in neither layer's time, but for the
-arithmetic of the one token, which is in both. One token stands for many: what the kernels do differently for few tokens
-is switched off, except in the rows `decode`, and of dQ, which the CPU itself rounds, 16 tokens are kept and not a tile
-of 128. Parameters have as many elements in the one layer as in the other.
+dispatch. The backends `triton` and `hopper` see a fake GPU, for which Triton compiles the real kernels (sm_90a).
+`ratio` is measured with a no-op in place of Triton's launch, `ratio_to_c` with Triton's own Python down to its launcher
+in C. The cost of a launch below that (about a cudaLaunchKernel) is in neither layer's time, whereas the arithmetic of
+the one token is in both. One token represents many: the special cases for few tokens are disabled, except in the rows
+`decode`; and the buffer of dQ, which the CPU rounds, has 16 tokens instead of a tile of 128. Both layers have the same
+number of parameters.
 
-With --device cuda the same on a GPU, where both layers' real launches count, and one token is as good as many, too.
+--device cuda measures the same on a GPU, with real launches of both layers.
 """
 
 import argparse
@@ -28,20 +28,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from flashmhf.benchmarking import Row
-from flashmhf.benchmarking.measuring import PASSES
-from flashmhf.benchmarking.provenance import provenance, table
-from flashmhf.files import write_json
+from flashmhf.benchmarking.measuring import PASSES, Row, dtype_name
+from flashmhf.benchmarking.provenance import provenance
+from flashmhf.files import atomic_write
 from flashmhf.layers import FlashMHF
 from flashmhf.layers.baselines import SwiGLU
-from flashmhf.ops import backends, calls
+from flashmhf.ops import backends, call_cache
 from flashmhf.ops.hopper import backward
 from flashmhf.ops.triton import forward as triton_forward
 from flashmhf.ops.triton import tiles
+from flashmhf.reports.table import Table
 
 WIDTH = 64
 DTYPE = torch.bfloat16
-CALLS = 10  # between two looks at the clock: few, so that other processes leave some of them alone
+CALLS = 10  # per timing: few, so that some timings are undisturbed by other processes
 LAYERS: dict[str, dict[str, Any]] = {
     "default": {},
     "scaled, q_norm": {"init": "scaled", "q_norm": True},
@@ -49,7 +49,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 class _Launcher:
-    """In place of the launcher in C: takes what it would take."""
+    """In place of the launcher in C, with its interface."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
@@ -67,7 +67,7 @@ class _Utilities:
 
 
 class _Driver:
-    """What Triton asks of an H100."""
+    """Answers Triton's queries like an H100."""
 
     launcher_cls = _Launcher
     utils = _Utilities()
@@ -86,8 +86,8 @@ def _no_launch(*arguments: Any, stream: int) -> None:
     pass
 
 
-def _of_few_tokens(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, which takes a tile last, with one of 16 tokens."""
+def _with_small_tile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with 16 tokens in its last argument, the tile."""
 
     def run(*arguments: Any) -> Tensor:
         return function(*arguments[:-1], arguments[-1]._replace(block_t=16))
@@ -96,38 +96,38 @@ def _of_few_tokens(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextlib.contextmanager
-def imaginary_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
-    """CPU tensors pass for tensors on a Hopper GPU with Triton's kernels; repeated launches may be left out."""
+def fake_gpu(few_tokens: bool, launches: bool = True) -> Iterator[None]:
+    """CPU tensors count as tensors on a Hopper GPU; `launches`: repeated launches run Triton's launcher."""
 
     def no_reason(problem: Any) -> None:
         return None
 
     table = tuple(dataclasses.replace(row, unsupported_reason=no_reason) for row in backends.BACKENDS)
-    driver.set_active(_Driver())  # for good: Triton cannot go back to having none
+    driver.set_active(_Driver())  # permanently: Triton cannot unset its driver
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(backends, "BACKENDS", table))
-        for name in ("dq_buffer", "rounded_dq"):
-            patches.enter_context(mock.patch.object(backward, name, _of_few_tokens(getattr(backward, name))))
+        for name in ("allocate_dq_accum", "convert_dq"):
+            patches.enter_context(mock.patch.object(backward, name, _with_small_tile(getattr(backward, name))))
         if not few_tokens:
             patches.enter_context(few_tokens_as_many())
         if not launches:
             patches.enter_context(mock.patch.object(CompiledKernel, "__getitem__", return_value=_no_launch))
-        calls.forget()
+        call_cache.clear()
         yield
-    calls.forget()
+    call_cache.clear()
 
 
 @contextlib.contextmanager
 def few_tokens_as_many() -> Iterator[None]:
     """Few tokens are neither stacked by heads nor split by rows."""
-    with mock.patch.object(tiles, "SPLIT_TOKENS", 0), mock.patch.object(triton_forward, "FEW_TOKENS", 0):
-        calls.forget()
+    with mock.patch.object(tiles, "SPLIT_MAX_TOKENS", 0), mock.patch.object(triton_forward, "DECODE_MAX_TOKENS", 0):
+        call_cache.clear()
         yield
-    calls.forget()
+    call_cache.clear()
 
 
 def timed_pass(layer: nn.Module, measured_pass: str, device: str = "cpu") -> Callable[[], Any]:
-    """One call of a layer; a training step's backward accumulates into gradients that are there."""
+    """One call of a layer; the backward accumulates into existing gradients, as in training."""
     x = torch.randn(1, WIDTH, dtype=DTYPE, device=device, requires_grad=True)
     dout = torch.randn_like(x)
 
@@ -145,7 +145,7 @@ def timed_pass(layer: nn.Module, measured_pass: str, device: str = "cpu") -> Cal
 
 
 def microseconds(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """The least over the repeats of the mean of CALLS calls, the variants in turn: other processes only add to it."""
+    """Minimum over repeats of the mean of CALLS calls, variants in turn: other processes can only add time."""
     clock, wait = (time.thread_time, lambda: None) if device == "cpu" else (time.perf_counter, torch.cuda.synchronize)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -175,16 +175,16 @@ def times_of(measured_pass: str, repeats: int, device: str, launches: bool) -> d
     """Microseconds of each layer."""
     few_tokens = measured_pass == "decode"
     if device == "cpu":
-        surroundings: Any = imaginary_gpu(few_tokens, launches)
+        environment: Any = fake_gpu(few_tokens, launches)
     else:
-        surroundings = contextlib.nullcontext() if few_tokens else few_tokens_as_many()
-    with surroundings:
+        environment = contextlib.nullcontext() if few_tokens else few_tokens_as_many()
+    with environment:
         timed = {name: timed_pass(layer, measured_pass, device) for name, layer in layers(device).items()}
         return microseconds(timed, repeats, device)
 
 
 def measure(repeats: int, device: str) -> list[Row]:
-    """A row for every pass, backend and layer, each with SwiGLU's time of the same minute."""
+    """One row per pass, backend and layer, with ratios to SwiGLU's time of the same minute."""
     rows: list[Row] = []
     for measured_pass in (*PASSES, "decode"):
         to_c = times_of(measured_pass, repeats, device, launches=True)
@@ -205,10 +205,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(arguments.repeats, arguments.device)
-    print(table(rows))
+    print(Table.of(rows).markdown())
     if arguments.output is not None:
-        facts = provenance(torch.device(arguments.device))
-        write_json(arguments.output, {"kind": "host time", **facts, "dtype": str(DTYPE), "width": WIDTH, "rows": rows})
+        common = {"dtype": dtype_name(DTYPE), "width": WIDTH, **vars(provenance(torch.device(arguments.device)))}
+        atomic_write(arguments.output, Table.of([row | common for row in rows]).csv())
 
 
 if __name__ == "__main__":

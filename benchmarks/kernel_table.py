@@ -1,4 +1,4 @@
-"""The table of compiled kernels: every row in docs/kernels.csv, a line a target in docs/kernels.md."""
+"""The table of compiled kernels: every row in docs/kernels.csv, one line per target in docs/kernels.md."""
 
 import csv
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """A shipped row and what it compiles to: benchmarks/compile_kernels.py's Compiled says what the last five are."""
+    """A shipped tile and what it compiles to; compile_kernels.Compiled explains the last five."""
 
     target: str
     kernel: str
@@ -29,7 +29,7 @@ SIZES = ("block_t", "block_f", "num_warps", "num_stages", "stages")
 
 
 def options(fields: Mapping[str, Any]) -> str:
-    """What a tile has beside its sizes: "q_in_registers splits=3"; flags that are off are left out."""
+    """A tile's fields other than its sizes: "q_in_registers splits=3"; flags that are off are omitted."""
     chosen = [(name, value) for name, value in fields.items() if name not in SIZES and value is not False]
     return " ".join(name if value is True else f"{name}={value}" for name, value in chosen)
 
@@ -41,7 +41,7 @@ def tile_name(fields: Mapping[str, Any]) -> str:
 
 
 def write_csv(rows: list[Row], file: Path) -> None:
-    """One line a row; `issued` with three digits, empty where there are no matrix instructions."""
+    """One line per row; `issued` with three digits, empty without matrix instructions."""
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow(Row._fields)
@@ -49,9 +49,9 @@ def write_csv(rows: list[Row], file: Path) -> None:
 
 
 def summary(rows: list[Row], shared_limits: Mapping[str, int]) -> str:
-    """A Markdown line for each target. Prologues are left out of the last column: memory bounds them."""
+    """One Markdown line per target. The last column omits prologues, which are memory-bound."""
     lines = [
-        "| target | rows | spill | most registers | most shared memory | more matrix FLOPs than the algorithm's |",
+        "| target | rows | spill | max registers | max shared memory | more matrix FLOPs than the algorithm's |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for target in dict.fromkeys(row.target for row in rows):
@@ -70,4 +70,4 @@ def _wasteful(rows: list[Row]) -> str:
     if not found:
         return "none"
     worst = max(found, key=lambda row: row.issued or 0)
-    return f"{len(found)}, most {worst.issued:.2f} ({worst.kernel}, {worst.dtype}, head dim {worst.head_dim})"
+    return f"{len(found)}, up to {worst.issued:.2f} ({worst.kernel}, {worst.dtype}, head dim {worst.head_dim})"

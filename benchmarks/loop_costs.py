@@ -1,7 +1,7 @@
-"""What one iteration of a compiled kernel's main loop asks of each unit of a processor, in clocks, counted from SASS.
+"""Clocks that one iteration of a compiled kernel's main loop needs of each unit of an SM, counted from SASS.
 
-The rates are the makers' (data sheets, CUDA's tables of throughput), but for two that others have measured. Shared
-memory is taken to be free of conflicts, every load to come from the L2 cache, and what waits at a barrier not to poll.
+Rates are from data sheets and CUDA's throughput tables, except for two that others have measured. The model assumes no
+bank conflicts in shared memory, loads that hit the L2 cache, and waits at barriers that do not poll.
 """
 
 import re
@@ -12,8 +12,8 @@ from machine_code import Instruction, MachineCode
 from matrix_work import MATRIX_OPCODE, WARPS_OF_A_WARPGROUP, instruction_flops, main_loops
 
 LANES = 32
-WIDTHS = {"U8": 4, "S8": 4, "U16": 4, "S16": 4, "64": 8, "128": 16, "F32x2": 8, "F32x4": 16}  # bytes a lane; others 4
-K_BYTES = 32  # of a row of either operand in one HGMMA, in every dtype
+WIDTHS = {"U8": 4, "S8": 4, "U16": 4, "S16": 4, "64": 8, "128": 16, "F32x2": 8, "F32x4": 16}  # bytes per lane; others 4
+K_BYTES = 32  # of a row of either operand in one HGMMA, for every dtype
 SHARED = r"LDS|STS|LDSM|STSM|SHFL|ATOMS|LDGSTS"
 ADDITION = r"(REDG?|ATOMG?)$"
 GLOBAL_LOAD = r"(LDG|LDGSTS)$"
@@ -21,34 +21,29 @@ GLOBAL_LOAD = r"(LDG|LDGSTS)$"
 
 @dataclass(frozen=True)
 class Processor:
-    """A streaming multiprocessor, how many there are, and what programs share in it. Rates are per clock."""
+    """A streaming multiprocessor, and the number of them. Rates are per clock."""
 
     count: int
     matrix_flops: int
     """16-bit operands, float32 sums."""
     mma_sync_share: float
-    """Of `matrix_flops`, for instructions that a warp issues by itself."""
-    shared_bytes_held: int
-    """By all programs together; each takes 1 KiB more than it asks for."""
+    """Fraction of `matrix_flops` for instructions of single warps."""
     special: int = 16
     schedulers: int = 4
     shared_bytes: int = 128
     cache_bytes_of_all: int = 5120
-    """L2 to all processors together: NVIDIA's figure for the A100; nobody has published the H100's."""
-    warps: int = 64
-    programs: int = 32
-    registers: int = 65536
+    """L2 to all SMs together: NVIDIA's figure for the A100; none is published for the H100."""
 
 
 # mma.sync on Hopper: 62.9 % of the peak on average, as arXiv 2402.13499 reports; not measured here.
 PROCESSORS = {
-    "sm_90a": Processor(count=132, matrix_flops=4096, mma_sync_share=0.629, shared_bytes_held=228 * 1024),
-    "sm_80": Processor(count=108, matrix_flops=2048, mma_sync_share=1.0, shared_bytes_held=164 * 1024),
+    "sm_90a": Processor(count=132, matrix_flops=4096, mma_sync_share=0.629),
+    "sm_80": Processor(count=108, matrix_flops=2048, mma_sync_share=1.0),
 }
 
 
 class Clocks(NamedTuple):
-    """Of one processor for one iteration of one program, by the unit that needs them."""
+    """Clocks of one SM for one iteration of one program, by unit."""
 
     matrix: float
     special: float
@@ -59,27 +54,26 @@ class Clocks(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """If all units work at the same time: the busiest one's. Loads and additions pass the same cache."""
+        """With all units in parallel: the busiest one's. Loads and additions share the L2 cache."""
         return max(self.matrix, self.special, self.issue, self.shared, self.loads + self.additions)
 
     @property
     def exposed(self) -> float:
-        """If products, arithmetic and additions to memory take turns: each with the units that it needs itself."""
+        """With products, arithmetic and additions to memory in sequence, each with its own units."""
         return max(self.matrix, self.shared, self.loads) + max(self.special, self.issue) + self.additions
 
     @property
     def bound(self) -> str:
-        """The unit that is busiest."""
+        """The busiest unit."""
         units = {**self._asdict(), "L2 cache": self.loads + self.additions}
         del units["loads"], units["additions"]
         return max(units, key=lambda unit: units[unit])
 
 
 def loop_clocks(code: MachineCode, warps: list[int], processor: Processor, tma_bytes: int = 0) -> Clocks:
-    """Of the main loops of all partitions that multiply, `warps` of each.
+    """Clocks of the main loops of all partitions with matrix instructions, `warps` of each.
 
-    `tma_bytes` is what another partition has brought to shared memory for each iteration; of its few instructions
-    nothing is counted.
+    `tma_bytes` is what a producer partition loads to shared memory per iteration; its few instructions do not count.
     """
     total = Clocks(0, 0, 0, 0, 0, 0)
     for loop in main_loops(code, warps):
@@ -92,7 +86,7 @@ def loop_clocks(code: MachineCode, warps: list[int], processor: Processor, tma_b
 
 
 def instruction_clocks(instruction: Instruction, code: MachineCode, warps: int, processor: Processor) -> Clocks:
-    """What an instruction costs that `warps` warps come by."""
+    """What an instruction costs that `warps` warps execute."""
     name, *modifiers = instruction.opcode.split(".")
     cache_bytes = processor.cache_bytes_of_all / processor.count
     matrix = shared = loads = additions = 0.0
@@ -114,7 +108,7 @@ def instruction_clocks(instruction: Instruction, code: MachineCode, warps: int, 
 
 
 def _operand_bytes(instruction: Instruction) -> int:
-    """What a warpgroup's product reads from shared memory: B, and A where it is no register."""
+    """What a warpgroup's product reads from shared memory: B, and A unless it is in registers."""
     name, shape, *_ = instruction.opcode.split(".")
     if name != "HGMMA":
         return 0

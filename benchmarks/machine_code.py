@@ -1,6 +1,6 @@
-"""Reads compiled machine code: SASS of NVIDIA's GPUs and the assembly of AMD's, as basic blocks and their loops.
+"""Parses SASS of NVIDIA GPUs and assembly of AMD GPUs into basic blocks and natural loops.
 
-Addresses, schedules and registers do not matter here; which instructions a loop repeats does.
+Only the instructions of each loop matter here, not addresses, schedules or registers.
 """
 
 import os
@@ -30,7 +30,7 @@ class Instruction:
 
     @property
     def targets(self) -> list[str]:
-        """Labels it may jump to."""
+        """Labels of possible branch targets."""
         if self.opcode.startswith("BRX"):
             listed = SASS_TARGETS.search(self.operands)
             return [] if listed is None else listed[1].strip().split(",")
@@ -45,14 +45,14 @@ class Instruction:
         """Whether the next instruction may follow it."""
         if self.guard:
             return True
-        if self.opcode.startswith("BRA"):  # "BRA.U UP0, `(label)" hangs on UP0
+        if self.opcode.startswith("BRA"):  # "BRA.U UP0, `(label)" depends on UP0
             return not self.operands.startswith("`")
         return not self.opcode.startswith(("BRX", *ENDS)) and self.opcode != "s_branch"
 
 
 @dataclass
 class Block:
-    """Instructions that run one after another, and the blocks that may come next."""
+    """A basic block: its instructions, labels and successors."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -61,31 +61,31 @@ class Block:
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: its first block and all blocks from which that block is reached again."""
+    """A natural loop: its header and all blocks from which a back edge reaches the header."""
 
     header: int
     blocks: frozenset[int]
 
 
 class MachineCode:
-    """The blocks of one kernel in their order, and its loops."""
+    """The basic blocks of one kernel in order, and its loops."""
 
     def __init__(self, lines: list[str | Instruction]) -> None:
-        """From labels (text) and instructions in their order."""
+        """Takes labels (text) and instructions, in order."""
         self.blocks = _blocks(lines)
 
     @classmethod
     def of_sass(cls, text: str) -> "MachineCode":
-        """From what `nvdisasm -c` prints."""
+        """Parses the output of `nvdisasm -c`."""
         return cls([line for line in map(_sass_line, text.splitlines()) if line is not None])
 
     @classmethod
     def of_amd(cls, text: str) -> "MachineCode":
-        """From the assembly that LLVM writes."""
+        """Parses LLVM's assembly."""
         return cls([line for line in map(_amd_line, text.splitlines()) if line is not None])
 
     def instructions(self, blocks: frozenset[int] | None = None) -> list[Instruction]:
-        """Of some blocks, or of all."""
+        """The instructions of some blocks, or of all."""
         return [
             instruction
             for index, block in enumerate(self.blocks)
@@ -95,7 +95,7 @@ class MachineCode:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Every natural loop; those with one header count as one."""
+        """All natural loops, those with the same header merged."""
         dominators = self._dominators()
         predecessors: list[set[int]] = [set() for _ in self.blocks]
         for index, block in enumerate(self.blocks):
@@ -113,13 +113,13 @@ class MachineCode:
         return [Loop(header, frozenset(body)) for header, body in sorted(bodies.items())]
 
     def innermost(self, opcode: str) -> list[Loop]:
-        """Loops with an instruction that matches `opcode`, and without a loop inside that has one, too."""
+        """Loops with an instruction that matches `opcode` and no inner loop with one."""
         pattern = re.compile(opcode)
         having = [loop for loop in self.loops if any(pattern.match(x.opcode) for x in self.instructions(loop.blocks))]
         return [loop for loop in having if not any(other.blocks < loop.blocks for other in having)]
 
     def _dominators(self) -> list[set[int]]:
-        """For each block those that every way to it passes. Blocks that nothing jumps to start ways of their own."""
+        """The dominators of each block. Blocks without predecessors are roots."""
         everything = set(range(len(self.blocks)))
         entered = {successor for block in self.blocks for successor in block.successors}
         roots = {0} | (everything - entered)
@@ -139,12 +139,12 @@ class MachineCode:
 
 
 def machine_code(asm: dict) -> MachineCode:
-    """Of what Triton has compiled: `asm` holds a cubin or AMD's assembly."""
+    """The code of a kernel that Triton compiled: `asm` holds a cubin or AMD's assembly."""
     return MachineCode.of_amd(asm["amdgcn"]) if "amdgcn" in asm else MachineCode.of_sass(disassemble(asm["cubin"]))
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS, through the nvdisasm that comes with Triton."""
+    """SASS, by the nvdisasm that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,7 +1,7 @@
 """Counts the matrix FLOPs that a compiled kernel issues in one iteration of its main loop, over all its warps.
 
-They equal those of the algorithm's products for one tile, unless several warps multiply the same rows and columns, as
-Triton has them do where a tile is too small for all of them: then results are right, and matrix units busy for nothing.
+They equal the FLOPs of the algorithm's products for one tile, unless several warps compute the same rows and columns,
+as Triton's do if a tile is too small for all warps: then results are right, but part of the work is redundant.
 """
 
 import re
@@ -13,7 +13,7 @@ from machine_code import Instruction, Loop, MachineCode, machine_code
 MATRIX_OPCODE = r"HMMA|HGMMA|UTC\w*MMA|v_mfma|v_smfmac|IMMA|DMMA|[OQ]G?MMA"
 HMMA_SHAPES = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}
 WARPS_OF_A_WARPGROUP = 4
-# Products of block_t x block_f x block_d for one tile; the prologue's are of block_t x BLOCK_E x block_d.
+# Products of block_t x block_f x block_d per tile; the prologue's are of block_t x BLOCK_E x block_d.
 PRODUCTS = {
     "decode": 3,
     "forward": 3,
@@ -26,53 +26,56 @@ PRODUCTS = {
     "prologue_forward": 1,
     "prologue_backward": 3,
 }
-BLOCK_E = 16  # the sub-networks of a prologue's product, padded
-WARPGROUPS = {"hopper_forward": 2, "hopper_backward_dq": 2}  # with block_t tokens each; else all have the same
+BLOCK_E = 16  # sub-networks in a prologue's product, padded
+WARPGROUPS = {
+    "hopper_forward": 2,
+    "hopper_backward_dq": 2,
+}  # with block_t tokens each; otherwise they share a tile
 
 
 @dataclass(frozen=True)
 class MatrixWork:
-    """Matrix FLOPs of a program: in one iteration of its main loop, and in all instructions outside of it."""
+    """Matrix FLOPs of a program: in one iteration of its main loop, and in all instructions outside it."""
 
     loop: int
     outside: int
 
     def iterations(self, tile_flops: int) -> int:
-        """How many tiles one iteration covers.
+        """The number of tiles that one iteration covers.
 
-        The number of tiles is known at run time alone, so a loop unrolled over several tiles leaves at least one whole
-        tile outside, for the remainder. Pipelined loops leave some, too: then nothing is concluded.
+        The number of tiles is only known at run time, so a loop unrolled over several tiles has at least one complete
+        tile outside, for the remainder. Pipelined loops have part of a tile outside, which implies nothing.
         """
         return max(1, round(self.loop / self.outside)) if self.outside >= tile_flops else 1
 
 
 def issued_ratio(work: MatrixWork, kernel: str, tile: Any, block_d: int) -> float | None:
-    """Matrix FLOPs issued for one tile, over the algorithm's own; None without matrix instructions (exact float32)."""
+    """Matrix FLOPs issued per tile over the algorithm's; None without matrix instructions (exact float32)."""
     tile_flops = algorithm_flops(kernel, tile, block_d)
     if work.loop == work.outside == 0:
         return None
-    if kernel == "prologue_forward":  # a program owns one tile: there is no loop
+    if kernel == "prologue_forward":  # one tile per program: there is no loop
         return work.outside / tile_flops
     assert work.loop > 0, f"{kernel}: products, but no loop around any of them"
     return work.loop / work.iterations(tile_flops) / tile_flops
 
 
 def algorithm_flops(kernel: str, tile: Any, block_d: int) -> int:
-    """Of one tile, at the padded head dim."""
+    """The algorithm's FLOPs per tile, at the padded head dim."""
     block_t = tile.block_t * WARPGROUPS.get(kernel, 1)
     block_f = BLOCK_E if kernel.startswith("prologue") else tile.block_f
     return 2 * PRODUCTS[kernel] * block_t * block_f * block_d
 
 
 def matrix_work(compiled: Any) -> MatrixWork:
-    """Of a kernel as Triton compiled it."""
+    """Matrix FLOPs of a kernel that Triton compiled."""
     return work_of(machine_code(compiled.asm), partitions(compiled))
 
 
 def partitions(compiled: Any) -> list[int]:
-    """Warps of every partition of a program that can multiply: all of them, or those that a Gluon kernel specialises.
+    """Warps of each partition large enough for a warpgroup's products, or of the only partition.
 
-    The TTGIR lists the first partition's warps in the module's attributes, the others' where it specialises them.
+    The TTGIR has the first partition's warps in the module's attributes, the others' at warp specialisation.
     """
     ttgir = compiled.asm["ttgir"]
     default = re.search(r'"ttg.num-warps" = (\d+)', ttgir)
@@ -84,15 +87,15 @@ def partitions(compiled: Any) -> list[int]:
 
 
 def work_of(code: MachineCode, warps: list[int]) -> MatrixWork:
-    """`warps`: of each partition that multiplies."""
+    """Matrix FLOPs of parsed code; `warps` as `partitions` returns them."""
     total = _flops(code, code.instructions(), warps[0])
     main = sum(_flops(code, code.instructions(loop.blocks), warps[0]) for loop in main_loops(code, warps))
     return MatrixWork(main, total - main)
 
 
 def main_loops(code: MachineCode, warps: list[int]) -> list[Loop]:
-    """For each partition that multiplies, of `warps` warps, the loop with the most matrix FLOPs."""
-    assert len(set(warps)) == 1, f"partitions of unequal sizes that all multiply, {warps}: whose loop is whose?"
+    """The loop with the most matrix FLOPs of each partition; `warps` as `partitions` returns them."""
+    assert len(set(warps)) == 1, f"partitions of unequal sizes, {warps}: cannot assign loops to them"
     loops = code.innermost(MATRIX_OPCODE)
     loops.sort(key=lambda loop: _flops(code, code.instructions(loop.blocks), warps[0]))
     return loops[-len(warps) :]
@@ -103,9 +106,9 @@ def _flops(code: MachineCode, instructions: list[Instruction], warps: int) -> in
 
 
 def instruction_flops(instruction: Instruction, code: MachineCode, warps: int) -> int:
-    """What `warps` warps that all come by this instruction make it compute.
+    """FLOPs of an instruction that `warps` warps execute.
 
-    A warp computes an HMMA or an MFMA, a warpgroup an HGMMA, one thread of the program issues a tcgen05.mma.
+    HMMA and MFMA are per warp, HGMMA per warpgroup; tcgen05.mma is issued by one thread per program.
     """
     opcode, *modifiers = instruction.opcode.split(".")
     if opcode == "HMMA":
@@ -120,11 +123,11 @@ def instruction_flops(instruction: Instruction, code: MachineCode, warps: int) -
     if match := re.match(r"v_mfma_[a-z0-9]+_(\d+)x(\d+)x(\d+)_?(?:(\d+)b_)?", opcode):
         m, n, k, copies = (int(size or 1) for size in match.groups())
         return 2 * m * n * k * copies * warps
-    raise AssertionError(f"a matrix instruction of unknown shape: {instruction.opcode}")
+    raise AssertionError(f"matrix instruction of unknown shape: {instruction.opcode}")
 
 
 def _tcgen05_shape(instruction: Instruction, code: MachineCode) -> tuple[int, int, int]:
-    """From the instruction descriptor, a constant that the instructions before move to a uniform register."""
+    """M, N and K from the instruction descriptor, a constant that an earlier instruction moves to a register."""
     register = re.search(r"idesc\[(UR\d+)\]", instruction.operands)
     assert register is not None, instruction
     value = None
@@ -134,6 +137,6 @@ def _tcgen05_shape(instruction: Instruction, code: MachineCode) -> tuple[int, in
         if other.operands.startswith(register[1] + ","):
             constant = re.fullmatch(rf"{register[1]}, (0x[0-9a-f]+)", other.operands)
             value = int(constant[1], 16) if constant and other.opcode == "UMOV" else None
-    assert value is not None, f"the descriptor of {instruction} is no constant"
+    assert value is not None, f"the descriptor of {instruction} is not constant"
     tf32 = (value >> 7 & 7) == 2  # the format of A: 0 is float16, 1 bfloat16
     return (value >> 24 & 31) * 16, (value >> 17 & 63) * 8, 8 if tf32 else 16

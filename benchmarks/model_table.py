@@ -1,4 +1,4 @@
-"""The rows of benchmarks/static_model.py: beside them what was measured, and how they are written down."""
+"""The rows of benchmarks/static_model.py, with measurements of the same kernels, as text, CSV and Markdown."""
 
 import csv
 import json
@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 from kernel_table import tile_name
 from loop_costs import Clocks
 
-SHOWN = (128, "1.3b", 16384)  # head dim, shape and tokens of the short table
-DIFFERENT = 0.15
+SHOWN = ("1.3b", 16384)  # shape and tokens of the CSV and the short table
+SHOWN_DIM = 128  # of the short table
+MAX_DIFFERENCE = 0.15
 DEVICES = {"H100": "sm_90a", "H200": "sm_90a", "A100": "sm_80"}
 
 
 class Prediction(NamedTuple):
-    """One kernel at one shape. Fractions are of the peak, of the algorithm's own FLOPs; clocks of one iteration."""
+    """One kernel at one shape: fractions of peak, by the algorithm's FLOPs; clocks of one loop iteration."""
 
     target: str
     kernel: str
@@ -22,7 +23,7 @@ class Prediction(NamedTuple):
     tile: str
     shipped: bool
     clocks: Clocks | None
-    programs_per_processor: int | None
+    programs_per_sm: int | None
     shape: str
     tokens: int
     programs: int | None
@@ -33,14 +34,14 @@ class Prediction(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """Says so where the measurement is far from what full overlap promises."""
-        if self.measured is None or abs(self.measured / self.overlapped - 1) <= DIFFERENT:
+        """Set if the measurement is far from the prediction with full overlap."""
+        if self.measured is None or abs(self.measured / self.overlapped - 1) <= MAX_DIFFERENCE:
             return ""
         return f"differs by {self.measured / self.overlapped - 1:+.0%}"
 
 
 def measured(row: Prediction, lines: list[dict[str, Any]]) -> float | None:
-    """The last measurement of that kernel, tile and shape in bfloat16, as a ratio to cuBLAS; None without one."""
+    """The latest measurement of a kernel, tile and shape in bfloat16, as a ratio to cuBLAS; None without one."""
     backend, kernel = ("hopper", row.kernel[7:]) if row.kernel.startswith("hopper_") else ("triton", row.kernel)
     wanted = {"backend": backend, "kernel": kernel, "D": row.head_dim, "shape": row.shape, "tokens": row.tokens}
     found = None
@@ -59,14 +60,15 @@ def line_target(line: dict[str, Any]) -> str | None:
 
 
 def measurements(folder: Path) -> list[dict[str, Any]]:
-    """Every line of benchmarks/gpu.py's results: files of JSON lines, by device and commit."""
+    """Every line of benchmarks/gpu.py's results."""
     texts = [text for file in sorted(folder.rglob("*.jsonl")) for text in file.read_text().splitlines()]
     return [json.loads(text) for text in texts]
 
 
 def write_csv(rows: list[Prediction], file: Path) -> None:
-    """A line a prediction. Clocks are of one iteration of the main loop of one program."""
+    """One line per kernel, at SHOWN; clocks are of one iteration of one program's main loop."""
     names = [name for name in Prediction._fields if name != "clocks"]
+    rows = [row for row in rows if (row.shape, row.tokens) == SHOWN]
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow([*names[:-1], *Clocks._fields, "bound", "measured", "flag"])
@@ -88,13 +90,13 @@ def _measured(row: Prediction) -> str:
 
 
 def short_table(rows: list[Prediction]) -> str:
-    """The kernels that ship at head dim 128, at the largest model's shape and 16k tokens, as Markdown."""
+    """The shipped kernels at SHOWN and SHOWN_DIM, as Markdown."""
     lines = [
         f"| target | kernel | tile | {' | '.join(Clocks._fields)} | busiest | of peak | measured |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|---:|",
     ]
     for row in rows:
-        if row.shipped and (row.head_dim, row.shape, row.tokens) == SHOWN:
+        if row.shipped and row.head_dim == SHOWN_DIM and (row.shape, row.tokens) == SHOWN:
             clocks = _clocks(row) or ["-"] * (len(Clocks._fields) + 1)
             fraction = f"{row.exposed:.2f} to {row.overlapped:.2f}"
             cells = [row.target, row.kernel, row.tile or "-", *clocks, fraction, f"{_measured(row)} {row.flag}".strip()]

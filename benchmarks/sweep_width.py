@@ -3,8 +3,8 @@
     python benchmarks/sweep_width.py DATA benchmarks/results/sweep_width.jsonl [--minutes 30]
     python benchmarks/sweep_width.py DATA ROWS --minutes 0 --picture docs/width_sweep.png
 
-Two-layer models with heads of 32 on bytes, equal parameters at every width, one thread, one line of JSON a run.
-Finished rows are kept, and no new run starts after so many minutes.
+Two-layer models with head dim 32 on bytes, equal parameters at every width, one thread, one JSON line per run.
+Finished runs are kept, and no run starts after `--minutes`.
 """
 
 import argparse
@@ -16,10 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.table import Table
+
 STEPS, BATCH, CONTEXT, WARMUP = 160, 4, 128, 16
 BASE_WIDTH, HEAD_DIM = 64, 32
-SUBNETWORK_SIZE = 74  # with E = d / 32: d_ff = 2.3125 d, level with a SwiGLU of 3 d
-# Learning rates as powers of 1/2, (init, by fan-in, width) -> which; around what is best there.
+SUBNETWORK_SIZE = 74  # with E = d / 32: d_ff = 2.3125 d, as many parameters as a SwiGLU with 3 d
+# (init, by fan-in, width) -> exponents of learning rates, powers of 1/2 around the best.
 GRID: dict[tuple[str, bool, int], tuple[int, ...]] = {
     ("scaled", False, 64): (5, 6, 7, 8, 9, 10),
     ("scaled", False, 128): (8, 7, 9),
@@ -34,8 +40,8 @@ SEEDS, LARGE = 2, 256
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One training run. With `by_fan_in` the learning rate is that of BASE_WIDTH."""
+class Run:
+    """One training run. With `by_fan_in` the learning rate is that at BASE_WIDTH."""
 
     variant: str
     width: int
@@ -45,74 +51,75 @@ class Trial:
     seed: int = 0
 
 
-def trials() -> list[Trial]:
-    """The whole grid, seed by seed, the large width first. At BASE_WIDTH both rules are the same for `scaled`."""
+def runs() -> list[Run]:
+    """The complete grid, seed by seed, the large width first. At BASE_WIDTH both rules agree for `scaled`."""
     grid = [
-        Trial(variant, width, 2.0**-power, init, by_fan_in, seed)
+        Run(variant, width, 2.0**-power, init, by_fan_in, seed)
         for seed in range(SEEDS)
         for (init, by_fan_in, width), powers in GRID.items()
         for power in powers
         for variant in ("flashmhf", "swiglu")
     ]
-    return sorted(grid, key=lambda trial: trial.width < LARGE)
+    return sorted(grid, key=lambda run: run.width < LARGE)
 
 
-def configuration(trial: Trial) -> dict[str, Any]:
-    """The model of a trial, as a configuration's values."""
-    heads = trial.width // HEAD_DIM
-    values = {"ffn_type": trial.variant, "init": trial.init, "hidden_size": trial.width, "num_hidden_layers": 2}
+def configuration(run: Run) -> dict[str, Any]:
+    """The FlashMHFConfig values of a run."""
+    heads = run.width // HEAD_DIM
+    values = {"ffn_type": run.variant, "init": run.init, "hidden_size": run.width, "num_hidden_layers": 2}
     values |= {"num_attention_heads": heads, "tie_word_embeddings": False, "max_position_embeddings": CONTEXT}
-    if trial.variant == "swiglu":
-        return values | {"intermediate_size": 3 * trial.width}
+    if run.variant == "swiglu":
+        return values | {"intermediate_size": 3 * run.width}
     sizes = {"num_ffn_heads": heads, "num_subnetworks": heads, "intermediate_size": heads * SUBNETWORK_SIZE}
     return values | sizes | {"q_norm": True}
 
 
-def run_trial(trial: Trial, data: str) -> dict[str, Any]:
+def train_run(run: Run, data: str) -> Row:
     """Trains one model and returns its row."""
     from flashmhf.data.config import DataConfig
     from flashmhf.models import FlashMHFConfig
+    from flashmhf.training.arguments import parse_arguments
     from flashmhf.training.config import TrainConfig
-    from flashmhf.training.run import parse_arguments, train
+    from flashmhf.training.run import train
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        file.write_text(json.dumps(FlashMHFConfig(**configuration(trial)).to_dict()))
-        flags = ["--max-steps", str(STEPS), "--per-device-train-batch-size", str(BATCH), "--seed", str(trial.seed)]
-        flags += ["--learning-rate", str(trial.learning_rate), "--warmup-steps", str(WARMUP), "--report-to", "none"]
+        file.write_text(json.dumps(FlashMHFConfig(**configuration(run)).to_dict()))
+        flags = ["--max-steps", str(STEPS), "--per-device-train-batch-size", str(BATCH), "--seed", str(run.seed)]
+        flags += ["--learning-rate", str(run.learning_rate), "--warmup-steps", str(WARMUP), "--report-to", "none"]
         flags += ["--eval-strategy", "no", "--save-strategy", "no", "--disable-tqdm", "true"]
-        base_width = BASE_WIDTH if trial.by_fan_in else None
+        base_width = BASE_WIDTH if run.by_fan_in else None
         config = TrainConfig(
             model=str(file),
             data=DataConfig(source=data, context_length=CONTEXT, validation_tokens=2**15),
             mup_base_width=base_width,
         )
         result = train(config, parse_arguments(flags, f"{folder}/run"))
-    return asdict(trial) | {name: getattr(result, name) for name in ("parameters", "validation_loss", "elapsed_s")}
+    return asdict(run) | {name: getattr(result, name) for name in ("parameters", "validation_loss", "elapsed_s")}
 
 
 def sweep(data: str, output: Path, minutes: float) -> None:
     import torch
 
     torch.set_num_threads(1)
-    finished = {Trial(**{name: row[name] for name in asdict(Trial("", 0, 0.0))}) for row in read(output)}
+    finished = {Run(**{name: row[name] for name in asdict(Run("", 0, 0.0))}) for row in read(output)}
     started = time.monotonic()
-    for trial in trials():
-        if trial in finished or time.monotonic() - started >= 60 * minutes:
+    for run in runs():
+        if run in finished or time.monotonic() - started >= 60 * minutes:
             continue
-        row = run_trial(trial, data)
+        row = train_run(run, data)
         assert math.isfinite(row["validation_loss"])
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]]:
-    """learning rate -> validation losses of its seeds, for the rows that have these values."""
+def losses(rows: list[Row], **chosen: Any) -> dict[float, list[float]]:
+    """Learning rate -> validation losses of its seeds, for the rows with these values."""
     found: dict[float, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
         if all(row[name] == value for name, value in chosen.items()):
@@ -120,43 +127,37 @@ def losses(rows: list[dict[str, Any]], **chosen: Any) -> dict[float, list[float]
     return found
 
 
-def lines_of(rows: list[dict[str, Any]]) -> list[tuple[str, bool, str, int]]:
-    """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH stands under both rules."""
+def lines_of(rows: list[Row]) -> list[tuple[str, bool, str, int]]:
+    """(init, by_fan_in, variant, width) of everything measured; BASE_WIDTH appears under both rules."""
     found = {(row["init"], row["by_fan_in"], row["variant"], row["width"]) for row in rows}
     found |= {(init, True, *rest) for init, _, *rest in found if init == "scaled" and rest[1] == BASE_WIDTH}
     return sorted(found)
 
 
-def line(rows: list[dict[str, Any]], init: str, by_fan_in: bool, variant: str, width: int) -> dict[float, list[float]]:
+def line(rows: list[Row], init: str, by_fan_in: bool, variant: str, width: int) -> dict[float, list[float]]:
     """The losses of one of `lines_of`."""
     by_fan_in = by_fan_in and width != BASE_WIDTH
     return losses(rows, init=init, by_fan_in=by_fan_in, variant=variant, width=width)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the losses of every seed, a column a learning rate; the best mean of three or more is bold."""
+def table(rows: list[Row]) -> str:
+    """Markdown: the losses of every seed, one column per learning rate; the best mean of three or more is bold."""
     rates = sorted({row["learning_rate"] for row in rows})
-    text = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    lines = []
     for init, by_fan_in, variant, width in lines_of(rows):
         found = line(rows, init, by_fan_in, variant, width)
         best = min(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
-        cells = [", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates]
-        cells = [
-            f"**{cell}**" if rate == best and len(found) > 2 else cell for rate, cell in zip(rates, cells, strict=True)
-        ]
+        cells = {rate: ", ".join(f"{loss:.3f}" for loss in found.get(rate, [])) for rate in rates}
+        if len(found) > 2:
+            cells[best] = f"**{cells[best]}**"
         rule = "by fan-in" if by_fan_in else "one rate"
-        text.append(f"| {variant} {width}, `{init}`, {rule} | " + " | ".join(cells) + " |")
-    return "\n".join(text)
+        lines.append([f"{variant} {width}, `{init}`, {rule}", *cells.values()])
+    return Table(["", *(f"2^{math.log2(rate):.0f}" for rate in rates)], lines).markdown()
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Loss against learning rate, a panel a rule and a variant, a line a width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [entry for entry in lines_of(rows) if entry[0] == "scaled"]
+def draw(rows: list[Row], file: Path) -> None:
+    """Loss against learning rate: one panel per rule and variant, one line per width."""
+    shown = [line for line in lines_of(rows) if line[0] == "scaled"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained")
     for _, by_fan_in, variant, width in shown:
         found = line(rows, "scaled", by_fan_in, variant, width)
@@ -170,8 +171,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
+    file.write_bytes(png(figure, dpi=80))
 
 
 def main() -> None:

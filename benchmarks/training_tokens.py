@@ -1,9 +1,9 @@
-"""Tokens of a folder of text as two small files, for a training comparison on a machine that has neither text nor time.
+"""Tokenises folders of text into two small files, to carry them to a machine for a training comparison.
 
     python benchmarks/training_tokens.py BOOKS/train BOOKS/val .lease/tokens [--vocab-size 8192]
 
 Trains a byte-level BPE on the training documents and writes `train.xz` and `validation.xz` (one stream of uint16 each,
-documents ending with the separator) and `tokens.json`. 165 MB of books become 42 M tokens in 38 MB.
+an EOS token after each document) and `tokens.json`. 165 MB of books become 42 M tokens in 38 MB.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MIN_VOCABULARY, MAX_VOCABULARY = 300, 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """How much one of PARTS holds; `text_bytes` of UTF-8, so that losses can be had in bits per byte."""
+    """The size of one of PARTS; `text_bytes` of UTF-8, for losses in bits/byte."""
 
     tokens: int
     text_bytes: int
@@ -33,7 +33,7 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFiles:
-    """What a folder of tokens holds; each stream is a uint16 tensor on the CPU."""
+    """A folder of tokens; each stream is a uint16 tensor on the CPU."""
 
     vocab_size: int
     sizes: dict[str, Stream]
@@ -41,12 +41,12 @@ class TokenFiles:
 
 
 def write_tokens(sources: dict[str, str], output: Path, vocab_size: int) -> None:
-    """Tokenises a source of text for each of PARTS (see `flashmhf.data`) into `output`.
+    """Tokenises one source of text per part (see `flashmhf.data`) into `output`.
 
     Raises:
         InputError: a source cannot be read, or the vocabulary does not fit 16 bits.
     """
-    from flashmhf.data.splits import load_documents  # wants `datasets`, which a machine that only reads tokens may lack
+    from flashmhf.data.splits import load_documents  # needs `datasets`, which a machine that only reads tokens may lack
     from flashmhf.data.tokenizer import encode_documents, train_bpe
 
     if not MIN_VOCABULARY <= vocab_size <= MAX_VOCABULARY:
@@ -63,10 +63,10 @@ def write_tokens(sources: dict[str, str], output: Path, vocab_size: int) -> None
 
 
 def read_tokens(folder: Path) -> TokenFiles:
-    """What `write_tokens` wrote.
+    """Reads what `write_tokens` wrote.
 
     Raises:
-        InputError: a file is missing or damaged; names it.
+        InputError: names a file that is missing or damaged.
     """
     file = folder / "tokens.json"
     streams = {}

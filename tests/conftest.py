@@ -24,9 +24,9 @@ def reproducible():
 @pytest.fixture(autouse=True)
 def fresh_calls():
     """Backends and tables that a test changes are asked again, and not what another test found out."""
-    from flashmhf.ops import calls
+    from flashmhf.ops import call_cache
 
-    calls.forget()
+    call_cache.clear()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""An oracle for conversion: models of the reference code's two families, built from formulas and formats alone.
+"""An independent implementation of the reference code's two model families, as the oracle of conversion.
 
-Nothing here uses the package. Sources: arXiv 2512.06989, section 3, for the function; the published checkpoints' tensor
+It does not use the package. Sources: arXiv 2512.06989, section 3, for the function; the published checkpoints' tensor
 names and layouts for the state dict; transformers' Llama for the backbone.
 """
 
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class ReferenceFFN(nn.Module):
-    """One layer; parameter names and shapes as the reference code stores them."""
+    """One layer, with the reference code's parameter names and shapes."""
 
     def __init__(self, config: dict, family: str) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ReferenceFFN(nn.Module):
 
 
 def reference_config(family: str = "mhffnmoe", **flags) -> dict:
-    """config.json as the reference code writes it; `flags` without the family's prefix, other keys as they are."""
+    """config.json as the reference code writes it; `flags` are given without the family's prefix."""
     config = {
         "_name_or_path": None,
         "architectures": ["MHFFNMoEForCausalLM" if family == "mhffnmoe" else "MHFFNForCausalLM"],
@@ -123,7 +123,7 @@ def reference_model(config: dict) -> LlamaForCausalLM:
 
 
 def save_reference(model: LlamaForCausalLM, config: dict, folder: Path, shards: int = 1) -> None:
-    """Writes the checkpoint: config.json, safetensors in so many files, and an index where there are several."""
+    """Writes a checkpoint: config.json, safetensors in `shards` files, and an index if there are several."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands."""
+"""The README's Python, commands and links work."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 
 
-def test_python_runs():
+def test_python_blocks_run():
     assert PYTHON
     for block in PYTHON:
         exec(block, {})
@@ -36,6 +36,6 @@ def test_commands_and_their_options_exist(command):
         assert option in result.output or words[0] in trainer_flags
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target

@@ -1,18 +1,18 @@
-"""The errors that stand for bad input, a run that failed and one that was told to end, as opposed to a bug."""
+"""Errors for bad input, for a run that failed and for one that was told to stop, as opposed to bugs."""
 
 import signal
 
 
 class InputError(ValueError):
-    """Something that the user gave does not fit. The message is one line: about what, expected what, got what."""
+    """Something that the user gave does not fit. The message is one line: "argument: expected X, got Y"."""
 
 
 class RunError(RuntimeError):
-    """A run could not go on. The message is one line: about what, expected what, got what, and what is kept."""
+    """A run could not continue. The message is one line: "argument: expected X, got Y; what is kept"."""
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end, as KeyboardInterrupt is for Ctrl-C."""
+    """A signal asked the process to stop, as Ctrl-C does with KeyboardInterrupt."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

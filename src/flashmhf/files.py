@@ -1,4 +1,4 @@
-"""Files that are what they were or what they become, never half of it."""
+"""Files that hold their old or their new content at any time, never a part of it; JSON files."""
 
 import json
 import os
@@ -9,33 +9,33 @@ from flashmhf.errors import InputError
 
 
 def atomic_write(file: Path, content: str | bytes) -> None:
-    """Writes beside, flushes and renames: at any moment `file` is what it was or what it becomes, power cut or not."""
-    beside = file.with_name(file.name + ".tmp")
+    """Writes a temporary file, flushes and renames it: `file` is old or new at any time, even after a power cut."""
+    temporary = file.with_name(file.name + ".tmp")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush(beside)
-        beside.replace(file)
-    except BaseException:  # a disk that is full, an interrupt
-        beside.unlink(missing_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(temporary)
+        temporary.replace(file)
+    except BaseException:  # a full disk, an interrupt
+        temporary.unlink(missing_ok=True)
         raise
     flush(file.parent)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Like `atomic_write`, with the folders that are missing."""
+    """Like `atomic_write`; creates missing folders."""
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, json.dumps(content, indent=2) + "\n")
 
 
 def atomic_rename(source: Path, destination: Path) -> None:
-    """Renames, and returns when the disk knows."""
+    """Renames, and returns once the disk has it."""
     source.rename(destination)
     flush(source.parent)
     flush(destination.parent)
 
 
 def flush(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, is on the disk."""
+    """Returns once the file, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Steps for a plan that must survive them, each in a process that gpu_lease.py starts."""
+"""Steps that a plan must survive, each in a process that gpu_lease.py starts."""
 
 import os
 import resource
@@ -42,7 +42,7 @@ def cannot_begin(bench: Bench) -> Iterator[Case]:
 
 
 def tries(bench: Bench) -> Iterator[Case]:
-    """One of three variants breaks the process; the case goes on without it."""
+    """One of three variants crashes the process; the case continues without it."""
     wrong = {row["variant"] for row in bench._rows if "failed" in row}
     yield Case("all", lambda: _try(wrong))
 
@@ -58,7 +58,7 @@ def _try(wrong: set[str]) -> Iterator[dict]:
 
 
 def writes_until(bench: Bench, file: str) -> Iterator[Case]:
-    """Says that it began, with a process of its own, and never ends."""
+    """Writes its process ids, of itself and of a child, and never ends."""
     yield Case("quick", lambda: [{"value": "quick"}])
     yield Case("endless", lambda: _endless(Path(file)))
 

@@ -1,4 +1,4 @@
-"""A lease without a GPU: its rows, its facts, and how its steps are found."""
+"""A lease without a GPU: its rows, its provenance, and the path of its steps."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ import gpu
 
 @pytest.fixture
 def lease(tmp_path, monkeypatch, capsys):
-    """Runs steps as gpu.py would, without the look at the device; returns exit code and output."""
+    """Runs steps as gpu.py does, without querying the device; returns exit code and output."""
     paths = [str(Path(__file__).parent), str(ROOT / "src"), str(ROOT / "benchmarks")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setattr(gpu, "_look", lambda dry_run: FACTS)
+    monkeypatch.setattr(gpu, "_query_device", lambda dry_run: FACTS)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def run(*steps, seconds: float = 120) -> tuple[int, str]:

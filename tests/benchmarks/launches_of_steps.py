@@ -1,6 +1,6 @@
-"""As a script: is all that the steps `smoke` and `op` launch for Hopper among what the step `compile` compiles?
+"""As a script: does the step `compile` compile everything that the steps `smoke` and `op` launch for Hopper?
 
-Prints how many kernels there are; fails with those that nobody compiles ahead. Needs no GPU: nothing is compiled.
+Prints the number of kernels; fails with those that are not compiled ahead. Needs no GPU: nothing is compiled.
 """
 
 import importlib
@@ -21,7 +21,7 @@ TARGET = "sm_90a"
 
 
 class PlanningBench(Bench):
-    """The bench of a Hopper GPU, as far as planning goes."""
+    """The bench of a Hopper GPU, for planning only."""
 
     def __init__(self) -> None:
         super().__init__(dry_run=True, until=0)
@@ -51,7 +51,7 @@ def compiled(bench: Bench) -> set[str]:
 
 
 def launched(bench: Bench) -> Iterator[tuple[str, str]]:
-    """What each variant of smoke and op launches, and the key of it."""
+    """What each variant of smoke and op launches, and its key."""
     op = [(16384, shape.num_heads, shape.num_heads, shape.num_subnetworks, 384) for shape in SHAPES.values()]
     sizes = [*gpu_checks.SMOKE_SIZES, *gpu_checks.FEW_TOKENS_SIZES, *op]
     for variant in bench.variants(128, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What the rows of a lease without a GPU say of their origin."""
+"""Provenance of the rows of a lease without a GPU."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From rows to measured.json to `auto`: what flips, what does not, and why."""
+"""From rows to measured.json to `auto`: what changes, what does not, and why."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def timed(kernel: str, tile: dict | None, tokens: int, ms: float, backend: str =
 
 
 def passing(ms: float = FAST, tokens: tuple[int, ...] = (1024, 4096), **changes) -> list[dict]:
-    """Both kernels right on both backends, and Hopper's in `ms` where the portable ones take SLOW."""
+    """All kernels right on both backends; Hopper's take `ms`, the portable ones SLOW."""
     rows = []
     for kernel in SHIPPED:
         rows += [check(kernel, SHIPPED[kernel], **changes), check(kernel, None, "triton", **changes)]
@@ -48,7 +48,7 @@ def passing(ms: float = FAST, tokens: tuple[int, ...] = (1024, 4096), **changes)
 
 @pytest.fixture
 def applied(tmp_path, monkeypatch):
-    """Applies rows and loads the tables anew from the result; returns the report and the claims."""
+    """Applies rows and reloads the tables from the result; returns the report and the entries."""
     target = tmp_path / "measured.json"
     target.write_text("[]")
     before = [dict(vars(module)) for module in (tiles, triton_tiles)]
@@ -57,7 +57,7 @@ def applied(tmp_path, monkeypatch):
         merged = tmp_path / "gpu.jsonl"
         merged.write_text("".join(json.dumps(row) + "\n" for row in rows))
         report = gpu_apply.apply(merged, target)
-        monkeypatch.setattr(measured, "entries", lambda: measured.checked(target.read_text()))
+        monkeypatch.setattr(measured, "entries", lambda: measured.parse(target.read_text()))
         importlib.reload(tiles)
         importlib.reload(triton_tiles)
         return report, json.loads(target.read_text())
@@ -79,14 +79,14 @@ def chosen_by_auto(tokens: int, monkeypatch, dtype: torch.dtype = torch.bfloat16
     return backends.select(problem, "auto").__name__.split(".")[2]
 
 
-def test_auto_takes_hopper_from_where_it_measured_faster(applied, monkeypatch):
+def test_auto_selects_hopper_from_the_size_at_which_it_measured_faster(applied, monkeypatch):
     rows = [*passing(tokens=(4096, 16384)), *passing(SLOW, tokens=(1024,))]
     report, entries = applied(rows)
     (faster,) = claims(entries, "hopper faster")
     assert faster["from_tokens"] == 4096
     assert faster["proof"]["ms"]["1.3b 4096"] == {"hopper": [FAST, FAST], "triton": [SLOW, SLOW]}
     assert faster["proof"]["device"] == "Toy GPU"
-    assert "taken by auto from 4096 tokens on: hopper D=128 bfloat16" in report
+    assert "selected by auto from 4096 tokens: hopper D=128 bfloat16" in report
     assert [chosen_by_auto(T, monkeypatch) for T in (4095, 4096, 2**20)] == ["triton", "hopper", "hopper"]
     assert chosen_by_auto(4096, monkeypatch, torch.float16) == "triton"
 
@@ -109,7 +109,7 @@ def test_without_rows_nothing_is_claimed(applied, monkeypatch):
         | {"failed": "no row for 15 s"},
     ],
 )
-def test_one_wrong_result_is_enough(wrong, applied, monkeypatch):
+def test_one_wrong_result_excludes_hopper(wrong, applied, monkeypatch):
     for rows in ([*passing(), wrong], [wrong, *passing()]):
         report, entries = applied(rows)
         assert claims(entries, "hopper verified") == claims(entries, "hopper faster") == []
@@ -117,7 +117,7 @@ def test_one_wrong_result_is_enough(wrong, applied, monkeypatch):
         assert chosen_by_auto(2**16, monkeypatch) == "triton"
 
 
-def test_a_wrong_portable_backend_is_no_yardstick(applied):
+def test_a_wrong_portable_backend_is_not_a_baseline(applied):
     _, entries = applied([*passing(), check("forward", None, "triton", passed=False)])
     assert claims(entries, "hopper verified")
     assert not claims(entries, "hopper faster")
@@ -130,10 +130,10 @@ def test_a_wrong_portable_backend_is_no_yardstick(applied):
 def test_rows_of_other_kernels_or_of_no_gpu_prove_nothing(change, applied):
     report, entries = applied(passing(**change))
     assert entries == []
-    assert ("of other kernel sources of hopper, measure again: abc" in report) == ("kernels" in change)
+    assert ("rows of other kernel sources of hopper are ignored, measure again: abc" in report) == ("kernels" in change)
 
 
-def test_what_is_no_longer_proven_goes_and_is_named(applied, monkeypatch):
+def test_claims_without_proof_are_removed_and_reported(applied, monkeypatch):
     applied(passing())
     assert chosen_by_auto(4096, monkeypatch) == "hopper"
     report, entries = applied([])
@@ -142,37 +142,37 @@ def test_what_is_no_longer_proven_goes_and_is_named(applied, monkeypatch):
     assert chosen_by_auto(4096, monkeypatch) == "triton"
 
 
-def test_no_gain_worth_it_is_no_flip(applied):
+def test_a_gain_within_noise_changes_nothing(applied):
     _, entries = applied(passing(SLOW * 0.98))
     assert claims(entries, "hopper verified")
     assert not claims(entries, "hopper faster")
 
 
 @pytest.mark.parametrize("ms", [(SLOW, 1.0), (1.0, 2 * SLOW)])
-def test_forward_alone_and_with_the_backward_must_both_be_faster(ms, applied):
+def test_forward_and_forward_plus_backward_must_both_be_faster(ms, applied):
     rows = [row for row in passing() if "median_ms" not in row or row["backend"] == "triton"]
     for kernel, of_kernel in zip(("forward", "backward"), ms, strict=True):
         rows += [timed(kernel, SHIPPED[kernel], T, of_kernel) for T in (1024, 4096)]
     report, entries = applied(rows)
     assert claims(entries, "hopper verified")
     assert not claims(entries, "hopper faster")
-    assert f"not taken by auto: hopper D=128 bfloat16: at 4096 tokens {[*ms]} ms against" in report
+    assert f"not selected by auto: hopper D=128 bfloat16: at 4096 tokens {[*ms]} ms against" in report
 
 
-@pytest.mark.parametrize(("ms", "flips"), [(1.0, True), (1.99, False)])
-def test_the_fastest_tile_that_is_right_ships(ms, flips, applied):
+@pytest.mark.parametrize(("ms", "changes"), [(1.0, True), (1.99, False)])
+def test_the_fastest_correct_tile_ships(ms, changes, applied):
     other = next(tile._asdict() for tile in tiles.FORWARD_CANDIDATES[128] if tile._asdict() != SHIPPED["forward"])
     rows = [*passing(), check("forward", other), *(timed("forward", other, T, ms) for T in (1024, 4096))]
     _, entries = applied(rows)
-    assert tiles.forward_tile(128)._asdict() == (other if flips else SHIPPED["forward"])
+    assert tiles.forward_tile(128)._asdict() == (other if changes else SHIPPED["forward"])
     assert claims(entries, "hopper verified")
-    # Once it ships, one wrong result takes it away again.
+    # One wrong result removes it again.
     _, entries = applied([*rows, check("forward", other, passed=False)])
     assert tiles.forward_tile(128)._asdict() == SHIPPED["forward"]
     assert claims(entries, "hopper faster")
 
 
-def test_each_dtype_has_proofs_of_its_own(applied, monkeypatch):
+def test_each_dtype_needs_its_own_proof(applied, monkeypatch):
     _, entries = applied([*passing(), *passing(dtype="float16")])
     assert {entry["dtype"] for entry in claims(entries, "hopper faster")} == {"bfloat16", "float16"}
     assert chosen_by_auto(4096, monkeypatch, torch.float16) == "hopper"
@@ -199,14 +199,14 @@ def test_portable_tiles_follow_tune(applied):
     wrong |= {"tile": "64x32x4x2", "result": "out", "error": 1.0, "budget": 0.1, "passed": False}
     report, entries = applied([tuned("forward", 1.2), wrong])
     assert entries == []
-    assert "stays out: triton sm_90a 2 forward 64 [64, 32, 4, 2]: out off by 1.0" in report
+    assert "excluded: triton sm_90a 2 forward 64 [64, 32, 4, 2]: out: error 1.0" in report
 
 
-@pytest.mark.parametrize(("two_ms", "flips"), [(3.0, True), (2.0, False)])
-def test_fused_where_it_beats_two_kernels(two_ms, flips, applied):
+@pytest.mark.parametrize(("two_ms", "changes"), [(3.0, True), (2.0, False)])
+def test_the_fused_backward_is_selected_where_it_beats_two_kernels(two_ms, changes, applied):
     _, entries = applied([tuned("backward_fused", 1.0, two_kernels_ms={"1024": two_ms})])
-    assert (frozenset({("sm_90a", 64)}) if flips else frozenset()) == triton_tiles.FUSED_FASTER
-    assert len(entries) == flips
+    assert (frozenset({("sm_90a", 64)}) if changes else frozenset()) == triton_tiles.FUSED_FASTER
+    assert len(entries) == changes
 
 
 def test_comments_change_no_kernel_but_code_does(tmp_path):
@@ -224,7 +224,7 @@ def test_comments_change_no_kernel_but_code_does(tmp_path):
 
 
 def test_what_ships_was_measured_with_these_kernels():
-    """Fails when a kernel changes after a flip; `benchmarks/gpu.py --apply` takes back what is no longer proven."""
+    """Fails if a kernel changes after its measurement; `benchmarks/gpu.py --apply` removes what is no longer proven."""
     hashes = kernel_hashes()
     for entry in measured.entries():
         for backend, proven in entry["proof"]["proves"].items():

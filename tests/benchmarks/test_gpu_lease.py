@@ -1,4 +1,4 @@
-"""A lease survives steps that hang, crash, fill memory and raise, and interruptions; a second run goes on."""
+"""A lease survives steps that hang, crash, exhaust memory and raise, and interruptions; a second run resumes."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def values(rows, step: str) -> list[str]:
     return [row["value"] for row in rows_of(rows.read(), step) if "value" in row]
 
 
-def test_what_breaks_costs_itself_alone(lease, rows):
+def test_a_broken_case_costs_only_itself(lease, rows):
     code, printed = lease(GOOD, HANGS, KILLS, FILLS, RAISES, LAST, seconds=240)
     assert code == 1
     assert values(rows, "good") == ["a", "b"]
@@ -45,11 +45,11 @@ def test_what_breaks_costs_itself_alone(lease, rows):
         assert line in printed
     before = rows.path.read_bytes()
     assert lease(GOOD)[0] == 0
-    assert lease(HANGS)[0] == 1, "what failed has failed"
+    assert lease(HANGS)[0] == 1, "a failure is final"
     assert rows.path.read_bytes() == before, "what is done is not done again"
 
 
-def test_a_variant_that_breaks_the_process_is_left_out(lease, rows):
+def test_a_variant_that_crashes_the_process_is_skipped(lease, rows):
     code, _ = lease(Step("tries", 60, "", "broken_steps:tries"))
     assert code == 1
     found = rows_of(rows.read())
@@ -58,15 +58,15 @@ def test_a_variant_that_breaks_the_process_is_left_out(lease, rows):
     assert done(rows.read(), "tries") == {"all"}
 
 
-def test_a_step_that_cannot_begin_is_not_tried_again(lease):
+def test_a_step_that_cannot_start_is_not_retried(lease):
     code, printed = lease(Step("odd", 40, "", "broken_steps:cannot_begin"), LAST)
     assert code == 1
     assert "incomplete: exit code 1: RuntimeError: no such device" in printed
-    assert "left for the same command: odd" in printed
+    assert "incomplete, the same command resumes: odd" in printed
 
 
 @pytest.mark.slow
-def test_a_step_out_of_time_leaves_the_others_theirs(lease, rows):
+def test_a_step_out_of_time_does_not_use_the_time_of_others(lease, rows):
     hangs = Step("hangs", 20, "", "broken_steps:hangs")
     began = time.monotonic()
     code, printed = lease(hangs, LAST, seconds=60)
@@ -74,10 +74,10 @@ def test_a_step_out_of_time_leaves_the_others_theirs(lease, rows):
     assert "incomplete: out of time in hangs" in printed
     assert values(rows, "last") == ["c"]
     assert time.monotonic() - began < 58
-    assert done(rows.read(), "hangs") == {"before"}, "what was cut short may be tried again"
+    assert done(rows.read(), "hangs") == {"before"}, "an interrupted case may run again"
 
 
-def test_without_time_steps_are_skipped_and_say_so(lease, rows):
+def test_steps_without_time_are_skipped_and_reported(lease, rows):
     code, printed = lease(GOOD, LAST, seconds=gpu_lease.MIN_S - 1)
     assert code == 1
     assert printed.count("skipped: no time left") == 4  # when it happens, and in the table
@@ -89,7 +89,7 @@ import sys
 import gpu
 from gpu_plan import Step
 from lease_facts import FACTS
-gpu._look = lambda dry_run: FACTS
+gpu._query_device = lambda dry_run: FACTS
 endless = Step("endless", 60, "", "broken_steps:writes_until", {"file": sys.argv[2]})
 steps = (endless, Step("next", 9, "", "broken_steps:good"))
 from pathlib import Path
@@ -111,9 +111,9 @@ def test_an_interrupted_plan_keeps_its_rows_and_leaves_no_child(number, tmp_path
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number
         last = printed.splitlines()[-1]
-        assert last == f"interrupted; 2 rows are kept in {rows.path}; the same command goes on"
+        assert last == f"interrupted; 2 rows are kept in {rows.path}; the same command resumes"
     step, its_child = map(int, began.read_text().split())
-    left = [step] if number == signal.SIGKILL else [step, its_child]  # nobody is there to look for the rest
+    left = [step] if number == signal.SIGKILL else [step, its_child]  # the lease itself is killed, too
     wait_for(lambda: not any(map(alive, left)))
     with contextlib.suppress(ProcessLookupError):
         os.kill(its_child, signal.SIGKILL)
@@ -128,7 +128,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead and waits for its parent does not."""
+    """Whether a process runs and is not a zombie."""
     status = Path(f"/proc/{pid}/status")
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return "State:\tZ" not in status.read_text()

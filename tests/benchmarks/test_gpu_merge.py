@@ -1,4 +1,4 @@
-"""Rows of several leases as one file, one table and one picture."""
+"""Rows of several leases become one file, tables and a picture."""
 
 import json
 
@@ -26,19 +26,19 @@ def lease_of(folder, device: str, ratio: float) -> None:
                     | {"median_ms": 2.0 * tokens, "peak_bytes_per_token": 7.0})  # fmt: skip
 
 
-def test_leases_become_one_table(tmp_path):
+def test_leases_of_two_machines_become_one_file_with_tables(tmp_path):
     merged = tmp_path / "gpu.jsonl"
     for name, ratio in (("H100", 0.7), ("H200", 0.75)):
         lease_of(tmp_path / name, name, ratio)
-        said = merge([tmp_path / name], merged)
-    assert said == f"{merged}: 24 rows of 1 files and of before"
+        summary = merge([tmp_path / name], merged)
+    assert summary == f"{merged}: 24 rows, 1 files added"
     rows = [json.loads(line) for line in merged.read_text().splitlines()]
     assert len(rows) == 24
     assert all({"device", "torch", "triton", "code", "commit"} <= row.keys() for row in rows)
     assert not any("state" in row for row in rows)
     text = merged.with_suffix(".md").read_text()
     assert "## H100, 2026-01-01" in text
-    assert "1 of 2 results as they should be." in text
+    assert "1 of 2 results are right." in text
     assert "- b: killed by SIGSEGV" in text
     assert "| 1.3b | bfloat16 | forward | 4,096 | 0.75 | 0.5 | 0.9 | hopper stages=2 |" in text
     assert "| flashmhf | 1, 16 | 1 | 7, 7 |" in text
@@ -54,14 +54,14 @@ def test_merging_again_changes_nothing(tmp_path):
     assert merged.read_bytes() == before
 
 
-def test_torn_lines_and_dry_runs_are_left_out_and_said(tmp_path):
+def test_corrupt_lines_and_dry_runs_are_ignored_and_reported(tmp_path):
     folder = tmp_path / "a"
     lease_of(folder, "cpu", 0.7)
     with (folder / "rows.jsonl").open("a") as file:
         file.write('{"step": "op", "ca')
     merged = tmp_path / "gpu.jsonl"
-    said = merge([folder], merged)
-    assert said.endswith("nothing to write in 1 files, 1 torn lines ignored; a dry run measures nothing")
+    summary = merge([folder], merged)
+    assert summary.endswith("no rows of a GPU in 1 files, 1 corrupt lines ignored")
     assert not merged.exists()
 
 
@@ -76,12 +76,12 @@ LOSSES = {"swiglu": (3.50, 3.52, 3.51), "flashmhf": (3.47, 3.50, 3.47)}
 def training_lease(folder, seeds: int) -> None:
     rows = RowFile(folder / "rows.jsonl", FACTS | {"device": "H100"})
     rows.prepare()
-    for contender, losses in LOSSES.items():
+    for ffn_type, losses in LOSSES.items():
         for seed, loss in enumerate(losses[:seeds]):
-            row = {"contender": contender, "seed": seed, "steps": 9, "validation_nats_per_token": loss}
+            row = {"ffn_type": ffn_type, "seed": seed, "steps": 9, "validation_nats_per_token": loss}
             for values in (row | {"steps": 1, "validation_nats_per_token": 9.0}, row | {"final": True}):
-                rows.append(f"{contender} {seed}", f"{contender} seed {seed}", values)
-    failure = {"contender": "swiglu", "seed": 7, "failed": "the training loss is nan"}
+                rows.append(f"{ffn_type} {seed}", f"{ffn_type} seed {seed}", values)
+    failure = {"ffn_type": "swiglu", "seed": 7, "failed": "the training loss is nan"}
     rows.append("swiglu 7", "swiglu seed 7", failure)
 
 
@@ -91,17 +91,17 @@ def test_training_runs_become_one_comparison_over_seeds(tmp_path):
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("### ") == 1
     assert "| 1 | 3.52 | 3.5 | -0.02 |" in text
-    assert "flashmhf less swiglu: -0.0300 [-0.0548, -0.0052] (95 %, Student's t over 3 seeds)." in text  # t = 4.3027
+    assert "flashmhf - swiglu: -0.0300 [-0.0548, -0.0052] (95 %, Student's t over 3 seeds)." in text  # t = 4.3027
     assert "- swiglu, seed 7: the training loss is nan" in text
 
 
 def test_one_pair_of_training_runs_decides_nothing(tmp_path):
     training_lease(tmp_path / "a", seeds=1)
     merge([tmp_path / "a"], tmp_path / "gpu.jsonl")
-    assert "flashmhf less swiglu: not decided" in (tmp_path / "gpu.md").read_text()
+    assert "flashmhf - swiglu: not decided" in (tmp_path / "gpu.md").read_text()
 
 
-def test_growth_is_the_slope_of_the_logarithms():
+def test_the_exponent_of_growth_is_the_slope_of_the_logarithms():
     rows = [{"tokens": T, "median_ms": 3 * T**1.5, "peak_bytes_per_token": 9.0} for T in (10, 100, 400)]
     rows.append({"tokens": 1000, "failed": "OutOfMemoryError"})
     fit = growth_fit(rows)

@@ -1,4 +1,4 @@
-"""The plans and the commands: what fits, what is said, every case of every step built on the CPU at toy sizes."""
+"""Plans and commands: time limits, messages, and every case of every step on the CPU at toy sizes."""
 
 import os
 import subprocess
@@ -16,20 +16,21 @@ from flashmhf.ops.hopper import tiles as hopper_tiles
 from gpu_bench import Bench, Variant
 from gpu_checks import poisoned_memory, prepared, rounds, smoke
 from gpu_facts import check_device
-from gpu_plan import LOOK_S, PLANS, Plan, Step
+from gpu_plan import PLANS, Plan, Step
 from gpu_rows import failed, read_lines, rows_of
 
 BENCHMARKS = ROOT / "benchmarks"
 CALL_LIMIT_S = 600  # of the machines that are lent
+QUERY_S = 20  # of the device before the first step: starting Python, torch and the driver
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_a_plan_fits_its_seconds_and_a_call(plan):
-    assert LOOK_S + sum(step.limit_s for step in plan.steps) <= plan.seconds < CALL_LIMIT_S
+def test_the_steps_of_a_plan_fit_its_seconds_and_a_call(plan):
+    assert QUERY_S + sum(step.limit_s for step in plan.steps) <= plan.seconds < CALL_LIMIT_S
     assert len({step.name for step in plan.steps}) == len(plan.steps)
 
 
-def test_the_recipe_names_the_steps():
+def test_the_readme_lists_the_steps_of_each_plan():
     recipe = (BENCHMARKS / "README.md").read_text()
     for name, plan in PLANS.items():
         assert f"| `{name}` | {plan.seconds} | {', '.join(step.name for step in plan.steps)} |" in recipe
@@ -55,7 +56,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(script, arguments, message, monke
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [["gpu.py", "--plan", "first"], ["tune.py"]])
-def test_without_a_gpu_the_scripts_say_so(command, tmp_path):
+def test_without_a_gpu_the_scripts_exit_with_one_line(command, tmp_path):
     done = run_script(*command, output=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -63,7 +64,7 @@ def test_without_a_gpu_the_scripts_say_so(command, tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_an_old_driver_is_one_line(monkeypatch):
+def test_an_old_driver_is_a_one_line_error(monkeypatch):
     def init() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
 
@@ -75,14 +76,14 @@ def test_an_old_driver_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_an_old_triton_is_one_line(monkeypatch):
+def test_an_old_triton_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr("triton.__version__", "3.5.1")
     with pytest.raises(ValueError, match=r"^triton: expected 3.6 or later, got 3.5.1$"):
         check_device(torch.device("cuda"))
 
 
-def test_a_gpu_that_runs_no_kernel_is_one_line(monkeypatch):
+def test_an_unsupported_gpu_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
@@ -91,7 +92,7 @@ def test_a_gpu_that_runs_no_kernel_is_one_line(monkeypatch):
         check_device(torch.device("cuda"))
 
 
-def test_no_write_access_is_one_line(tmp_path):
+def test_no_write_access_is_a_one_line_error(tmp_path):
     (tmp_path / "taken").write_text("a file, no folder")
     done = run_script("gpu.py", "--plan", "first", "--dry-run", output=tmp_path / "taken")
     assert done.returncode == 2
@@ -99,7 +100,7 @@ def test_no_write_access_is_one_line(tmp_path):
     assert line.startswith(f"error: output: cannot write to '{tmp_path}/taken/steps.log': ")
 
 
-def test_rows_go_to_out_where_there_is_one(tmp_path):
+def test_rows_go_to_the_folder_in_OUT(tmp_path):
     environment = {"OUT": str(tmp_path / "out")}
     done = run_script("gpu.py", "--plan", "first", "--dry-run", "--steps", "compile", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,7 +109,7 @@ def test_rows_go_to_out_where_there_is_one(tmp_path):
     assert done.stdout.splitlines()[-1].startswith("compile ")
 
 
-def test_the_table_quotes_the_best_of_each():
+def test_the_summary_shows_the_best_value_of_each_variant():
     step = Step("op", 10, "", "", shows="ratio_to_cublas")
     found = [
         {"variant": "hopper", "kernel": "forward", "ratio_to_cublas": 0.7},
@@ -128,11 +129,11 @@ def test_the_table_quotes_the_best_of_each():
 
 
 def test_merge_is_a_command(tmp_path, monkeypatch, capsys, rows):
-    rows.append("machine", "yardsticks", {"variant": "cublas", "tflops": 700.0})
+    rows.append("machine", "peaks", {"variant": "cublas", "tflops": 700.0})
     monkeypatch.setattr(gpu, "MERGED", tmp_path / "gpu.jsonl")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--merge", str(rows.path)])
     gpu.main()
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'gpu.jsonl'}: 1 rows of 1 files")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'gpu.jsonl'}: 1 rows, 1 files added")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--merge", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="2"):
         gpu.main()
@@ -140,7 +141,7 @@ def test_merge_is_a_command(tmp_path, monkeypatch, capsys, rows):
     assert line.startswith("error: merge: expected folders with rows (*.jsonl), got ")
 
 
-def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
+def test_every_candidate_tile_is_a_variant_and_runs_with_its_tile(monkeypatch):
     bench = Bench(dry_run=True, until=0)
     variants = [*bench.variants(128, torch.bfloat16)]
     names = [(variant.name, variant.kernel) for variant in variants]
@@ -165,11 +166,11 @@ def test_every_candidate_is_a_variant_and_runs_as_itself(monkeypatch):
 
 
 def tiles_in_force() -> dict[str, tuple]:
-    """Hopper's tables as its backend reads them: kernel -> one tile for each head dim."""
+    """Hopper's tables as its backend reads them: kernel -> one tile per head dim."""
     return {kernel: getattr(hopper_tiles, kernel.upper()) for kernel in hopper_tiles.TABLE}
 
 
-def test_what_is_launched_first_is_compiled_ahead():
+def test_everything_that_smoke_and_op_launch_is_compiled_ahead():
     script = Path(__file__).with_name("launches_of_steps.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(BENCHMARKS)])
@@ -178,7 +179,7 @@ def test_what_is_launched_first_is_compiled_ahead():
     assert int(done.stdout) >= len(hopper_tiles.FORWARD_CANDIDATES[128])
 
 
-def test_what_failed_is_not_timed():
+def test_a_variant_with_a_failed_check_is_not_timed():
     variant = Variant("hopper", "hopper", "forward", 128, hopper_tiles.forward_tile(128))
     row = {"step": "smoke", "case": "x", "dtype": "bfloat16", "passed": True, **variant.row()}
     broken = {key: value for key, value in row.items() if key != "passed"} | {"failed": "killed by SIGSEGV"}
@@ -200,7 +201,7 @@ def test_what_failed_is_not_timed():
 
 
 @pytest.mark.parametrize("step", [smoke, rounds])
-def test_what_broke_is_not_tried_again(step):
+def test_a_variant_that_crashed_is_not_tried_again(step):
     names = [case.name for case in step(Bench(True, 0))]
     variant = next(variant for variant in Bench(True, 0).variants(128, torch.float32) if not variant.shipped)
     broken = {"step": "smoke", "case": "x", "dtype": "float32", "failed": "no row for 12 s", **variant.row()}
@@ -209,7 +210,7 @@ def test_what_broke_is_not_tried_again(step):
     assert gone.startswith(f"{variant.name} {variant.kernel} float32 D=128")
 
 
-def test_memory_is_poisoned_for_kernels_alone():
+def test_poisoned_memory_has_nan_in_floats_and_no_effect_on_results():
     with poisoned_memory():
         x = torch.empty(3)
         assert all(empty.isnan().all() for empty in (x, torch.empty_like(x), x.new_empty(3)))
@@ -239,7 +240,7 @@ BROKEN = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
-def test_every_case_of_a_plan_builds_whatever_breaks_between(name, lease, rows):
+def test_every_case_of_a_plan_runs_between_steps_that_break(name, lease, rows):
     plan: Plan = PLANS[name]
     between = [step for pair in zip(plan.steps, BROKEN, strict=False) for step in pair] + [*plan.steps[len(BROKEN) :]]
     code, printed = lease(*between, seconds=900)

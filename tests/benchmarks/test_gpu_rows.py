@@ -1,4 +1,4 @@
-"""Rows on the disk: whole or not there, kept apart by origin, and readable after whatever ended a run."""
+"""Rows on disk: complete or absent, separated by provenance, and readable after any interruption."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import gpu_rows
 from gpu_rows import RowFile, UnusableError, append_failure, done, file_of, read_lines, rows_of, started
 
 
-def test_a_line_has_all_that_a_row_needs(rows):
+def test_a_line_has_rounded_values_and_provenance(rows):
     rows.prepare()
     rows.append("op", "a", {"median_ms": 1 / 3, "error": float("inf"), "tiles": (1, 2.00000001), "passed": True})
     (line,) = [json.loads(text) for text in rows.path.read_text().splitlines()]
@@ -31,7 +31,7 @@ def test_files_are_named_by_device_and_commit(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"code": "def"}, {"device": "Other"}, {"torch": "3"}, {"triton": "4"}])
-def test_rows_of_another_origin_are_not_this_runs(rows, change):
+def test_rows_of_another_device_version_or_code_belong_to_another_run(rows, change):
     rows.append("op", "a", {"state": "done"})
     other = RowFile(rows.path, FACTS | change)
     assert other.read() == []
@@ -39,7 +39,7 @@ def test_rows_of_another_origin_are_not_this_runs(rows, change):
     assert (done(rows.read(), "op"), done(other.read(), "op")) == ({"a"}, {"b"})
 
 
-def test_states_are_no_rows(rows):
+def test_state_lines_are_not_rows(rows):
     rows.append("op", "a", {"state": "started", "variant": "x"})
     rows.append("op", "a", {"value": 1})
     assert (started(rows.read(), "op"), done(rows.read(), "op")) == ({"a"}, set())
@@ -50,36 +50,36 @@ def test_states_are_no_rows(rows):
     assert rows_of(rows.read(), "layer") == []
 
 
-def test_what_was_only_tried_leaves_its_case_open(rows):
+def test_a_failed_attempt_leaves_its_case_open(rows):
     append_failure(rows, "op", "a", {"state": "trying", "variant": "x"}, "killed by SIGKILL")
     assert done(rows.read(), "op") == set()
 
 
-def test_a_torn_line_is_ignored_and_the_next_is_whole(rows):
+def test_a_truncated_line_is_ignored_and_the_next_is_complete(rows):
     rows.append("op", "a", {"value": 1})
     with rows.path.open("ab") as file:
         file.write(b'{"step": "op", "case": "b", "val')
     rows.prepare()
     rows.append("op", "c", {"value": 3})
-    lines, torn = read_lines(rows.path)
+    lines, corrupt = read_lines(rows.path)
     assert [line["value"] for line in lines] == [1, 3]
-    assert torn == 1
+    assert corrupt == 1
 
 
 @pytest.mark.parametrize("text", [b"[1]\n", b'{"value": 1}\n', b"\xff\xfe\n", b"null\n"])
-def test_what_is_no_row_is_counted(rows, text):
+def test_corrupt_lines_are_counted(rows, text):
     rows.path.write_bytes(b"\n" + text)
     assert read_lines(rows.path) == ([], 1)
 
 
-def test_no_write_access_is_one_line(tmp_path):
+def test_no_write_access_is_a_one_line_error(tmp_path):
     (tmp_path / "taken").write_text("a file, no folder")
     with pytest.raises(UnusableError, match=r"^output: cannot write to '.*taken/x.jsonl': ") as raised:
         RowFile(tmp_path / "taken/x.jsonl", FACTS).prepare()
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+def test_an_unreadable_file_is_a_one_line_error(tmp_path):
     with pytest.raises(UnusableError, match=r"^rows: cannot read '.*': Is a directory"):
         read_lines(tmp_path)
 
@@ -99,7 +99,7 @@ except UnusableError as error:
 """
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+def test_a_full_disk_leaves_the_earlier_rows(tmp_path):
     file = tmp_path / "rows.jsonl"
     command = [sys.executable, "-c", FULL, str(file)]
     environment = {**os.environ, "PYTHONPATH": str(Path(gpu_rows.__file__).parent)}
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert read_lines(file) == ([{"step": "op", "case": "a", "value": 1}], 0)
 
 
-def test_an_error_while_writing_leaves_what_was_there(rows, monkeypatch):
+def test_a_write_error_leaves_the_earlier_rows(rows, monkeypatch):
     rows.append("op", "a", {"value": 1})
 
     def full(descriptor: int) -> None:

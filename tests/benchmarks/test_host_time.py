@@ -1,4 +1,4 @@
-"""Repeated launches go around Triton's own way to a compiled kernel: they must give the launcher what it would give."""
+"""Repeated launches bypass Triton's Python: the launcher in C must get the same arguments as through it."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ LAUNCHES = """
 import sys, torch
 from triton.runtime import driver
 import host_time
-from flashmhf.ops import calls
+from flashmhf.ops import call_cache
 from flashmhf.ops.gated_mhf import gated_mhf
 
 recorded = []
@@ -73,15 +73,15 @@ VARIANTS = {
     "float16": lambda: [x.half() for x in inputs()],
 }
 backend = sys.argv[1]
-with host_time.imaginary_gpu(few_tokens=True):
+with host_time.fake_gpu(few_tokens=True):
     for make in VARIANTS.values():
         launches(make)
     again = {name: launches(make) for name, make in VARIANTS.items()}
     for name, make in VARIANTS.items():
-        calls.forget()
+        call_cache.clear()
         assert again[name] == launches(make), name
         assert len(again[name]) >= 4, name
-    steps = [step for call in calls._calls.values() for step in call.program.steps]
+    steps = [step for call in call_cache._cache.values() for step in call.program.steps]
     launches = [step.__self__ for step in steps if hasattr(step, "__self__")]
     assert launches
     assert all("runner" in str(launch.start) for launch in launches)
@@ -91,7 +91,7 @@ with host_time.imaginary_gpu(few_tokens=True):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "hopper"])
-def test_the_launcher_gets_what_triton_would_give_it(backend, tmp_path):
+def test_repeated_launches_pass_the_arguments_that_triton_passes(backend, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent / 'src'}"
     done = subprocess.run([sys.executable, "-c", LAUNCHES, backend], env=environment, capture_output=True, text=True)
@@ -99,10 +99,10 @@ def test_the_launcher_gets_what_triton_would_give_it(backend, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs(tmp_path):
+def test_the_benchmark_of_host_time_runs_and_writes_csv(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent / 'src'}"
-    command = [sys.executable, str(BENCHMARKS / "host_time.py"), "--repeats", "1", "--output", str(tmp_path / "x.json")]
+    command = [sys.executable, str(BENCHMARKS / "host_time.py"), "--repeats", "1", "--output", str(tmp_path / "x.csv")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "x.json").exists()
+    assert (tmp_path / "x.csv").exists()

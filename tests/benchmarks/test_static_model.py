@@ -1,11 +1,11 @@
-"""The static model: clocks and fractions by hand, and against what a reader of the machine code counted."""
+"""The static model: clocks and fractions by hand, and against counts by a person who read the SASS."""
 
 import csv
 import json
 
 import pytest
 import torch
-from test_triton_compiles import run
+from offline import run
 
 from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile
 from flashmhf.ops.roofline import GPUS
@@ -13,8 +13,9 @@ from flashmhf.ops.triton.tiles import Tile
 from kernel_table import tile_name
 from loop_costs import PROCESSORS, Clocks, loop_clocks
 from machine_code import MachineCode
-from model_table import measured, measurements, short_table, write_csv
-from static_model import ROOT, Loop, cases, predict, programs_held, tma_bytes, two_kernels
+from model_table import SHOWN, measured, measurements, short_table, write_csv
+from occupancy import resident_programs
+from static_model import ROOT, Loop, cases, predict, tma_bytes, two_kernels
 
 SASS = """
 kernel:
@@ -40,11 +41,11 @@ kernel:
         /*0100*/                   BRA `(.L_x_2) ;
 """
 H100 = PROCESSORS["sm_90a"]
-CACHE = 5120 / 132  # bytes a clock and processor
+CACHE = 5120 / 132  # bytes per clock and SM
 
 
 def test_clocks_of_a_small_loop_by_hand():
-    """On eight warps; the wait at a barrier costs nothing but the jumps to it and back."""
+    """For eight warps; waiting at a barrier costs only the branches to it and back."""
     clocks = loop_clocks(MachineCode.of_sass(SASS), [8], H100, tma_bytes=1280)
     hgmma = 2 * 2 * 64 * (128 + 64) * 16  # two warpgroups
     hmma = 8 * 2 * 16 * 8 * 16
@@ -57,7 +58,7 @@ def test_clocks_of_a_small_loop_by_hand():
     assert clocks.additions == pytest.approx(8 * 32 * 8 / CACHE)
 
 
-def test_overlapped_and_exposed():
+def test_bounds_with_and_without_overlap():
     clocks = Clocks(matrix=10, special=4, issue=6, shared=8, loads=7, additions=2)
     assert (clocks.overlapped, clocks.exposed, clocks.bound) == (10, 10 + 6 + 2, "matrix")
     clocks = clocks._replace(additions=5)
@@ -83,16 +84,16 @@ def test_rates_are_those_of_the_data_sheets(target, gpu, ghz):
         (8, 128, 90000, 2),
     ],
 )
-def test_programs_of_a_processor(warps, registers, shared_bytes, held):
-    assert programs_held(H100, warps, registers, shared_bytes) == held
+def test_occupancy_by_hand(warps, registers, shared_bytes, held):
+    assert resident_programs("sm_90a", registers, shared_bytes, warps) == held
 
 
 def loop(kernel, tile, clocks, target="sm_90a", D=128, held=1) -> Loop:
     return Loop((target, kernel, D, torch.bfloat16, tile), True, Clocks(clocks, 0, 0, 0, 0, 0), held)
 
 
-def test_fractions_follow_from_whole_rounds():
-    """The 370M shape: 8 heads x 7 sub-networks x 6 tiles of rows are 336 programs, three rounds of 132."""
+def test_fractions_of_peak_follow_from_full_waves():
+    """The 370M shape: 8 heads x 7 sub-networks x 6 tiles of rows are 336 programs, three waves of 132."""
     backward = predict(loop("hopper_backward", BackwardTile(128, 64, 2), 4096), "370m", 16384)
     assert (backward.programs, backward.waves) == (336, 3)
     assert backward.overlapped == backward.exposed == pytest.approx(336 / (3 * 132))
@@ -104,8 +105,8 @@ def test_fractions_follow_from_whole_rounds():
     assert shared.overlapped == pytest.approx(1024 / (8 * 132))
 
 
-def test_eight_products_of_two_kernels():
-    """At full rate both kernels take eleven products' time for eight."""
+def test_two_kernels_compute_eleven_products_of_which_eight_count():
+    """At peak both kernels take the time of eleven products for the algorithm's eight."""
     tokens, weights = (
         predict(loop(kernel, Tile(64, 64, 8, 2), products * 256), "1.3b", 65536)
         for kernel, products in (("backward_dq", 5), ("backward_dkuv", 6))
@@ -122,7 +123,7 @@ def line(**changes) -> dict:
     return values | changes
 
 
-def test_measurements_stand_beside_their_rows(tmp_path):
+def test_a_prediction_finds_the_measurement_of_its_kernel_tile_and_shape(tmp_path):
     row = predict(loop("hopper_forward", ForwardTile(64, 64, 4, True), 1536), "1.3b", 4096)
     others = [
         {"device": "NVIDIA A100"}, {"backend": "triton"}, {"kernel": "backward"}, {"D": 64}, {"dtype": "float16"},
@@ -136,7 +137,7 @@ def test_measurements_stand_beside_their_rows(tmp_path):
     assert measured(portable, [line(backend="triton", tile=None)]) == 0.5
 
 
-def test_rows_far_from_their_measurement_are_flagged(tmp_path):
+def test_predictions_far_from_their_measurement_are_flagged(tmp_path):
     row = predict(loop("hopper_forward", ForwardTile(64, 64, 4, True), 1536), "1.3b", 16384)
     assert [row._replace(measured=row.overlapped * part).flag for part in (1, 0.86, 0.84, 1.16)] == [
         "", "", "differs by -16%", "differs by +16%",
@@ -146,6 +147,14 @@ def test_rows_far_from_their_measurement_are_flagged(tmp_path):
     assert f"| {flagged.measured:.3f} differs by -50% |" in short_table([flagged])
     write_csv([row, flagged], tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text().count("unmeasured,\n") == 1
+
+
+def test_the_csv_has_the_rows_of_one_shape(tmp_path):
+    rows = [
+        predict(loop("hopper_forward", ForwardTile(64, 64, 4, True), 1536), *place) for place in (SHOWN, ("128m", 4096))
+    ]
+    write_csv(rows, tmp_path / "rows.csv")
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 2
 
 
 def test_every_candidate_is_among_the_cases():
@@ -167,7 +176,7 @@ def test_the_committed_rows_are_those_kernels():
     assert committed == {(case[0], case[1], str(case[2]), tile_name(case[4]._asdict())) for case in today}
 
 
-def test_what_the_producer_brings():
+def test_bytes_that_the_producer_loads_per_iteration():
     assert tma_bytes(("sm_90a", "hopper_forward", 128, torch.bfloat16, ForwardTile(64, 64, 4))) == 3 * 64 * 128 * 2
     assert tma_bytes(("sm_90a", "hopper_backward", 128, torch.bfloat16, BackwardTile(128, 64, 2))) == 2 * 128 * 128 * 2
     assert tma_bytes(("sm_90a", "forward", 128, torch.bfloat16, Tile(64, 64, 8, 2))) == 0
@@ -176,25 +185,28 @@ def test_what_the_producer_brings():
 COUNTED = """
 import json, torch
 from collections import Counter
-from compile_kernels import TARGETS, compiled_kernel, plan
+from compile_kernels import TARGETS, TargetTile, compiled_kernel
 from flashmhf.ops.hopper.tiles import BackwardTile, ForwardTile
 from machine_code import machine_code
+from gpu_kernels import KernelCase, launches
 from matrix_work import main_loops, partitions
+from occupancy import resident_programs
 from static_model import read_loop
 for kernel, tile in (("hopper_forward", ForwardTile(64, 64, 4, True)), ("hopper_backward", BackwardTile(128, 64, 2))):
-    compiled = compiled_kernel(plan(kernel, 4096, 8, 8, 7, 384, 128, torch.bfloat16, tile), TARGETS["sm_90a"])
+    launch = launches("sm_90a", KernelCase(kernel, (4096, 8, 8, 7, 384), 128, torch.bfloat16, tile))[0]
+    compiled = compiled_kernel(launch, TARGETS["sm_90a"])
     code = machine_code(compiled.asm)
     loops = main_loops(code, partitions(compiled))
     counts = [Counter(x.opcode for x in code.instructions(loop.blocks)) for loop in loops]
-    loop = read_loop((("sm_90a", kernel, 128, torch.bfloat16, tile), True))
-    print(json.dumps([counts, loop.clocks._asdict(), loop.programs_per_processor]))
+    loop = read_loop((TargetTile("sm_90a", kernel, 128, torch.bfloat16, tile), True))
+    print(json.dumps([counts, loop.clocks._asdict(), loop.programs_per_sm]))
 """
 
 
-def test_hopper_kernels_as_an_expert_counted_them():
-    """A review of the SASS by hand, for each warp: the products, the special functions, the bytes of shared memory."""
+def test_hopper_kernels_match_a_count_by_hand():
+    """Per warp, from reading the SASS: products, special functions, bytes of shared memory."""
     (forward, forward_clocks, _), (backward, backward_clocks, held) = run(COUNTED)
-    assert len(forward) == 2  # a loop for each warpgroup
+    assert len(forward) == 2  # one loop per warpgroup
     for counts in forward:
         assert (counts["HGMMA.64x128x16.F32.BF16"], counts["MUFU.TANH"]) == (12, 32)
     assert forward_clocks["matrix"] == 2 * 768

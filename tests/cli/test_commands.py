@@ -46,8 +46,9 @@ def command(monkeypatch, capsys):
 def trained(tmp_path_factory, corpus_folder, model_file) -> Path:
     """A model that was trained for a few steps."""
     from flashmhf.data.config import DataConfig
+    from flashmhf.training.arguments import parse_arguments
     from flashmhf.training.config import TrainConfig
-    from flashmhf.training.run import parse_arguments, train
+    from flashmhf.training.run import train
 
     folder = tmp_path_factory.mktemp("trained") / "model"
     flags = ["--max-steps", "20", "--learning-rate", "1e-2", "--eval-strategy", "no", *FLAGS]
@@ -72,11 +73,11 @@ def test_info_on_a_preset_and_a_folder(command, trained):
 
 def test_info_on_a_training_with_several_gpus(command):
     arguments = ("info", "flashmhf-tiny", "--gpus", "2", "--tokens", "1000000000", "--context-length", "256")
-    plan = command(*arguments, "--json").json["plan"]
-    assert plan["memory"]["fsdp"]["peak"] < plan["memory"]["ddp"]["peak"]
-    assert plan["hours"] > 0
+    training = command(*arguments, "--json").json["training"]
+    assert training["memory"]["fsdp"]["peak"] < training["memory"]["ddp"]["peak"]
+    assert training["hours"] > 0
     text = command(*arguments).out
-    assert re.search(r"tp: [\d,]+ MiB each at the peak; parameters \d+, ", text)
+    assert re.search(r"tp: peak [\d,]+ MiB per GPU; parameters \d+, ", text)
     assert "tp: num_attention_heads: expected a multiple" in command(*arguments, "--gpus", "3").out
 
 
@@ -159,7 +160,7 @@ def test_bench_layer_and_op(command, tmp_path):
     assert {file.name for file in output.iterdir()} == {"results.json", "results.csv", "results.png", "report.html"}
     assert {row["variant"] for row in outcome.json["rows"]} == {"swiglu", "naive", "flashmhf"}
     assert len(outcome.json["rows"]) == 2 * 2 * 3
-    assert {"machine", "torch", "commit", "command"} <= outcome.json.keys()
+    assert {"machine", "torch", "commit", "command"} <= outcome.json["provenance"].keys()
     op = command("bench", "op", *sizes, "--dtypes", "float32", "--compare", str(output / "results.json"))
     assert "| blockwise |" in op.out
     assert "8 new, 12 gone; commit" in op.out
@@ -174,7 +175,7 @@ def test_bench_decode_and_model(command, model_file):
     models = ["--models", f"swiglu-tiny,{model_file}"]
     model = command("bench", "model", *models, *sizes, "--dtypes", "float32", "--repeats", "1", "--json")
     assert model.code == 0
-    assert model.json["new_tokens"] == 3
+    assert model.json["workload"]["new_tokens"] == 3
     assert [row["task"].split(",")[0] for row in model.json["rows"]] == ["training"] * 2 + ["generation"] * 2
     refused = command("bench", "model", *models, "--context-length", "127", "--repeats", "1", "--dtypes", "float32")
     assert (refused.code, refused.out) == (2, "")
@@ -266,7 +267,7 @@ def test_a_truncated_model_is_named(command, trained, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     outcome = command("generate", str(tmp_path / "torn"))
     assert outcome.code == 2
-    assert "model.safetensors is torn: expected" in outcome.last_line
+    assert "model.safetensors is corrupt: expected" in outcome.last_line
 
 
 def test_help_is_fast_and_names_every_command():

@@ -1,12 +1,15 @@
-"""`flashmhf train --config FILE`: options of the command and of TrainingArguments from a file; what is typed wins."""
+"""`flashmhf train --config FILE`: options from a file, over which the command line takes precedence."""
 
 import json
 import sys
 
 import pytest
+import typer
 import yaml
 
 from flashmhf import cli
+from flashmhf.data.config import DataConfig
+from flashmhf.training.config import TrainConfig
 
 SMALL = {
     "per_device_train_batch_size": 2,
@@ -36,13 +39,27 @@ def train(model_file, corpus_folder, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_file_says_it_all_and_what_is_typed_wins(train):
+def test_every_field_of_the_configuration_is_an_option_with_its_default():
+    command = typer.main.get_command(cli.app).commands["train"]
+    defaults = {parameter.name: parameter.default for parameter in command.params}
+    config = TrainConfig(model="flashmhf-tiny")
+    assert {name: defaults[name] for name in config.options() if name != "model"} == {
+        name: value for name, value in config.options().items() if name != "model"
+    }
+    other = {"context_length": 64, "data": "books", "fused_loss": "off", "model": "small.json", "resume": True}
+    assert TrainConfig.from_options(other) == TrainConfig(
+        model="small.json", data=DataConfig(source="books", context_length=64), fused_loss="off"
+    )
+    assert TrainConfig.from_options(config.options()) == config
+
+
+def test_the_command_line_takes_precedence_over_the_file(train):
     code, result, _ = train({**train.base, **SMALL, "max_steps": 5}, "--max-steps", "2", "--context-length", "16")
     assert code == 0
     assert (result["steps"], result["tokens"]) == (2, 2 * 2 * 16)
 
 
-def test_words_may_have_hyphens_and_lists_and_objects_are_flags(train, tmp_path):
+def test_names_may_have_hyphens_and_lists_and_objects_are_flags(train, tmp_path):
     values = {**train.base, **SMALL, "max-steps": 1, "learning-rate": 1e-2, "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}
     code, result, _ = train({**values, "report_to": ["none"]})
     assert code == 0
@@ -64,13 +81,13 @@ def test_words_may_have_hyphens_and_lists_and_objects_are_flags(train, tmp_path)
         ({"context_length": "many"}, None, "Invalid value for '--context-length'"),
     ],
 )
-def test_what_does_not_fit_is_one_line(train, values, text, message):
+def test_bad_files_are_one_line(train, values, text, message):
     code, result, line = train(None if values is None else {**train.base, **SMALL, **values}, text=text)
     assert (code, result) == (2, {})
     assert message in line
 
 
-def test_a_file_that_is_not_there(train, monkeypatch, tmp_path, capsys):
+def test_a_missing_file_is_one_line(train, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["flashmhf", "train", "--config", str(tmp_path / "no.yaml"), "--output-dir", "x"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()

@@ -153,7 +153,7 @@ def test_streaming_gives_the_same_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("block_length", [1, 7, 64, 1000])
-def test_blocks_are_the_documents_with_separators(block_length):
+def test_blocks_are_the_documents_with_eos_tokens(block_length):
     documents = datasets.Dataset.from_dict({"text": ["abc", "d", "", "öfg" * 200, "h" * 50]})
     tokenizer = byte_tokenizer()
     tokens = tokenize(documents, tokenizer)

@@ -83,7 +83,7 @@ def test_refused_or_skipped(folder, make, kind, count, message, streaming):
     with pytest.raises(InputError, match=message) as caught:
         list(load_corpus(str(folder), streaming=streaming).train)
     assert "\n" not in str(caught.value)
-    assert "--bad-data skip goes on without it" in str(caught.value)
+    assert "--bad-data skip leaves it out" in str(caught.value)
     for _ in range(2):  # from the files, then from the cache
         corpus = load_corpus(str(folder), streaming=streaming, bad_data="skip")
         texts = [one["text"] for one in [*corpus.train, *corpus.validation]]
@@ -166,6 +166,6 @@ def test_a_long_file_with_another_encoding_names_the_byte(tmp_path, monkeypatch)
     monkeypatch.setattr(files, "PART_BYTES", 16)
     file = tmp_path / "long.txt"
     file.write_bytes("é".encode() * 50 + b"\xff" + b"x" * 30)
-    assert list(files.read_rows([str(file)], "text"))[-1]["problem"].endswith(
+    assert list(files.read_rows([str(file)], "text"))[-1]["message"].endswith(
         "got " + str(file) + " with invalid start byte at byte 100"
     )

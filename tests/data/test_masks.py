@@ -13,12 +13,12 @@ from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.data.tokens import tokenize
 from flashmhf.models.loading import load_config
 
-SEPARATOR = 256
+EOS = 256
 
 
-def test_positions_begin_anew_at_each_separator():
-    ids = torch.tensor([5, 6, SEPARATOR, 7, SEPARATOR, SEPARATOR, 8, 9])
-    assert document_positions(ids, SEPARATOR).tolist() == [0, 1, 0, 1, 0, 0, 1, 2]
+def test_positions_restart_at_each_eos_token():
+    ids = torch.tensor([5, 6, EOS, 7, EOS, EOS, 8, 9])
+    assert document_positions(ids, EOS).tolist() == [0, 1, 0, 1, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -31,7 +31,7 @@ def test_a_document_does_not_see_another(model_file, attention):
 
     def logits(second: str) -> torch.Tensor:
         documents = datasets.Dataset.from_dict({"text": [texts[0], second, texts[2]]})
-        blocks = TokenBlocks(tokenize(documents, byte_tokenizer()), 54, separator=SEPARATOR)
+        blocks = TokenBlocks(tokenize(documents, byte_tokenizer()), 54, mask_eos_id=EOS)
         batch = {name: tensor[None] for name, tensor in blocks[0].items()}
         with torch.no_grad():
             return model(**batch).logits[0]
@@ -42,7 +42,7 @@ def test_a_document_does_not_see_another(model_file, attention):
     torch.testing.assert_close(first[:start], second[:start])
     torch.testing.assert_close(first[stop:], second[stop:])
     assert not torch.allclose(first[start:stop], second[start:stop], atol=1e-3)
-    alone = model(torch.tensor([[SEPARATOR, *texts[2].encode()]])).logits[0]
+    alone = model(torch.tensor([[EOS, *texts[2].encode()]])).logits[0]
     torch.testing.assert_close(first[stop : stop + len(alone)], alone[: len(first) - stop], rtol=1e-4, atol=1e-5)
 
 
@@ -52,7 +52,7 @@ def test_streamed_blocks_have_the_same_positions():
     shuffled = datasets.Dataset.from_list(
         list(stream.shuffle(np.random.default_rng([0, 0]), buffer_size=SHUFFLED_DOCUMENTS))
     )
-    stored = TokenBlocks(tokenize(shuffled, byte_tokenizer()), 16, separator=SEPARATOR)
+    stored = TokenBlocks(tokenize(shuffled, byte_tokenizer()), 16, mask_eos_id=EOS)
     streamed = list(islice(iterate_blocks(stream, byte_tokenizer(), 16, document_mask=True), len(stored)))
     assert len(stored) > 10
     for mine, theirs in zip(streamed, stored, strict=True):

@@ -7,8 +7,9 @@ from flashmhf.data.config import DataConfig
 from flashmhf.data.mixing import load_blocks, parse_sources
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 
 
 @pytest.fixture(autouse=True)

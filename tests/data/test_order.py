@@ -17,9 +17,10 @@ from flashmhf.data.mixing import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.data.tokens import tokenize
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
-from flashmhf.training.trainer import SpeedTrainer
+from flashmhf.training.run import train
+from flashmhf.training.trainer import PretrainingTrainer
 
 BATCH = 2
 WORLDS = [1, 2, 4]
@@ -172,14 +173,14 @@ def test_turns():
 def test_the_trainer_resumes_in_the_middle_of_a_later_epoch(rows, tmp_path, model_file, monkeypatch, streaming):
     """26 steps of 8 blocks of 64 are more than one pass over the rows, stored or streamed; the cut is in the second."""
     seen: list[list[list[int]]] = []
-    compute_loss = SpeedTrainer.compute_loss
+    compute_loss = PretrainingTrainer.compute_loss
 
     def recording(self, model, inputs, *args, **options):
         if model.training:
             seen.append(inputs["input_ids"].tolist())
         return compute_loss(self, model, inputs, *args, **options)
 
-    monkeypatch.setattr(SpeedTrainer, "compute_loss", recording)
+    monkeypatch.setattr(PretrainingTrainer, "compute_loss", recording)
     run = TrainConfig(
         model=str(model_file),
         data=DataConfig(

@@ -74,7 +74,7 @@ def test_a_dataset_of_a_script_is_refused_with_a_way_out(monkeypatch):
         raise RuntimeError("Dataset scripts are no longer supported, but found pg19.py")
 
     monkeypatch.setattr(datasets, "load_dataset", load_script)
-    with pytest.raises(InputError, match=r"found pg19.py; take a copy of it that is in parquet"):
+    with pytest.raises(InputError, match=r"found pg19.py; use a copy in parquet"):
         load_documents("deepmind/pg19", split="test")
 
 

@@ -10,7 +10,6 @@ from flashmhf.data.tokenizer import (
     encode_documents,
     is_byte_tokenizer,
     load_tokenizer,
-    save_tokenizer,
     tokenizer_key,
     train_bpe,
 )
@@ -29,7 +28,7 @@ def test_bytes_are_token_ids(text):
 
 
 def test_byte_tokenizer_is_recognised_after_saving(tmp_path):
-    save_tokenizer(byte_tokenizer(), tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert is_byte_tokenizer(loaded)
     assert (loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (256, 257, 258)
@@ -39,7 +38,7 @@ def test_bpe_compresses_and_comes_back(tmp_path):
     tokenizer = train_bpe(TEXTS, 275)
     assert len(tokenizer) == 275
     assert not is_byte_tokenizer(tokenizer)
-    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     for text in [*TEXTS[:3], "unseen: \U0001f408\n\t"]:
         (ids,) = encode_documents(loaded, [text])

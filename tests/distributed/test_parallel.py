@@ -11,7 +11,7 @@ from flashmhf.distributed.parallel import tensor_parallel
 from flashmhf.distributed.sharded import load_sharded
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training.run import parse_arguments
+from flashmhf.training.arguments import parse_arguments
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
@@ -117,7 +117,7 @@ class FakeMesh:
     ("make", "message"),
     [
         (lambda: FlashMHF(24, 3, 2, 8), "num_heads: expected a multiple of the mesh's size 2, got 3"),
-        (lambda: FlashMHF(24, 3, 2, 8, projections=False), "projections: expected True of a layer .*, got False"),
+        (lambda: FlashMHF(24, 3, 2, 8, projections=False), "projections: expected True for a layer .*, got False"),
         (
             lambda: FlashMHF(32, 4, 2, 8, num_kv_heads=1),
             "num_kv_heads: expected a multiple of the mesh's size 2, got 1",

@@ -1,10 +1,10 @@
-"""Counts against counts by hand."""
+"""Parameters, FLOPs and saved bytes, against counts by hand."""
 
 import pytest
 import torch
 
 from flashmhf.errors import InputError
-from flashmhf.estimates.cost import model_cost, operator_work, saved_bytes_per_token
+from flashmhf.estimates.cost import model_cost, operator_cost, saved_bytes_per_token
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.models import FlashMHFConfig
 
@@ -32,7 +32,7 @@ def test_parameters_and_flops_by_hand():
     assert report.training_flops_per_token == 3 * report.forward_flops_per_token
 
 
-def test_saved_bytes_by_hand():
+def test_saved_bytes_per_token_by_hand():
     d, H, E, F = 64, 4, 3, 40
     flash = FlashMHF(d, H, E, F)
     assert saved_bytes_per_token(flash, d) == 4 * 3 * d  # x, q and out
@@ -42,11 +42,11 @@ def test_saved_bytes_by_hand():
     assert saved_bytes_per_token(flash.to(torch.bfloat16), d) == 2 * 3 * d
 
 
-def test_operator_work_of_a_preset():
-    work = operator_work(FlashMHFConfig.from_preset("flashmhf-1.3b"), 1000, "h200")
-    assert work["forward"]["gflop"] == pytest.approx(3 * 2 * 1000 * 2048 * 15 * 384 / 1e9)
-    assert work["backward"]["gflop"] == pytest.approx(work["forward"]["gflop"] * 11 / 3)
-    naive = operator_work(FlashMHFConfig.from_preset("mhffn-tiny"), 1000, "a100")
-    assert naive["forward"]["gflop"] == pytest.approx(3 * 2 * 1000 * 256 * 576 / 1e9)
+def test_operator_flops_of_presets_by_hand():
+    work = operator_cost(FlashMHFConfig.from_preset("flashmhf-1.3b"), 1000, "h200")
+    assert work.forward.gflop == pytest.approx(3 * 2 * 1000 * 2048 * 15 * 384 / 1e9)
+    assert work.backward.gflop == pytest.approx(work.forward.gflop * 11 / 3)
+    naive = operator_cost(FlashMHFConfig.from_preset("mhffn-tiny"), 1000, "a100")
+    assert naive.forward.gflop == pytest.approx(3 * 2 * 1000 * 256 * 576 / 1e9)
     with pytest.raises(InputError, match=r"gpu: expected one of a100, .*, got 'tpu'"):
-        operator_work(FlashMHFConfig.from_preset("flashmhf-1.3b"), 1000, "tpu")
+        operator_cost(FlashMHFConfig.from_preset("flashmhf-1.3b"), 1000, "tpu")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmhf import cli
-from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from flashmhf.data.tokenizer import byte_tokenizer, train_bpe
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import Evaluation, evaluate, split_windows
 from flashmhf.models.fused_loss import IGNORED
@@ -183,7 +183,7 @@ def test_a_tokenizer_of_another_model(model):
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    save_tokenizer(byte_tokenizer(), tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "books/test").mkdir(parents=True)
     (tmp_path / "books/train.txt").write_text("to train with " * 20)
     for i, text in enumerate(DOCUMENTS["text"]):
@@ -223,7 +223,7 @@ def test_from_the_command_line(model, folder, monkeypatch, capsys):
 
 def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
     other, books = folder / "other", folder / "books"
-    save_tokenizer(train_bpe(["some text"] * 3, 270), other)
+    train_bpe(["some text"] * 3, 270).save_pretrained(other)
     shutil.copytree(folder / "model", folder / "torn")
     (folder / "torn/model.safetensors").write_bytes(b"{}")
     (folder / "empty").mkdir()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashmhf import cli
-from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.evaluation.generation import generate, sample_models
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
         model = FlashMHFForCausalLM(config)
         model.lm_head.weight.data *= 30  # far enough from uniform that model and prompt show in a sample
         model.save_pretrained(folder)
-        save_tokenizer(byte_tokenizer(), folder)
+        byte_tokenizer().save_pretrained(folder)
         made.append(str(folder))
     return made
 

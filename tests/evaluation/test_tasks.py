@@ -8,7 +8,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from flashmhf import cli
-from flashmhf.data.tokenizer import byte_tokenizer, save_tokenizer
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.evaluation.tasks import ALIASES, evaluate_tasks
 
@@ -68,7 +68,7 @@ def only_own_tasks(monkeypatch):
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    save_tokenizer(byte_tokenizer(), tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 

@@ -34,7 +34,7 @@ LAYERS = {
 
 
 def formula(layer: FlashMHF, x: torch.Tensor) -> torch.Tensor:
-    """The layer as the paper writes it, with the scales where they are documented to act."""
+    """The layer as in the paper, with the scales applied where they are documented to act."""
     q = x if layer.in_proj is None else layer.in_proj(x)
     q = q.unflatten(-1, (layer.num_heads, layer.head_dim))
     if layer.q_norm is not None:
@@ -54,7 +54,7 @@ def formula(layer: FlashMHF, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_flashmhf_is_the_formula(options):
+def test_flashmhf_matches_the_formula(options):
     layer = FlashMHF(32, 4, 3, 20, dtype=torch.float64, **options)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -82,7 +82,7 @@ def test_parameter_names_and_shapes(options):
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
 
 
-def test_special_cases_agree_with_what_they_stand_for():
+def test_special_cases_match_the_layers_they_reduce_to():
     x = torch.randn(2, 5, 32)
     mhffn = MHFFN(32, 4, 50)
     torch.testing.assert_close(mhffn(x), formula(mhffn, x))
@@ -176,8 +176,8 @@ def test_reference_initialisation():
     assert (layer.score_scale, layer.gate_scale, layer.output_scale) == (1.0, 1.0, 1.0)
 
 
-def test_scaled_initialisation_does_not_depend_on_the_cut():
-    """Scores and outputs start equally large, whatever the number of heads, sub-networks and rows."""
+def test_scaled_initialisation_does_not_depend_on_heads_and_subnetworks():
+    """Outputs start equally large for any number of heads, sub-networks and rows."""
     x = torch.randn(512, 256)
     sizes = [(2, 3, 128), (4, 3, 192), (8, 6, 96), (4, 1, 600)]
     outputs = []
@@ -230,7 +230,7 @@ def test_second_derivatives_of_the_layer():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_recomputing_q_changes_nothing_but_what_is_kept(options):
+def test_recomputing_q_changes_no_result(options):
     layer = FlashMHF(32, 4, 3, 20, **options)
     x, dy = torch.randn(2, 50, 32, requires_grad=True), torch.randn(2, 50, 32)
     wanted = [x, *layer.parameters()]
@@ -241,8 +241,8 @@ def test_recomputing_q_changes_nothing_but_what_is_kept(options):
         torch.testing.assert_close(layer(x), layer.requires_grad_(False)(x))
 
 
-def test_recomputing_q_saves_its_memory():
-    """At the end of the forward pass x, S and the output are there; without recomputation q is too."""
+def test_recomputing_q_saves_the_memory_of_q():
+    """After the forward S and the output are kept, and q unless it is recomputed."""
     x = torch.randn(1000, 64, requires_grad=True)
 
     def kept_bytes(**options) -> int:
@@ -257,7 +257,7 @@ def test_recomputing_q_saves_its_memory():
     assert kept_bytes(recompute_q=True) == pytest.approx(2 * x.nbytes, rel=0.02)
 
 
-def test_head_norm_on_its_own():
+def test_head_norm_matches_the_reference():
     norm = HeadRMSNorm(4, 8, eps=1e-3)
     torch.nn.init.normal_(norm.weight)
     q = torch.randn(3, 4, 8)

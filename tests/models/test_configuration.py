@@ -1,4 +1,4 @@
-"""Presets, the paper's parameter counts, and what the configuration refuses."""
+"""Presets, the paper's parameter counts, and invalid configurations."""
 
 import json
 
@@ -23,7 +23,7 @@ PAPER_COUNTS = {
 
 
 @pytest.mark.parametrize("preset", PAPER_COUNTS)
-def test_the_papers_parameter_counts(preset):
+def test_parameter_counts_of_the_paper(preset):
     printed, unit = PAPER_COUNTS[preset]
     digits = 3 if unit == 2**30 else 2
     assert round(count_parameters(FlashMHFConfig.from_preset(preset)) / unit, digits) == printed
@@ -65,7 +65,7 @@ def test_defaults_are_resolved_and_saved(tmp_path):
     assert FlashMHFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_the_name_of_the_gate_before_version_0_2_is_still_read(tmp_path):
+def test_gate_type_is_read_under_its_former_name(tmp_path):
     config = FlashMHFConfig.from_preset("flashmhf-tiny", gate_type="softmax")
     old = {name: value for name, value in config.to_dict().items() if name != "gate_type"} | {"gate": "softmax"}
     (tmp_path / "config.json").write_text(json.dumps(old))

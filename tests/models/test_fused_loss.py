@@ -1,4 +1,4 @@
-"""The loss from hidden states: the wiring, with libraries whose calls are made in plain PyTorch (theirs want a GPU)."""
+"""The fused loss, with stand-ins in plain PyTorch for the libraries, which require a GPU."""
 
 import json
 import sys
@@ -18,8 +18,9 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.fused_loss import choose_linear_loss, fuse_loss, use_fused_loss
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 
 called_in: list[torch.dtype] = []
 
@@ -88,7 +89,7 @@ def loss_and_gradients(model, labels, **options):
 
 @pytest.mark.parametrize("num_items", [None, 37, torch.tensor(50)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_loss_and_gradients_are_the_usual_ones(installed, model, num_items, autocast):
+def test_loss_and_gradients_equal_those_from_logits(installed, model, num_items, autocast):
     labels = torch.arange(24).view(2, 12) * 11 % 320
     labels[0, 3:6] = -100
     options = {} if num_items is None else {"num_items_in_batch": num_items}
@@ -102,7 +103,7 @@ def test_loss_and_gradients_are_the_usual_ones(installed, model, num_items, auto
     torch.testing.assert_close(grads, expected_grads)
 
 
-def test_without_labels_or_training_there_are_logits(installed, model):
+def test_logits_are_returned_without_labels_or_in_evaluation(installed, model):
     fuse_loss(model, choose_linear_loss("auto", "cuda", True))
     tokens = torch.arange(12)[None]
     assert model(tokens).logits.shape == (1, 12, 320)
@@ -121,7 +122,7 @@ def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **c
 
 
 @pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "3"), ("--bf16", "true")], ids=str)
-def test_training_is_as_with_logits(corpus_folder, model_file, tmp_path, monkeypatch, flags):
+def test_training_equals_that_with_logits(corpus_folder, model_file, tmp_path, monkeypatch, flags):
     run = TrainConfig(
         model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=320)
     )
@@ -139,7 +140,7 @@ def test_training_is_as_with_logits(corpus_folder, model_file, tmp_path, monkeyp
     assert len(called_in) == (12 if "3" in flags else 4)
 
 
-def test_automatically_where_a_library_can_run(monkeypatch, caplog):
+def test_auto_uses_a_library_where_one_can_run(monkeypatch, caplog):
     assert choose_linear_loss("auto", "cuda", True) is None
     install(monkeypatch, "cut_cross_entropy")
     assert choose_linear_loss("auto", "cpu", True) is None
@@ -148,14 +149,14 @@ def test_automatically_where_a_library_can_run(monkeypatch, caplog):
         assert choose_linear_loss("auto", "cuda", True) is not None
         install(monkeypatch, "liger_kernel")
         assert choose_linear_loss("auto", "cuda", False) is not None
-    assert [record.message.split("'s;")[0] for record in caplog.records] == [
-        "the loss is cut-cross-entropy",
-        "the loss is liger-kernel",
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "using the fused loss of cut-cross-entropy",
+        "using the fused loss of liger-kernel",
     ]
     assert choose_linear_loss("off", "cuda", True) is None
 
 
-def test_what_cannot_be_had_is_refused(monkeypatch):
+def test_invalid_choices_are_errors(monkeypatch):
     with pytest.raises(InputError, match="fused-loss: expected one of auto, on, off, got 'yes'"):
         choose_linear_loss("yes", "cuda", True)
     with pytest.raises(InputError, match="fused-loss: expected a GPU, got cpu"):
@@ -164,11 +165,11 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
     with pytest.raises(InputError, match=wanted + "neither"):
         choose_linear_loss("on", "cuda", True)
     install(monkeypatch, "cut_cross_entropy")
-    with pytest.raises(InputError, match=wanted + "the latter in float32"):
+    with pytest.raises(InputError, match=wanted + "the latter with float32"):
         choose_linear_loss("on", "cuda", False)
 
 
-def test_other_families_have_logits(installed):
+def test_other_model_families_are_not_fused(installed):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
     with pytest.raises(InputError, match="fused-loss: expected a model of the Llama family, got GPT2LMHeadModel"):
         use_fused_loss(model, "on", "cuda", True)

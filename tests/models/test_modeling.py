@@ -1,4 +1,4 @@
-"""The model family as users of transformers meet it."""
+"""The model family through transformers' interfaces."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from flashmhf.models import (
 )
 from flashmhf.models.configuration import FFN_TYPES
 
-TRUNK = {
+SIZES = {
     "vocab_size": 90,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -37,7 +37,7 @@ TRUNK = {
 
 def make_config(ffn_type: str = "flashmhf", **values) -> FlashMHFConfig:
     subnetworks = 3 if ffn_type in ("flashmhf", "dense_moe") else 1
-    return FlashMHFConfig(**{**TRUNK, "ffn_type": ffn_type, "num_subnetworks": subnetworks, "init": "scaled", **values})
+    return FlashMHFConfig(**{**SIZES, "ffn_type": ffn_type, "num_subnetworks": subnetworks, "init": "scaled", **values})
 
 
 @pytest.fixture(params=FFN_TYPES)
@@ -157,7 +157,7 @@ def test_bfloat16(model):
 
 
 def test_swiglu_is_llama():
-    """Same names and the same function as transformers' Llama, so that checkpoints of either fit the other."""
+    """Same tensor names and the same function as transformers' Llama: checkpoints are interchangeable."""
     config = make_config("swiglu")
     ours = FlashMHFForCausalLM(config).eval()
     names = set(LlamaConfig().to_dict())
@@ -168,8 +168,8 @@ def test_swiglu_is_llama():
 
 
 @pytest.mark.parametrize("ffn_type", FFN_TYPES)
-def test_the_model_initialises_its_layers_as_they_initialise_themselves(ffn_type):
-    """transformers' own initialisation passes over the same modules; ours must come last."""
+def test_layers_in_a_model_are_initialised_by_their_own_scheme(ffn_type):
+    """transformers initialises the same modules; ours must come last."""
     config = make_config(ffn_type, hidden_size=256, intermediate_size=384)
     layer = FlashMHFForCausalLM(config).model.layers[1].mlp
     in_model = {name: p.std().item() for name, p in layer.named_parameters() if p.dim() > 1}

@@ -1,4 +1,4 @@
-"""Swapping the FFN of existing models."""
+"""Replacing the feed-forward layers of existing models."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def test_all_layers_are_replaced_and_train(kind):
     assert model.eval().generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 11)
 
 
-def test_some_layers():
+def test_selected_layers_are_replaced():
     model = replace_ffn(make().eval(), layers=[1])
     assert [isinstance(layer.mlp, FlashMHF) for layer in model.model.layers] == [False, True, False]
     assert not model.model.layers[1].mlp.training
 
 
-def test_again_with_the_same_arguments_then_the_state_dict():
+def test_a_replaced_model_can_be_rebuilt_and_loaded():
     arguments = {"num_heads": 4, "num_subnetworks": 2, "subnetwork_size": 24}
     model = replace_ffn(make(), **arguments).eval()
     other = replace_ffn(make(), **arguments).eval()
@@ -51,7 +51,7 @@ def test_again_with_the_same_arguments_then_the_state_dict():
     assert torch.equal(other(tokens).logits, model(tokens).logits)
 
 
-def test_refusals_leave_the_model_alone():
+def test_errors_leave_the_model_unchanged():
     model = make()
     with pytest.raises(ValueError, match="layers: expected 0 to 2, got 3"):
         replace_ffn(model, layers=[0, 3])

@@ -1,4 +1,4 @@
-"""Random problems and the error budget that every backend is held to."""
+"""Random problems, and the error budget that applies to every backend."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ NAMES = ("out", "dq", "dk", "du", "dv", "dgate")
 
 @dataclass(frozen=True)
 class Shape:
-    """Leading dimensions, then the paper's letters."""
+    """The leading dimensions of q, then the sizes as in ops/problem.py."""
 
     lead: tuple[int, ...]
     H: int
@@ -25,7 +25,7 @@ class Shape:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, gate: bool = True, seed: int = 0) -> list[Tensor | None]:
-    """q, k, u, v, gate and the output's gradient, fresh and random; the gate is float32, or float64 with float64."""
+    """Random q, k, u, v, gate and output gradient; the gate is float32, or float64 with float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -41,16 +41,16 @@ def make_inputs(shape: Shape, dtype: torch.dtype, gate: bool = True, seed: int =
 
 
 def exact_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
-    """Output and gradients of the specification in float64, from the inputs as they were rounded."""
+    """Output and gradients of the reference in float64, for the rounded inputs."""
     *arguments, dout = (None if x is None else x.double() for x in inputs)
     needs = tuple(x is not None for x in arguments)
     return [reference.forward(*arguments), *reference.backward(dout, *arguments, needs)]
 
 
 def eager_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
-    """What eager PyTorch makes of the formula in the inputs' own precision.
+    """Output and gradients of the reference in the inputs' precision: eager PyTorch.
 
-    Of few numbers, which eager may get exactly by luck though terms cancel, the least lucky of some orders of the rows.
+    For results of few elements, which eager may get right by chance, the worst over several orders of the rows.
     """
     results = _eager_results(inputs)
     if all(x is None or x.numel() >= FEW for x in results):
@@ -66,7 +66,7 @@ def eager_results(inputs: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _eager_results(inputs: list[Tensor | None], order: Tensor | None = None) -> list[Tensor | None]:
-    """With the rows of K, U and V in some order, which changes nothing but the order of sums."""
+    """With the rows of K, U and V permuted, which only changes the order of summation."""
     q, k, u, v, gate, dout = inputs
     needs = tuple(x is not None for x in inputs[:5])
     if order is None:
@@ -78,7 +78,7 @@ def _eager_results(inputs: list[Tensor | None], order: Tensor | None = None) -> 
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference over that of `exact`."""
+    """Frobenius norm of the difference divided by that of `exact`."""
     return float((got.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
@@ -96,8 +96,8 @@ def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor, p
 
 
 def _rounding(got: Tensor, precision: torch.dtype) -> float:
-    if precision == torch.float64:  # the oracle rounds as much
+    if precision == torch.float64:  # the reference rounds as well
         return 64 * torch.finfo(torch.float64).eps
-    if got.numel() < FEW:  # eager may be exact by luck: the roundings of M, SiLU(M), P and of sums of many terms
+    if got.numel() < FEW:  # eager may be exact by chance: roundings of M, SiLU(M), P and of long sums
         return 4 * torch.finfo(precision).eps
     return torch.finfo(got.dtype).eps / 2

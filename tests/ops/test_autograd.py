@@ -1,4 +1,4 @@
-"""The operators' own registration with autograd: everything that wants to see a call sees it."""
+"""The operators' autograd registration: modes, profilers, transforms and tensor subclasses still see each call."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_a_profiler_sees_both_operators():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_is_a_loop():
+def test_vmap_loops_over_the_batch():
     q, *rest = (x.detach() for x in leaves())
     several = torch.stack([q, 2 * q])
     got = torch.func.vmap(lambda q: gated_mhf(q, *rest))(several)
@@ -51,7 +51,7 @@ def test_vmap_is_a_loop():
 
 
 class Logged(torch.Tensor):
-    """Notes what it is given to."""
+    """Records the functions that it is passed to."""
 
     names: list[str] = []
 
@@ -69,7 +69,7 @@ def test_a_tensor_subclass_sees_the_operator():
 
 
 @pytest.mark.parametrize("changed", range(6))
-def test_saved_tensors_may_come_back_with_other_strides(changed):
+def test_saved_tensors_may_be_unpacked_with_other_strides(changed):
     inputs = leaves()
     expected = torch.autograd.grad(loss(*inputs), inputs)
     address = inputs[changed].data_ptr()
@@ -91,7 +91,7 @@ def test_without_gradients_nothing_is_saved():
         assert gated_mhf(*inputs).is_inference()
 
 
-def test_one_input_needs_a_gradient():
+def test_any_single_input_may_require_a_gradient():
     for wanted in range(6):
         inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(leaves())]
         loss(*inputs).backward()
@@ -99,7 +99,7 @@ def test_one_input_needs_a_gradient():
 
 
 def test_a_plain_call_is_dispatched_once(monkeypatch):
-    """Which is what makes it fast; with a mode it goes through the dispatcher again."""
+    """This is what makes it fast; under a mode it goes through the dispatcher again."""
     redispatched = []
     operator = torch.ops.flashmhf.gated_mhf.default
     redispatch = operator.redispatch

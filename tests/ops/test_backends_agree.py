@@ -1,20 +1,17 @@
-"""Every backend, forward and all gradients, against the float64 specification under the error budget."""
-
-import dataclasses
-import itertools
+"""Every backend, forward and all gradients, against the float64 reference within the error budget."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
+from triton_interpreter import interpret_triton
 
 from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.triton import backward as triton_backward
 from flashmhf.ops.triton import tiles
-from flashmhf.ops.triton.forward import plan_forward, splits_for
 
 SHAPES = [
     Shape((7,), 2, 2, 3, 5, 8),
@@ -46,33 +43,15 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.fixture(params=[row.name for row in backends.BACKENDS if row.name != "hopper"])
 def backend(request, monkeypatch) -> str:
-    """Every row of the table but `hopper`, which knows no float32 (test_hopper.py).
+    """Every backend except `hopper`, which does not support float32 (tests/ops/hopper).
 
-    Triton's kernels run through its interpreter where there is no GPU.
+    Without a GPU, Triton's kernels run in its interpreter.
     """
     if request.param == "triton" and not torch.cuda.is_available():
         if (reason := backends.backends()["triton"]) and "installed" in reason:
             pytest.skip(reason)
         interpret_triton(monkeypatch)
     return request.param
-
-
-def interpret_triton(monkeypatch) -> None:
-    """Lets the backend `triton` take CPU tensors, for Triton's interpreter; its other conditions stay."""
-
-    def unsupported_reason(problem: Problem | None) -> str | None:
-        if problem is None:
-            return None
-        if problem.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 wrongly"
-        if problem.dtype == torch.float64 or problem.D > backends.TRITON_MAX_HEAD_DIM:
-            return "not for the kernels"
-        return None
-
-    (real,) = (row for row in backends.BACKENDS if row.name == "triton")
-    interpreted = dataclasses.replace(real, unsupported_reason=unsupported_reason)
-    table = tuple(interpreted if row.name == "triton" else row for row in backends.BACKENDS)
-    monkeypatch.setattr(backends, "BACKENDS", table)
 
 
 def check(backend: str, inputs: list) -> None:
@@ -100,7 +79,7 @@ def test_forward_and_gradients(backend, shape, dtype, gate, poisoned_memory):
 def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_memory):
     if not torch.cuda.is_available():
         interpret_triton(monkeypatch)
-    monkeypatch.setattr(tiles, "SPLIT_TOKENS", 0)
+    monkeypatch.setattr(tiles, "SPLIT_MAX_TOKENS", 0)
     check("triton", make_inputs(shape, torch.float32))
 
 
@@ -116,115 +95,10 @@ def test_triton_backward_with_tokens_first(shape, dtype, gate, monkeypatch, pois
     check("triton", make_inputs(shape, dtype, gate))
 
 
-@pytest.fixture(params=[False, True], ids=["rows_first", "tokens_first"])
-def fused(request, monkeypatch):
-    """Lets the backend `triton` run its fused backward on the CPU."""
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
-    rows = itertools.product(tiles.FUSED, tiles.BLOCK_DS)
-    monkeypatch.setattr(tiles, "FUSED_FASTER", frozenset(rows))
-    turned = {
-        name: tuple(tile and tile._replace(tokens_first=request.param) for tile in row)
-        for name, row in tiles.FUSED.items()
-    }
-    monkeypatch.setattr(tiles, "FUSED", turned)
-    return request.param
-
-
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
 @pytest.mark.parametrize("shape", [*SHAPES, Shape((70,), 4, 2, 1, 70, 64)], ids=str)
-def test_triton_backward_in_fused(shape, gate, fused):
+def test_triton_fused_backward(shape, gate, fused):
     check("triton", make_inputs(shape, torch.float16, gate))
-
-
-def test_fused_gives_way(fused, monkeypatch, caplog):
-    device, row = torch.device("cpu"), tiles.FUSED["sm_80"][2]
-    assert tiles.fused_tile(device, torch.float16, 128) == row
-    assert tiles.fused_tile(device, torch.float32, 128) is None
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert tiles.fused_tile(device, torch.float16, 128) is None
-    finally:
-        torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
-    for version, right in (("3.3.1", True), ("3.4.0", False), ("3.7.0+git1", False), ("3.7.1", True)):
-        monkeypatch.setattr(tiles.triton, "__version__", version)
-        tiles.miscompiles_transposed_results.cache_clear()
-        assert (tiles.fused_tile(device, torch.float16, 128) is not None) == (right or fused), version
-    tiles.miscompiles_transposed_results.cache_clear()
-    assert [record.args for record in caplog.records] == ([] if fused else [("3.4.0",), ("3.7.0+git1",)])
-
-
-def test_hopper_rows_never_transpose_a_products_result():
-    """Tokens first has no such product, so that one pass runs on Hopper with every Triton."""
-    assert all(tile is None or tile.tokens_first for tile in tiles.FUSED["sm_90a"])
-
-
-def test_no_hopper_row_that_triton_is_known_to_miscompile():
-    """64 rows and 4 warps (fla-org/flash-linear-attention issue 984)."""
-    rows = [tile for element_bytes in (2, 4) for _, _, tile in tiles.table_rows("sm_90a", element_bytes)]
-    assert not [tile for tile in rows if tile.num_warps == 4 and 64 in tile[:2] and tile.block_t != 16]
-
-
-def test_splits_leave_nobody_without_rows():
-    for E, F, H, T in itertools.product((1, 3, 15), (1, 40, 384), (1, 6, 16), (1, 16, 17, 128, 129)):
-        q, k = torch.empty(T, H, 128, device="meta"), torch.empty(H, E, F, 128, device="meta")
-        splits = splits_for(q, k, tiles.tile_for("forward", q.device, q.dtype, 128, T))
-        launch = plan_forward(q, k, k, k, None, torch.empty(splits, T, H, 128, device="meta").squeeze(0), splits=splits)
-        per_split, rows = launch.arguments["tiles_per_split"], E * -(-F // launch.arguments["BLOCK_F"])
-        assert (splits - 1) * per_split < rows <= splits * per_split
-        assert splits == 1 or T <= tiles.SPLIT_TOKENS
-        if T == 1 and (E, F, H) == (15, 384, 6):
-            assert launch.grid == (6, 36)  # 216 programs, two for each of 108 processors
-
-
-def test_programs_fill_the_device_once(monkeypatch):
-    """Processors times what each holds, of the row that runs; the device at hand is asked how many it has."""
-    device = torch.device("cpu")
-    for name, rows in tiles.RESIDENT.items():
-        monkeypatch.setattr(tiles, "device_class", lambda device, name=name: name)
-        tiles.processors.cache_clear()
-        for (size, kernels), (column, D) in itertools.product(rows.items(), enumerate(tiles.BLOCK_DS)):
-            dtype = {2: torch.bfloat16, 4: torch.float32}[size]
-            for T, kernel in ((1, "decode"), (16, "decode"), (17, "forward"), (128, "forward")):
-                wanted = tiles.programs_wanted(device, dtype, D, T)
-                assert wanted == tiles.PROCESSORS[name] * kernels[kernel][column]
-            assert tiles.programs_wanted(device, dtype, D, 129) == 1
-    tiles.processors.cache_clear()
-    properties = type("Properties", (), {"multi_processor_count": 114})  # an H100 with PCI Express
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(tiles, "device_class", lambda device: "sm_90a")
-    resident = tiles.RESIDENT["sm_90a"][2]["forward"][2]
-    assert tiles.programs_wanted(torch.device("cuda", 0), torch.bfloat16, 128, 100) == 114 * resident
-    tiles.processors.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("capability", "name"),
-    [
-        *(((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a")),
-        *(((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_120"), ((12, 1), "sm_120")),
-    ],
-)
-def test_device_class(capability, name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    tiles.device_class.cache_clear()
-    assert tiles.device_class(torch.device("cuda", 0)) == name
-    assert {name} <= set(tiles.TABLE) & set(tiles.FUSED) & set(tiles.RESIDENT) & set(tiles.PROCESSORS)
-    tiles.device_class.cache_clear()
-
-
-@pytest.mark.parametrize(("allowed", "float32"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_tf32_only_where_torch_allows_it(allowed, float32):
-    earlier = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        for dtype, expected in ((torch.float32, float32), (torch.float16, "ieee"), (torch.bfloat16, "ieee")):
-            q, k = torch.empty(1, 1, 16, device="meta", dtype=dtype), torch.empty(1, 1, 16, 16, device="meta")
-            launch = plan_forward(q, k, k, k, None, torch.empty_like(q))
-            assert launch.arguments["PRECISION"] == expected
-    finally:
-        torch.set_float32_matmul_precision(earlier)
 
 
 @pytest.mark.slow
@@ -246,7 +120,7 @@ def test_odd_shapes_triton(T, group, E, F, D, dtype, monkeypatch, poisoned_memor
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("T", "group", "E", "F", "D"), ODD)
-def test_odd_shapes_in_fused(T, group, E, F, D, fused):
+def test_odd_shapes_triton_fused_backward(T, group, E, F, D, fused):
     check("triton", make_inputs(Shape((T,), group, 1, E, F, D), torch.float16))
 
 
@@ -304,7 +178,7 @@ def test_strides(backend, layout):
 
 
 def test_three_leading_strides(backend):
-    """More strides than the kernels take: still right."""
+    """More strides than the kernels support: copied, with the same results."""
     q, k, u, v, gate, dout = make_inputs(Shape((2, 3, 4), 2, 2, 2, 20, 16), torch.float32)
     padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 1, 1, 1, 1))[:, 1:-1, 1:-1]
     assert torch.equal(padded, q)
@@ -312,24 +186,24 @@ def test_three_leading_strides(backend):
 
 
 def test_zero_strides(backend):
-    """`.sum().backward()` hands an expanded gradient; a broadcast q or gate has zero strides too."""
+    """`.sum().backward()` passes an expanded gradient; a broadcast q or gate has zero strides, too."""
     q, k, u, v, gate, _ = make_inputs(Shape((3, 4), 2, 2, 2, 20, 16), torch.float32)
     check(backend, [q, k, u, v, gate, torch.ones(()).expand(q.shape)])
     check(backend, [q[:1].expand(q.shape), k, u, v, gate[:, :1].expand(gate.shape), q.clone()])
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "u", "v", "gate", "k gate", "q v", "u v"])
-def test_only_the_gradients_that_are_needed(backend, wanted, poisoned_memory):
+@pytest.mark.parametrize("needed", ["q", "k", "u", "v", "gate", "k gate", "q v", "u v"])
+def test_only_the_gradients_that_are_needed(backend, needed, poisoned_memory):
     inputs = make_inputs(Shape((5,), 4, 2, 2, 20, 16), torch.float32)
     *arguments, dout = inputs
     named = dict(zip(("q", "k", "u", "v", "gate"), arguments, strict=True))
-    for name in wanted.split():
+    for name in needed.split():
         named[name].requires_grad_()
     out = flash_mhf(**named, backend=backend)
     out.backward(dout)
     exact = dict(zip(NAMES, exact_results(inputs), strict=True))
     for name, tensor in named.items():
-        if name in wanted.split():
+        if name in needed.split():
             torch.testing.assert_close(tensor.grad.double(), exact[f"d{name}"], rtol=1e-4, atol=1e-5)
         else:
             assert tensor.grad is None
@@ -342,7 +216,7 @@ def test_gate_in_another_precision(backend):
         check(backend, inputs)
 
 
-def test_what_is_not_finite_stays_in_its_row(backend):
+def test_non_finite_inputs_affect_only_their_own_row(backend):
     q, k, u, v, gate, _ = make_inputs(Shape((9,), 2, 2, 2, 20, 16), torch.float32)
     clean = flash_mhf(q, k, u, v, gate, backend=backend)
     q[3, 1, 5] = float("inf")

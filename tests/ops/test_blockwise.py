@@ -1,11 +1,11 @@
-"""How the blockwise backend cuts a problem, and that its memory does not grow with the tokens."""
+"""The blockwise backend's tiles, and that its memory does not grow with the number of tokens."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmhf.benchmarking import peak_bytes
+from flashmhf.benchmarking.measuring import peak_bytes
 from flashmhf.ops import blockwise, reference
 
 
@@ -42,7 +42,7 @@ def test_any_tile_gives_the_same_result(monkeypatch, elements):
 
 
 def test_memory_is_bounded_by_a_block_of_tokens():
-    """Beyond inputs and results the call holds the same number of bytes for 2,048 tokens and for 16,384."""
+    """Besides inputs and results a call holds the same number of bytes for 2,048 tokens as for 16,384."""
     k, u, v = (torch.randn(2, 2, 256, 16) for _ in range(3))
 
     def extra_bytes(T: int) -> int:
@@ -56,8 +56,8 @@ def test_memory_is_bounded_by_a_block_of_tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_tokens_gate_is_not_rounded(dtype):
-    """With one token and one sub-network the gate is a factor of everything, and so would its rounding error be."""
+def test_the_gate_of_a_single_token_is_not_rounded(dtype):
+    """With one token and one sub-network its rounding error would be a factor of every result."""
     eps = torch.finfo(dtype).eps
     q, dout = torch.randn(1, 1, 512, dtype=dtype), torch.randn(1, 1, 512, dtype=dtype)
     k, u, v = (torch.randn(1, 1, 4096, 512, dtype=dtype) / 22 for _ in range(3))

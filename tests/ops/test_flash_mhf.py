@@ -45,7 +45,7 @@ def test_second_derivatives(backend, gate):
     assert torch.autograd.gradgradcheck(lambda *x: flash_mhf(*x, backend=backend), arguments)
 
 
-def test_second_derivatives_where_one_tensor_is_given_twice():
+def test_second_derivatives_of_a_tensor_passed_twice():
     q, k, _, _, gate = leaves(shape=Shape((2,), 2, 1, 2, 3, 4))
     assert torch.autograd.gradgradcheck(lambda q, k, gate: flash_mhf(q, k, k, k, gate), (q, k, gate))
 

@@ -1,4 +1,4 @@
-"""The operator with norm and gate inside: against the formula, under PyTorch's machinery, and what it keeps."""
+"""The operator with norm and gate: against the formula, under PyTorch's machinery, and what it saves."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashmhf.ops import backends, flops, reference  # noqa: F401  (flops registers the formulas)
 from flashmhf.ops.gated_mhf import gated_mhf
+from flashmhf.ops.prologue import Prologue
 
 BACKENDS = ("reference", "blockwise")
 PARTS = {"both": (True, True), "gate": (True, False), "norm": (False, True), "neither": (False, False)}
@@ -19,7 +20,7 @@ def leaves(dtype=torch.float64, has_gate=True, has_norm=True, T=(2, 3), H=4, H_k
 
 
 def formula(*inputs, kind="sigmoid"):
-    return reference.gated_forward(*inputs, kind, OPTIONS["gate_total"], OPTIONS["norm_eps"])
+    return reference.gated_forward(*inputs, Prologue(kind, **OPTIONS))
 
 
 @pytest.fixture
@@ -44,12 +45,12 @@ def compare(inputs, backend, kind="sigmoid", tolerance=None):
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_is_the_formula(backend, parts, kind, poisoned_memory):
+def test_matches_the_formula(backend, parts, kind, poisoned_memory):
     compare(leaves(torch.float64, *parts), backend, kind)
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
-def test_is_the_formula_on_triton(parts, triton_runs_here, poisoned_memory):
+def test_matches_the_formula_on_triton(parts, triton_runs_here, poisoned_memory):
     compare(leaves(torch.float32, *parts, D=16, F=20), "auto", tolerance={"rtol": 1e-3, "atol": 1e-3})
 
 
@@ -99,7 +100,7 @@ def test_compile_autocast_and_checkpoint():
     assert torch.equal(out, gated_mhf(*low, *inputs[4:], **OPTIONS))
 
 
-def test_keeps_its_inputs_and_nothing_else():
+def test_saves_only_its_inputs():
     inputs, saved = leaves(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         gated_mhf(*inputs)
@@ -131,6 +132,6 @@ def test_bad_weights(changes, message):
         gated_mhf(*inputs)
 
 
-def test_unknown_gate():
+def test_unknown_gate_type():
     with pytest.raises(ValueError, match="gate_type: expected one of sigmoid, softmax, got 'relu'"):
         gated_mhf(*leaves(), gate_type="relu")

@@ -1,4 +1,4 @@
-"""measured.json: what a GPU has shown, and how the tables of tiles follow it."""
+"""measured.json: its format, and that the tile tables follow it."""
 
 import importlib
 import json
@@ -30,18 +30,18 @@ ENTRIES = [
         "D": 64,
         "tile": [32, 32, 4, 2, True],
     },
-    {"claim": "one pass faster", "device": "sm_90a", "D": 64},
+    {"claim": "fused faster", "device": "sm_90a", "D": 64},
 ]
 
 
 @pytest.fixture
 def reload_tables(monkeypatch):
-    """Loads the tables anew from given entries; afterwards they are what they were."""
+    """Reloads the tables from given entries, and restores them afterwards."""
     modules = (hopper_tiles, triton_tiles)
     before = [dict(vars(module)) for module in modules]
 
     def reload(entries: list[dict]) -> None:
-        monkeypatch.setattr(measured, "entries", lambda: measured.checked(json.dumps(entries)))
+        monkeypatch.setattr(measured, "entries", lambda: measured.parse(json.dumps(entries)))
         for module in modules:
             importlib.reload(module)
 
@@ -74,14 +74,14 @@ def test_without_entries_nothing_is_verified_or_faster(reload_tables):
     [
         ("[", "measured.json: expected JSON, got '['"),
         ("{}", "measured.json: expected a list of entries, got dict"),
-        ('[{"claim": "fast"}]', "entry 1: expected a claim among hopper tile, "),
+        ('[{"claim": "fast"}]', "entry 1: claim: expected one of hopper tile, "),
         (
-            '[{"claim": "one pass faster", "device": 9, "D": 64, "proof": {}}]',
+            '[{"claim": "fused faster", "device": 9, "D": 64, "proof": {}}]',
             "entry 1: device: expected str, got 9",
         ),
-        ('[{"claim": "one pass faster", "device": "sm_90a", "D": 64}]', "entry 1: proof: expected dict, got None"),
+        ('[{"claim": "fused faster", "device": "sm_90a", "D": 64}]', "entry 1: proof: expected dict, got None"),
     ],
 )
-def test_what_is_no_table_is_named(text, message):
+def test_invalid_files_are_errors(text, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        measured.checked(text)
+        measured.parse(text)

@@ -1,4 +1,4 @@
-"""What the validator accepts and how it refuses: the argument, what was expected, what was given."""
+"""Validation: errors name the argument, what was expected and what was given."""
 
 import pytest
 import torch
@@ -43,6 +43,6 @@ def test_bad_arguments(message):
 
 
 @pytest.mark.parametrize("message", [m for m in WRONG if "device" not in m])
-def test_the_public_function_says_the_same(message):
+def test_the_public_function_raises_the_same(message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("'", ".")):
         flash_mhf(**(inputs() | WRONG[message]))

@@ -1,4 +1,4 @@
-"""Norm and gate, forward and backward, on every backend against their formulas: whole, in blocks, in low precision."""
+"""Norm and gate, forward and backward, in PyTorch and Triton, against their formulas in float64."""
 
 import pytest
 import torch
@@ -28,9 +28,10 @@ def tensors(shape, dtype):
 
 
 def formula(q, gate_weight, norm_weight, options):
-    normed = q if norm_weight is None else reference.head_norm(q, norm_weight, options.eps)
-    gate = None if gate_weight is None else options.total * reference.head_gate(normed, gate_weight, options.kind)
-    return normed, gate
+    normed = q if norm_weight is None else reference.head_norm(q, norm_weight, options.norm_eps)
+    if gate_weight is None:
+        return normed, None
+    return normed, options.gate_total * reference.head_gate(normed, gate_weight, options.gate_type)
 
 
 def check(implementation, shape, dtype, options, has_gate=True, has_norm=True, tolerance=None):
@@ -70,7 +71,7 @@ def test_norm_and_gate(implementation, kind, shape, poisoned_memory):
 
 @pytest.mark.parametrize(("has_gate", "has_norm"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parts(implementation, has_gate, has_norm, poisoned_memory):
+def test_without_gate_or_norm(implementation, has_gate, has_norm, poisoned_memory):
     check(implementation, SHAPES[0], torch.float32, SIGMOID, has_gate, has_norm)
 
 
@@ -109,7 +110,7 @@ def test_no_tokens(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_gate_whose_scores_vanish_stays_finite(implementation):
+def test_a_gate_with_vanishing_scores_stays_finite(implementation):
     q, weight = torch.full((1, 4, 6), -100.0), torch.ones(4, 6, 5)
     forward, backward = IMPLEMENTATIONS[implementation]
     _, gate = forward(q, weight, None, SIGMOID)

@@ -1,4 +1,4 @@
-"""A recorded computation done again: on other tensors, with its memory freed as early, or not at all."""
+"""Replays of recorded computations: on other tensors, with memory freed as early, or not at all."""
 
 import weakref
 
@@ -10,13 +10,13 @@ from flashmhf.ops import recording
 from flashmhf.ops.recording import record
 
 
-def again(compute, *given: Tensor | None, others: list[Tensor | None]):
-    """The result for `others` of what was recorded for `given`."""
+def replayed(compute, *given: Tensor | None, others: list[Tensor | None]):
+    """The result for `others` of the computation recorded for `given`."""
     result, program = record(lambda: compute(*given), given)
     assert program is not None
     assert recording.recorder() is None
     torch.testing.assert_close(result, compute(*given))
-    return program.run(others, "cpu")
+    return program.replay(others, "cpu")
 
 
 def two(*size: int, **options) -> tuple[Tensor, Tensor]:
@@ -32,11 +32,11 @@ def every_kind(x: Tensor, absent: None, y: Tensor) -> list[Tensor]:
 
 def test_operators_views_and_writes():
     (x, other_x), (y, other_y) = two(3, 4), two(3, 4)
-    got = again(every_kind, x, None, y, others=[other_x, None, other_y])
+    got = replayed(every_kind, x, None, y, others=[other_x, None, other_y])
     torch.testing.assert_close(got, every_kind(other_x, None, other_y))
 
 
-def test_what_nobody_reads_is_left_out():
+def test_unused_results_are_not_computed():
     def compute(x: Tensor) -> Tensor:
         x.sum()
         return x + 1
@@ -45,15 +45,15 @@ def test_what_nobody_reads_is_left_out():
     assert len(program.steps) == 1
 
 
-def test_an_input_that_is_written_to():
+def test_in_place_writes_to_an_input():
     x, other = two(3)
     expected = other + 1
     _, program = record(lambda: x.add_(1) * 2, [x])
-    assert program.run([other], "cpu").equal(expected * 2)
+    assert program.replay([other], "cpu").equal(expected * 2)
     assert other.equal(expected)
 
 
-def test_memory_is_free_as_early():
+def test_memory_is_freed_as_early_as_when_recorded():
     alive = []
 
     def compute(x: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ def test_memory_is_free_as_early():
         return run
 
     program.steps = [watched(step) for step in program.steps]
-    program.run([torch.randn(3, 4)], "cpu")
+    program.replay([torch.randn(3, 4)], "cpu")
     assert len(seen) == 5
     assert [1] in alive  # first
-    assert [2] in alive  # second alone
+    assert [2] in alive  # only second
     assert max(map(len, alive)) == 3  # the sum, the row, and theirs
 
 
@@ -87,7 +87,7 @@ def test_autocast_is_off():
     _, program = record(lambda: x @ x, [x])
     with torch.autocast("cpu", torch.bfloat16):
         assert (other @ other).dtype == torch.bfloat16
-        assert program.run([other], "cpu").dtype == torch.float32
+        assert program.replay([other], "cpu").dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_autocast_is_off():
     ],
     ids=["value", "list", "several", "constant"],
 )
-def test_what_cannot_be_recorded(compute):
+def test_computations_that_cannot_be_replayed(compute):
     x = torch.randn(3, 4)
     result, program = record(lambda: compute(x), [x])
     assert program is None

@@ -14,9 +14,11 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.loading import WEIGHTS, tensor_names
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
+from flashmhf.training.run_files import TrainResult
 from torchrun import torchrun
 
 FLAGS = ["--max-steps", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -72,7 +74,7 @@ def test_few_graphs_without_a_break_for_all_layers_and_batches(without_code, opt
     assert not counters["graph_break"]
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> TrainResult:
     return train(replace(run, **changes), parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
@@ -121,7 +123,9 @@ def test_two_processes_with_compiled_blocks(run, tmp_path):
 
 
 def test_not_beside_the_trainers_own_compilation(run, tmp_path):
-    with pytest.raises(InputError, match="regional-compilation: expected no --torch-compile beside it, got both"):
+    with pytest.raises(
+        InputError, match="regional-compilation: expected no --torch-compile together with it, got both"
+    ):
         start(run, tmp_path / "run", "--torch-compile", "true", regional_compilation=True)
     assert not (tmp_path / "run").exists()
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from flashmhf.training.checkpoints import UNFINISHED, checkpoints
 from flashmhf.training.manifest import check
 from flashmhf.training.run_files import RUN_FILE
-from flashmhf.training.saving import UNFINISHED, checkpoints
 
 SAVE_STEPS = 3
 SERVER = multiprocessing.get_context("forkserver")
@@ -88,11 +88,11 @@ def wait_for(condition, process) -> float:
 
 
 def kill(start, folder: Path, steps: int, moment: random.Random, seconds: float, tally: Tally) -> None:
-    """One process, checked to go on from the last whole checkpoint and killed at a random moment."""
+    """One process, checked to resume from the last complete checkpoint and killed at a random moment."""
     names = [path.name for path in (*checkpoints(folder), *grown(folder))] if folder.exists() else []
     newest = max(names, key=lambda name: int(name.split("-")[1]), default=None)
     process, log = start(folder, steps)
-    ready = f"going on from {newest}" if newest else ""
+    ready = f"resuming from {newest}" if newest else ""
     reached, seconds = progress(folder), moment.uniform(0, seconds)
     if tally.kills % 4 != 3:  # else also while it starts
         wait_for(lambda: (folder / RUN_FILE).exists() and ready in log.read_text(), process)

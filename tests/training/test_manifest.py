@@ -28,11 +28,11 @@ def test_what_was_written_fits(folder):
     assert check(folder) is None
 
 
-def test_every_torn_length_is_found(folder):
+def test_a_truncated_file_is_found_at_every_length(folder):
     whole = (folder / "state.json").read_bytes()
     for size in range(len(whole)):
         (folder / "state.json").write_bytes(whole[:size])
-        assert check(folder) == f"state.json has {size} bytes in place of 2"
+        assert check(folder) == f"state.json has {size} bytes instead of 2"
 
 
 def test_every_flipped_byte_is_found(folder):
@@ -42,7 +42,7 @@ def test_every_flipped_byte_is_found(folder):
         altered = bytearray(whole)
         altered[position] ^= 1
         file.write_bytes(altered)
-        assert check(folder) == "weights/shard has another sha256 than when it was written"
+        assert check(folder) == "weights/shard does not have the sha256 it was written with"
         assert check(folder, contents=False) is None
 
 
@@ -60,7 +60,7 @@ def test_missing_and_added_files(folder):
 )
 def test_a_manifest_that_is_none(folder, text):
     (folder / MANIFEST).write_text(text)
-    assert check(folder) == "manifest.json is torn"
+    assert check(folder) == "manifest.json is corrupt"
 
 
 def test_no_manifest(folder):

@@ -16,9 +16,12 @@ from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError, RunError
 from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.non_finite_steps import GuardedTrainer, LossWindow, _told, numbered
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.non_finite_steps import FlaggedStep, LossWindow, _described, numbered
+from flashmhf.training.run import train
+from flashmhf.training.run_files import TrainResult
+from flashmhf.training.trainer import PretrainingTrainer
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--eval-strategy", "no", "--save-strategy", "no", "--logging-nan-inf-filter", "false", "--warmup-steps", "0"]
@@ -31,7 +34,7 @@ def run(corpus_folder, model_file) -> TrainConfig:
     )
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> TrainResult:
     return train(
         replace(run, **changes), parse_arguments([*FLAGS, "--max-steps", "6", *flags], str(folder)), resume=resume
     )
@@ -47,7 +50,7 @@ def spoil(monkeypatch):
     """Multiplies the losses of some steps, counted from 1; returns the weights' sums before every step."""
 
     def spoil(factors: dict[int, float]) -> list[float]:
-        compute, sums = GuardedTrainer.compute_loss, []
+        compute, sums = PretrainingTrainer.compute_loss, []
 
         def spoiled(self, model, inputs, *args, **options):
             if not model.training:
@@ -55,7 +58,7 @@ def spoil(monkeypatch):
             sums.append(sum(parameter.double().sum().item() for parameter in model.parameters()))
             return compute(self, model, inputs, *args, **options) * factors.get(self.state.global_step + 1, 1.0)
 
-        monkeypatch.setattr(GuardedTrainer, "compute_loss", spoiled)
+        monkeypatch.setattr(PretrainingTrainer, "compute_loss", spoiled)
         return sums
 
     return spoil
@@ -78,7 +81,7 @@ def test_a_step_without_a_finite_loss_is_skipped(run, tmp_path, spoil, caplog, f
 
 
 def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monkeypatch, caplog):
-    step = GuardedTrainer.training_step
+    step = PretrainingTrainer.training_step
 
     def overflowing(self, model, *args, **options):
         loss = step(self, model, *args, **options)
@@ -86,9 +89,9 @@ def test_a_gradient_that_is_not_finite_beside_a_loss_that_is(run, tmp_path, monk
             next(model.parameters()).grad[0] = math.inf
         return loss
 
-    monkeypatch.setattr(GuardedTrainer, "training_step", overflowing)
+    monkeypatch.setattr(PretrainingTrainer, "training_step", overflowing)
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        assert start(run, tmp_path / "run")["skipped_steps"] == 1
+        assert start(run, tmp_path / "run").skipped_steps == 1
     assert "step 2 skipped: loss 5." in caplog.text
     assert "gradient norm inf" in caplog.text
 
@@ -126,31 +129,34 @@ def test_documents_are_those_of_the_blocks(run, corpus_folder, tmp_path, spoil, 
 
 
 def test_the_blocks_with_the_worst_losses_come_first(run, tmp_path, monkeypatch):
-    compute, seen = GuardedTrainer.compute_loss, []
+    compute, seen = PretrainingTrainer.compute_loss, []
 
     def one_in_three(self, model, inputs, *args, **options):
         loss = compute(self, model, inputs, *args, **options)
         return loss * {2: math.nan, 3: 2.0}.get(len(seen), 1.0) if model.training else loss
 
-    get = GuardedTrainer.training_step
+    get = PretrainingTrainer.training_step
 
     def recording(self, model, inputs, *args, **options):
         seen.append(inputs["block"].tolist())
         return get(self, model, inputs, *args, **options)
 
-    monkeypatch.setattr(GuardedTrainer, "compute_loss", one_in_three)
-    monkeypatch.setattr(GuardedTrainer, "training_step", recording)
+    monkeypatch.setattr(PretrainingTrainer, "compute_loss", one_in_three)
+    monkeypatch.setattr(PretrainingTrainer, "training_step", recording)
     start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
     (row,) = history(tmp_path / "run", "skipped")
     assert row["blocks"] == seen[1] + seen[2] + seen[0]
 
 
-def test_what_is_told_is_bounded():
-    rows = [{"blocks": list(range(n, n + 40)), "documents": [f"d{i}" for i in range(n, n + 16)]} for n in (0, 100)]
+def test_a_message_names_a_bounded_number_of_blocks():
+    def step(blocks, documents) -> FlaggedStep:
+        return FlaggedStep(step=1, found={"spike": 9.0}, blocks=list(blocks), documents=documents)
+
+    steps = [step(range(n, n + 40), [f"d{i}" for i in range(n, n + 16)]) for n in (0, 100)]
     numbers = ", ".join(map(str, range(16)))
-    assert _told(rows) == f"{numbers} and 64 more: documents d0; d100; d1; d101 and 76 more"
-    assert _told([{"blocks": [5], "documents": []}]) == "5: documents not known of a stream"
-    assert _told([{"blocks": [], "documents": []}]) == "unknown"
+    assert _described(steps) == f"{numbers} and 64 more: documents d0; d100; d1; d101 and 76 more"
+    assert _described([step([5], [])]) == "5: documents not known of a stream"
+    assert _described([step([], [])]) == "unknown"
 
 
 def test_a_stream_has_blocks_without_documents(run, tmp_path, spoil, caplog):
@@ -175,7 +181,7 @@ def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
     assert [row["step"] for row in rows] == [1, 3, 4]
     spoil({})
     again = start(run, tmp_path / "run", max_non_finite_steps=2, resume=True)  # goes on with the data after them
-    assert (again["steps"], again["skipped_steps"]) == (6, 3)
+    assert (again.steps, again.skipped_steps) == (6, 3)
 
 
 def test_a_spike_is_named_and_learnt_from(run, tmp_path, spoil, caplog, monkeypatch):

@@ -17,9 +17,11 @@ from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
+from flashmhf.training.run_files import TrainResult
 
 INNER = {"scores", "gate", "ffn"}
 
@@ -108,7 +110,7 @@ FLAGS = ["--per-device-train-batch-size", "4", "--report-to", "none", "--disable
 FLAGS += ["--max-steps", "6", "--eval-strategy", "no", "--learning-rate", "1e-2"]
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> TrainResult:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
@@ -143,15 +145,15 @@ def test_a_base_width_must_be_positive(corpus_folder, model_file, tmp_path):
 
 
 def test_the_scripts_find_exponents_and_match_parameters():
-    rows = [{"width": width, "change": 3 * math.sqrt(width)} for width in (64, 256, 1024)]
-    assert coordinate_check.exponent(rows, "width", "change") == pytest.approx(0.5)
+    widths = [64, 256, 1024]
+    assert coordinate_check.exponent(widths, [3 * math.sqrt(width) for width in widths]) == pytest.approx(0.5)
     for width in (64, 128, 256):
-        trials = [sweep_width.Trial(variant, width, 1e-3) for variant in ("flashmhf", "swiglu")]
-        configs = [FlashMHFConfig(**sweep_width.configuration(trial)) for trial in trials]
+        runs = [sweep_width.Run(variant, width, 1e-3) for variant in ("flashmhf", "swiglu")]
+        configs = [FlashMHFConfig(**sweep_width.configuration(run)) for run in runs]
         counts = [FlashMHFForCausalLM(config).num_parameters() for config in configs]
         assert spread(counts) < 1.01
     stored = Path(sweep_width.__file__).parent / "results/sweep_width.jsonl"
-    known = set(sweep_width.trials())
-    fields = sweep_width.Trial.__dataclass_fields__
+    known = set(sweep_width.runs())
+    fields = sweep_width.Run.__dataclass_fields__
     found = [json.loads(line) for line in stored.read_text().splitlines()]
-    assert {sweep_width.Trial(**{name: row[name] for name in fields}) for row in found} <= known
+    assert {sweep_width.Run(**{name: row[name] for name in fields}) for row in found} <= known

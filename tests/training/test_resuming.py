@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: torn, altered, hostile and unfinished ones, and what rotation keeps."""
+"""Which checkpoint a run resumes from: not a truncated, altered, hostile or unfinished one; what rotation keeps."""
 
 import json
 import logging
@@ -14,12 +14,13 @@ import torch
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
+from flashmhf.training.arguments import parse_arguments
+from flashmhf.training.checkpoints import UNFINISHED, checkpoints, recover, rotate
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST, check, write_manifest
 from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.resuming import last_good_checkpoint, only_writer, prepare_output_dir
-from flashmhf.training.run import parse_arguments, train
-from flashmhf.training.saving import UNFINISHED, checkpoints, recover, rotate
+from flashmhf.training.run import train
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--save-steps", "2", "--eval-strategy", "no", "--save-total-limit", "9"]
@@ -65,7 +66,7 @@ def flip(file: Path) -> None:
     file.write_bytes(altered)
 
 
-def test_every_file_of_a_checkpoint_torn_altered_or_gone_is_found(folder):
+def test_every_truncated_altered_or_missing_file_of_a_checkpoint_is_found(folder):
     """Of each file: cut in half, one bit flipped, removed. The figure stands in docs/reliability.md."""
     checkpoint, found = folder / "checkpoint-6", 0
     names = sorted(path.name for path in checkpoint.iterdir())
@@ -82,7 +83,7 @@ def test_every_file_of_a_checkpoint_torn_altered_or_gone_is_found(folder):
     assert found == 3 * len(names) >= 30
 
 
-def test_a_torn_checkpoint_is_passed_over_for_the_one_before(run, folder, finished, caplog):
+def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(run, folder, finished, caplog):
     cut(folder / "checkpoint-6/optimizer.pt")
     flip(folder / "checkpoint-4/model.safetensors")
     with caplog.at_level(logging.WARNING, "flashmhf"):
@@ -90,7 +91,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(run, folder, finish
     lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(lines) == 2
     assert lines[0].startswith("checkpoint-6 passed over: optimizer.pt has ")
-    assert lines[1] == "checkpoint-4 passed over: model.safetensors has another sha256 than when it was written"
+    assert lines[1] == "checkpoint-4 passed over: model.safetensors does not have the sha256 it was written with"
     assert losses(folder) == losses(finished)
     assert [check(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3  # 6 and 4 written anew
 
@@ -99,7 +100,8 @@ def test_no_whole_checkpoint_is_one_line(run, folder):
     for checkpoint in checkpoints(folder):
         (checkpoint / MANIFEST).unlink()
     message = (
-        r"resume: expected a whole checkpoint in .*run, got 3 that are not: checkpoint-6 \(manifest.json is missing\)"
+        r"resume: expected a complete checkpoint in .*run, got 3 that are not: "
+        r"checkpoint-6 \(manifest.json is missing\)"
     )
     with pytest.raises(InputError, match=message):
         resume(run, folder)
@@ -216,7 +218,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, caplog):
     flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "50"]
     with pytest.raises(
-        OSError, match=r"the disk that holds .*run is full; --resume goes on from checkpoint-\d+$"
+        OSError, match=r"the disk that holds .*run is full; --resume continues from checkpoint-\d+$"
     ) as caught:
         train(run, parse_arguments(flags, str(small_disk / "run")))
     assert "\n" not in str(caught.value)
@@ -237,11 +239,13 @@ def test_two_processes_never_train_into_one_folder(run, tmp_path):
         [sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=r"output-dir: expected a folder of this run alone, got .*a/b, into which"):
+        with pytest.raises(
+            InputError, match=r"output-dir: expected a folder that no other process trains into, got .*a/b"
+        ):
             train(run, parse_arguments(["--max-steps", "1"], str(folder)))
         holder.stdin.close()
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn/.lock").touch()  # of a process that was killed
-    with only_writer(tmp_path / "torn"):
-        assert prepare_output_dir(tmp_path / "torn", TrainConfig(model="small"), False) is None
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/.lock").touch()  # of a process that was killed
+    with only_writer(tmp_path / "killed"):
+        assert prepare_output_dir(tmp_path / "killed", TrainConfig(model="small"), False) is None

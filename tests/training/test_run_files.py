@@ -1,4 +1,4 @@
-"""run.json and result.json: written with a version; old ones are read, and what cannot be read is refused in one line."""
+"""run.json and result.json carry a version; older files are read, and unreadable ones are refused in one line."""
 
 import json
 from dataclasses import replace

@@ -31,17 +31,17 @@ def test_time_in_training_leaves_out_what_was_lost_and_what_lay_between(tmp_path
     assert log.curve("loss") == [(1, 5.0), (10, 4.0), (17, 3.4), (20, 3.0)]
     assert log.curve("loss", "elapsed_s") == [(1.0, 5.0), (10.0, 4.0), (18.0, 3.4), (21.0, 3.0)]
     assert log.curve("eval_loss") == [(20, 3.1)]
-    assert [start["start"] for start in log.starts] == [0, 10]
+    assert [start.step for start in log.starts] == [0, 10]
     assert log.lost_steps == 7
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3, "ti', '{"step": 3, "time": 4.0}', "\x00\x00"])
-def test_a_torn_line_costs_itself_alone(tmp_path, torn):
+@pytest.mark.parametrize("truncated", ['{"step": 3, "ti', '{"step": 3, "time": 4.0}', "\x00\x00"])
+def test_a_truncated_line_loses_only_itself(tmp_path, truncated):
     from flashmhf.training.run_log import _add
 
     write(tmp_path, {"start": 0, "time": 1.0}, {"step": 2, "time": 3.0, "loss": 2.0})
     with (tmp_path / LOG_FILE).open("a") as file:
-        file.write(torn)
+        file.write(truncated)
     _add(tmp_path, {"start": 2, "time": 10.0})
     _add(tmp_path, {"step": 5, "time": 12.0, "loss": 1.0})
     assert read_log(tmp_path).curve("loss", "elapsed_s") == [(2.0, 2.0), (4.0, 1.0)]

@@ -15,8 +15,9 @@ import pytest
 from flashmhf.cli.train import OWN_STORE
 from flashmhf.data.config import DataConfig
 from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
 from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -113,7 +114,7 @@ def test_a_job_that_torchrun_restarts_goes_on_from_its_last_checkpoint(run, tmp_
     os.kill(second_rank, signal.SIGKILL)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    assert len(re.findall(r"going on from checkpoint-(?:20|40)\n", errors)) == 1
+    assert len(re.findall(r"resuming from checkpoint-(?:20|40)\n", errors)) == 1
     assert OWN_STORE not in errors
     assert json.loads(output)["steps"] == 60
     assert len(losses(tmp_path / "two")) == 60

@@ -49,4 +49,4 @@ def test_one_of_two_processes_is_told_to_stop(corpus_folder, model_file, tmp_pat
     step = int(checkpoint.name.split("-")[1])
     ended = torchrun(run, folder, 2, "--max-steps", str(step + 2), *FLAGS, "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert f"going on from {checkpoint.name}" in ended.stderr
+    assert f"resuming from {checkpoint.name}" in ended.stderr

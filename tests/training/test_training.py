@@ -18,10 +18,12 @@ from flashmhf.data.config import DataConfig
 from flashmhf.data.tokenizer import is_byte_tokenizer, load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_model
-from flashmhf.training import trainer
+from flashmhf.training import callbacks, throughput
+from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
-from flashmhf.training.run import parse_arguments, train
+from flashmhf.training.run import train
+from flashmhf.training.run_files import TrainResult
 from flashmhf.training.run_log import read_log
 
 FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
@@ -35,7 +37,7 @@ def run(corpus_folder, model_file) -> TrainConfig:
     )
 
 
-def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> dict:
+def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> TrainResult:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 
 
@@ -81,7 +83,7 @@ def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
     (tmp_path / "run/model.safetensors").unlink()
     start(run, tmp_path / "run", *flags, resume=True)
     log = read_log(tmp_path / "run")
-    assert [(entry["start"], entry["processes"]) for entry in log.starts] == [(0, 1), (3, 1)]
+    assert [(entry.step, entry.processes) for entry in log.starts] == [(0, 1), (3, 1)]
     rows = [row for row in log.rows if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -94,8 +96,8 @@ def test_every_log_line_tells_of_speed_memory_and_waiting(run, tmp_path):
 
 def test_speed_counts_waiting_and_the_optimizer_but_no_validation(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
-    clock = trainer._Clock()
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    clock = throughput.Clock()
     clock.start()
     with clock.waiting():
         now[0] += 1
@@ -109,7 +111,7 @@ def test_speed_counts_waiting_and_the_optimizer_but_no_validation(monkeypatch):
 
 def test_a_resumed_run_counts_its_own_tokens(run, tmp_path, monkeypatch):
     """The speed of the first line after a resume is not that of all tokens since the run began."""
-    monkeypatch.setattr(trainer._Clock, "lap", lambda clock: (1.0, 0.0))
+    monkeypatch.setattr(throughput.Clock, "lap", lambda clock: (1.0, 0.0))
     flags = ("--save-steps", "3", "--max-steps", "6", "--eval-strategy", "no")
     start(run, tmp_path / "run", *flags)
     shutil.rmtree(tmp_path / "run/checkpoint-6")
@@ -123,7 +125,7 @@ def test_a_finished_run_is_evaluated_again_and_nothing_else(run, tmp_path, monke
     first = start(run, Path("run"), *flags)
     curves = sorted(Path("run/runs").rglob("events.*"))
     again = start(run, Path("run"), *flags, resume=True)
-    assert (again["steps"], again["validation_loss"]) == (3, first["validation_loss"])
+    assert (again.steps, again.validation_loss) == (3, first.validation_loss)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(Path("run/runs").rglob("events.*")) == curves != []
 
@@ -135,7 +137,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     def save_until_full(content, file, *args, **options):
         written.append(file)
         if "checkpoint-4" in str(file):
-            Path(file).write_bytes(b"torn")
+            Path(file).write_bytes(b"truncated")
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
         save(content, file, *args, **options)
 
@@ -144,10 +146,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: not explained away
             start(run, tmp_path / "other", *flags)
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(OSError, match=r"output-dir: the disk .* is full; --resume goes on from checkpoint-2$"):
+        with pytest.raises(OSError, match=r"output-dir: the disk .* is full; --resume continues from checkpoint-2$"):
             start(run, tmp_path / "run", *flags)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert start(run, tmp_path / "run", *flags, resume=True)["steps"] == 6
+    assert start(run, tmp_path / "run", *flags, resume=True).steps == 6
 
 
 def test_going_on_from_a_trained_model(run, tmp_path):
@@ -193,12 +195,12 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, number):
     (checkpoint,) = folder.glob("checkpoint-*")
     assert check(checkpoint) is None
     assert f"{number.name} after step {checkpoint.name.partition('-')[2]}" in err
-    assert "go on with --resume" in err
+    assert "continue with --resume" in err
     assert "Traceback" not in err
 
 
 def test_a_signal_while_the_processes_agree_stops_them_after_the_next_step(monkeypatch):
-    stop, control = trainer.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
+    stop, control = callbacks.StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
     args = SimpleNamespace(world_size=2, device="cpu")
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: signal.raise_signal(signal.SIGTERM))
     with stop:

@@ -1,12 +1,12 @@
-"""FlashMHF as well as PyTorch alone can do it on a GPU: the strongest rival of the fused kernels.
+"""FlashMHF as fast as PyTorch can do it on a GPU without custom kernels: the strongest baseline.
 
-One (heads, tokens) chunk at a time: batched products over all rows of its heads, as wide as cuBLAS likes them, with
-one fused element-wise pass between them (Inductor's, on a GPU). Only Q and the gate are kept; the backward computes
-each chunk's activations again, so it has 8 products. Heads are the outer loop: the sums of the weights' gradients are
-then revisited once for each chunk of that head's tokens instead of once for each chunk of all heads.
+One (heads, tokens) chunk at a time: batched products over all rows of its heads, wide enough for cuBLAS, with one
+fused element-wise pass between them (Inductor's, on a GPU). Only Q and the gate are saved; the backward recomputes each
+chunk's activations, so it has 8 products. Heads are the outer loop: a head's weight gradients are then accumulated once
+per chunk of its own tokens instead of once per chunk of all heads.
 
-The blockwise backend cuts further, into parameter rows, which bounds memory for any width and suits a CPU's caches, and
-makes more and smaller launches; a chunk here is one head's whole width.
+The blockwise backend also splits parameter rows, which bounds memory for any width and suits a CPU's caches, but makes
+more and smaller launches; a chunk here has a head's full width.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class ChunkedMHF(torch.autograd.Function):
-    """`chunked_mhf` with its derivative."""
+    """Autograd of `chunked_mhf`."""
 
     @staticmethod
     def forward(ctx, q_HTD, k_HRD, u_HRD, v_HRD, gate_HTE, elements: int) -> Tensor:
@@ -50,12 +50,12 @@ class ChunkedMHF(torch.autograd.Function):
 
 
 def chunked_mhf(q_HTD: Tensor, k_HRD: Tensor, u_HRD: Tensor, v_HRD: Tensor, gate_HTE: Tensor, elements: int) -> Tensor:
-    """`flash_mhf` with the heads in front and E x F = R; at most `elements` of M at a time, for at least one token."""
+    """`flash_mhf` with heads first and E x F = R; at most `elements` of M at a time, but at least one token."""
     return ChunkedMHF.apply(q_HTD, k_HRD, u_HRD, v_HRD, gate_HTE, elements)  # type: ignore[no-any-return]
 
 
 def _chunks(q_HTD: Tensor, k_HRD: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Whole heads together while they fit, and tokens of one head where it does not."""
+    """Several heads with all their tokens if they fit, else some tokens of one head."""
     (H, T, _), R = q_HTD.shape, k_HRD.shape[1]
     tokens = max(min(T, elements // R), 1)
     heads = max(min(H, elements // (R * tokens)), 1)
@@ -70,7 +70,7 @@ def _activate(m: Tensor, n: Tensor, gate: Tensor) -> Tensor:
 
 
 def _differentiate(m: Tensor, n: Tensor, da: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P, dM, dN and the gate's gradient; M, N and dA are of one chunk."""
+    """P, dM, dN and the gate's gradient, from M, N and dA of one chunk."""
     m, n, da = (x.float().unflatten(-1, (gate.shape[-1], -1)) for x in (m, n, da))
     r = gate.unsqueeze(-1)
     sigmoid = m.sigmoid()
@@ -83,5 +83,5 @@ def _differentiate(m: Tensor, n: Tensor, da: Tensor, gate: Tensor) -> tuple[Tens
 
 @functools.cache
 def _fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """One pass over memory instead of one an operation; on a CPU as it stands, because Inductor wants a compiler."""
+    """One pass over memory instead of one per operation; eager on a CPU, where Inductor needs a C++ compiler."""
     return torch.compile(function, dynamic=True) if device_type == "cuda" else function

@@ -1,105 +1,112 @@
 """Which rows of two results became faster or slower beyond the noise of both."""
 
-from typing import Any
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.benchmarking.results import QUARTILES, complete
+from flashmhf.benchmarking.provenance import Provenance
 
-# Rows are of the same thing where all of these agree.
+Verdict = Literal["faster", "slower", "within noise", "unknown", "new", "gone", "failed"]
+# Rows with equal values of these measure the same thing.
 IDENTITY = (
     "kind", "task", "variant", "model", "tokens", "batch_size", "context_length", "new_tokens", "dtype",
     "measured_pass", "hidden_size", "num_heads", "num_subnetworks", "subnetwork_size", "device",
 )  # fmt: skip
-SURROUNDINGS = ("machine", "processor", "cores", "threads", "python", "flashmhf", "torch", "triton")
-MIN_CHANGE = 1.03  # machines drift by a few percent from one run to the next, which no run by itself can see
-VERDICTS = ("faster", "slower", "within noise", "unknown", "new", "gone", "failed")
+ENVIRONMENT = ("machine", "processor", "cores", "threads", "python", "flashmhf", "torch", "triton")
+QUARTILES = ("lower_quartile_ms", "upper_quartile_ms")
+MIN_CHANGE = 1.03  # machines drift by a few percent between runs, which no single run can show
 
 
-def compare_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """What changed from one result to another.
+@dataclass(frozen=True, kw_only=True)
+class RowComparison:
+    """One measurement in two results.
 
-    A row is faster or slower if the quartiles of the two runs lie at least 3 % apart. Of two equal programs with 7
-    repeats each, the quartiles do not overlap by chance once in 34 times, and less often lie 3 % apart. `unknown` is a
-    row of which a run has fewer than 3 repeats, or no quartiles.
-
-    Returns:
-        `rows`: the identity, both medians, `ratio` (new time / old), its bounds by the quartiles, `memory_ratio` where
-        memory is measured, and the verdict, one of VERDICTS; `counts` of the verdicts; `differences` of machine and
-        versions, which may explain any of them.
+    Attributes:
+        identity: the values of IDENTITY.
+        ratio: new median / old; `min_ratio` and `max_ratio` by the quartiles of both.
+        memory_ratio: new peak / old, where memory is measured.
     """
-    before, after = ({_identity(row): row for row in complete(result)} for result in (old, new))
-    rows = [_compare_rows(before.get(key), after.get(key)) for key in {**after, **before}]
-    verdicts = [row["verdict"] for row in rows]
-    return {
-        "old_commit": old.get("commit"),
-        "new_commit": new.get("commit"),
-        "differences": [
-            f"{name}: {old[name]} before, {new.get(name)} now"
-            for name in SURROUNDINGS
-            if name in old and old[name] != new.get(name)
-        ],
-        "counts": {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts},
-        "rows": rows,
-    }
+
+    identity: Mapping[str, Any]
+    verdict: Verdict
+    old_ms: float | None
+    new_ms: float | None
+    ratio: float | None = None
+    min_ratio: float | None = None
+    max_ratio: float | None = None
+    memory_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two results; `environment_changes` of machine and versions may explain any difference."""
+
+    old_commit: str | None
+    new_commit: str | None
+    environment_changes: tuple[str, ...]
+    rows: tuple[RowComparison, ...]
+
+    @property
+    def counts(self) -> Counter[Verdict]:
+        return Counter(row.verdict for row in self.rows)
+
+
+def compare_rows(old: Iterable[Row], new: Iterable[Row], old_origin: Provenance, new_origin: Provenance) -> Comparison:
+    """What changed from one run to another.
+
+    A row is faster or slower if the quartiles of the two runs are at least 3 % apart. For two equal programs with 7
+    repeats each, the quartiles fail to overlap by chance once in 34 times, and are 3 % apart less often. `unknown` is
+    a row with fewer than 3 repeats in either run.
+
+    Args:
+        old, new: as `BenchmarkResult.records` has them.
+    """
+    before, after = ({_identity(row): row for row in rows} for rows in (old, new))
+    return Comparison(
+        old_commit=old_origin.commit,
+        new_commit=new_origin.commit,
+        environment_changes=tuple(
+            f"{name}: {getattr(old_origin, name)} before, {getattr(new_origin, name)} now"
+            for name in ENVIRONMENT
+            if getattr(old_origin, name) != getattr(new_origin, name)
+        ),
+        rows=tuple(_compare(before.get(key), after.get(key)) for key in {**after, **before}),
+    )
 
 
 def _identity(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(key)) for key in IDENTITY)
 
 
-def _compare_rows(old: Row | None, new: Row | None) -> Row:
-    row = new or old or {}
-    result = {key: row[key] for key in IDENTITY if row.get(key) is not None}
-    before, after = old or {}, new or {}
+def _compare(old: Row | None, new: Row | None) -> RowComparison:
+    row, before, after = new or old or {}, old or {}, new or {}
     old_ms, new_ms = before.get("median_ms"), after.get("median_ms")
-    result |= {"old_ms": old_ms, "new_ms": new_ms, "ratio": None, "ratio_from": None, "ratio_to": None}
+    identity = {key: row[key] for key in IDENTITY if row.get(key) is not None}
+    compared = functools.partial(RowComparison, identity=identity, old_ms=old_ms, new_ms=new_ms)
     if new is None:
-        return {**result, "verdict": "gone"}
+        return compared(verdict="gone")
     if new_ms is None:
-        return {**result, "verdict": "failed"}
+        return compared(verdict="failed")
     if old_ms is None:
-        return {**result, "verdict": "new"}
-    result["ratio"] = new_ms / old_ms
-    if before.get("peak_mib") and after.get("peak_mib"):
-        result["memory_ratio"] = after["peak_mib"] / before["peak_mib"]
+        return compared(verdict="new")
+    old_mib, new_mib = before.get("peak_mib"), after.get("peak_mib")
+    compared = functools.partial(
+        compared, ratio=new_ms / old_ms, memory_ratio=new_mib / old_mib if old_mib and new_mib else None
+    )
     quartiles = [side[key] for side in (before, after) for key in QUARTILES if side.get(key) is not None]
     if len(quartiles) < 4:
-        return {**result, "verdict": "unknown"}
+        return compared(verdict="unknown")
     old_lower, old_upper, new_lower, new_upper = quartiles
-    result |= {"ratio_from": new_lower / old_upper, "ratio_to": new_upper / old_lower}
-    return {**result, "verdict": _verdict(result["ratio_from"], result["ratio_to"])}
+    min_ratio, max_ratio = new_lower / old_upper, new_upper / old_lower
+    return compared(verdict=_verdict(min_ratio, max_ratio), min_ratio=min_ratio, max_ratio=max_ratio)
 
 
-def _verdict(least: float, most: float) -> str:
-    if most <= 1 / MIN_CHANGE:
+def _verdict(min_ratio: float, max_ratio: float) -> Verdict:
+    if max_ratio <= 1 / MIN_CHANGE:
         return "faster"
-    if least >= MIN_CHANGE:
+    if min_ratio >= MIN_CHANGE:
         return "slower"
     return "within noise"
-
-
-def comparison_table(comparison: dict[str, Any]) -> list[Row]:
-    """The rows to print: what each is of, in one cell and as far as they differ, then the verdict and the figures."""
-    rows = comparison["rows"]
-    names = ("variant", "model")
-    telling = [key for key in IDENTITY if key in names or len({str(row.get(key)) for row in rows}) > 1]
-    return [
-        {
-            "what": ", ".join(_phrase(key, row[key]) for key in telling if key in row),
-            "verdict": row["verdict"],
-            **{key: value for key, value in row.items() if key not in IDENTITY},
-        }
-        for row in rows
-    ]
-
-
-def _phrase(key: str, value: Any) -> str:
-    return f"{key.replace('_', ' ')} {value}" if isinstance(value, int) else str(value)
-
-
-def comparison_summary(comparison: dict[str, Any]) -> list[str]:
-    """Lines: how many of each verdict, between which commits, and what else is not the same."""
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison["counts"].items())
-    commits = f"commit {comparison['old_commit']} before, {comparison['new_commit']} now"
-    warnings = [f"Not the same, which alone can change times: {line}" for line in comparison["differences"]]
-    return [f"{counts}; {commits}", *warnings]

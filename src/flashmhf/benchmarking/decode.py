@@ -1,23 +1,24 @@
-"""A few tokens through whole layers, as in generation: reading the weights is then all the time."""
+"""A few tokens through whole layers, as in generation, where reading the weights takes all the time."""
 
 import functools
 
 import torch
 
-from flashmhf.benchmarking.measuring import Row, copy_call, graphed, interleaved_times
-from flashmhf.benchmarking.variants import Shape, backend_of, build_layers
+from flashmhf.benchmarking.measuring import Row, copy_call, dtype_name, graphed, interleaved_times
+from flashmhf.benchmarking.variants import backend_of, build_layers
+from flashmhf.benchmarking.workloads import LayerShape
 
 
 def bench_decode(
-    shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int, variants: tuple[str, ...]
+    shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int, variants: tuple[str, ...]
 ) -> list[Row]:
-    """Time, and the rate of reading the weights once as a ratio to the device's own copy in the same run.
+    """Time, and the weights' bytes over it as a ratio to the device's copy bandwidth in the same run.
 
-    On a GPU each layer is the replay of a CUDA graph. A large copy comes before every timed call, so that weights come
-    from memory and not from a cache, as they do in a model of many layers.
+    On a GPU each layer is the replay of a CUDA graph. A large copy before every timed call evicts the weights from the
+    caches, as the other layers of a model do.
 
     Args:
-        variants: names of `LAYERS`; the first is what ratios refer to.
+        variants: names of `LAYERS`; the first is the baseline of ratios.
     """
     layers = build_layers(shape, variants, dtype, device)
     x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=device)
@@ -33,7 +34,7 @@ def bench_decode(
             {
                 "variant": name,
                 "tokens": tokens,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "backend": backend_of(layer, tokens, dtype),
                 **vars(times[name]),
                 "ratio": times[name].median_ms / times[variants[0]].median_ms,

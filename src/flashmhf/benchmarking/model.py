@@ -1,7 +1,7 @@
 """Whole language models: a training step, and generation.
 
-Training is what `flashmhf train --bf16` does: float32 parameters, matrix products in the lower precision, AdamW. Models
-generate with parameters in that precision. Parameters, prompts and batches are random.
+Training is that of `flashmhf train --bf16`: float32 parameters, matrix products in the lower precision, AdamW.
+Generation has its parameters in that precision. Parameters, prompts and batches are random.
 """
 
 import functools
@@ -11,53 +11,42 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from flashmhf.benchmarking.measuring import Row, interleaved_times, matmul_call, peak_bytes
+from flashmhf.benchmarking.measuring import Row, Times, dtype_name, interleaved_times, matmul_call, peak_bytes
 from flashmhf.benchmarking.variants import backend_of
+from flashmhf.benchmarking.workloads import ModelWorkload
 from flashmhf.errors import InputError
 from flashmhf.estimates.cost import model_cost
 from flashmhf.models.loading import load_config
-from flashmhf.ops.roofline import GPUS, Gpu
+from flashmhf.ops.roofline import peak_tflops
 
 
 def bench_training(
-    names: tuple[str, ...],
-    batch_size: int,
-    context_length: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int,
-    *,
-    backend: str | None = None,
+    workload: ModelWorkload, dtype: torch.dtype, device: torch.device, repeats: int, *, backend: str | None = None
 ) -> list[Row]:
-    """Forward, loss, backward and AdamW: tokens/s, utilisation of the measured and the maker's peak, memory.
+    """Forward, loss, backward and AdamW: tokens/s, MFU by the measured and the data sheet's peak, memory.
 
-    Model FLOPs are three times those of the forward pass; what a backward pass computes again does not count.
+    Model FLOPs are three times the forward pass's; what the backward pass recomputes does not count.
 
     Args:
-        names: presets, JSON files or folders; the first is what ratios refer to.
-        batch_size, context_length: sequences of a step, tokens of each.
-        backend: of the operator, in place of what the configurations say.
+        backend: of the operator, in place of the configurations' own.
     """
-    steps = {name: TrainingStep(_config(name, backend), batch_size, context_length, dtype, device) for name in names}
+    steps = {name: TrainingStep(_config(name, backend), workload, dtype, device) for name in workload.models}
     matmul, matmul_flops = matmul_call(device, dtype)
     times = interleaved_times({"matmul": matmul, **steps}, device, repeats)
     matmul_tflops = matmul_flops / times["matmul"].median_ms / 1e9
-    gpu = data_sheet(device)
     rows = []
     for name, step in steps.items():
-        tokens = batch_size * context_length
-        tflops = tokens * model_cost(step.config, context_length).training_flops_per_token / times[name].median_ms / 1e9
+        tflops = step.flops() / times[name].median_ms / 1e9
+        peak = peak_tflops(device, half=dtype.itemsize == 2)
         rows.append(
             {
-                **_common("training", name, batch_size, context_length, dtype),
-                "backend": backend_of(step.model, tokens, dtype),
-                **vars(times[name]),
-                "ratio": times[name].median_ms / times[names[0]].median_ms,
-                "tokens_per_s": 1e3 * tokens / times[name].median_ms,
+                **_row("training", name, workload, dtype, times),
+                "backend": backend_of(step.model, step.batch.numel(), dtype),
+                "tokens_per_s": 1e3 * step.batch.numel() / times[name].median_ms,
                 "tflops": tflops,
                 "matmul_tflops": matmul_tflops,
                 "mfu_of_matmul": tflops / matmul_tflops,
-                "mfu_of_data_sheet": None if gpu is None else tflops / _promised_tflops(gpu, dtype),
+                "mfu_of_data_sheet": None if peak is None else tflops / peak,
                 "peak_mib": (step.state_bytes() + peak_bytes(step, device)) / 2**20,
             }
         )
@@ -65,10 +54,7 @@ def bench_training(
 
 
 def bench_generation(
-    names: tuple[str, ...],
-    batch_size: int,
-    prompt_length: int,
-    new_tokens: int,
+    workload: ModelWorkload,
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
@@ -76,26 +62,21 @@ def bench_generation(
     cache: str = "dynamic",
     backend: str | None = None,
 ) -> list[Row]:
-    """The likeliest continuation of random prompts: new tokens/s, the prompt's pass included, and peak memory.
+    """Greedy continuation of random prompts: new tokens/s, prefill included, and peak memory.
 
     Args:
-        names: presets, JSON files or folders; the first is what ratios refer to.
         cache: transformers' `cache_implementation`; with "static" it compiles the model on a GPU.
-        backend: of the operator, in place of what the configurations say.
+        backend: of the operator, in place of the configurations' own.
     """
-    runs = {
-        name: Generation(_config(name, backend), batch_size, prompt_length, new_tokens, dtype, device, cache)
-        for name in names
-    }
+    runs = {name: Generation(_config(name, backend), workload, dtype, device, cache) for name in workload.models}
     times = interleaved_times({**runs}, device, repeats)
+    new_tokens = workload.batch_size * workload.new_tokens
     return [
         {
-            **_common(f"generation, {cache} cache", name, batch_size, prompt_length, dtype),
-            "new_tokens": new_tokens,
-            "backend": backend_of(run.model, batch_size, dtype),
-            **vars(times[name]),
-            "ratio": times[name].median_ms / times[names[0]].median_ms,
-            "tokens_per_s": 1e3 * batch_size * new_tokens / times[name].median_ms,
+            **_row(f"generation, {cache} cache", name, workload, dtype, times),
+            "new_tokens": workload.new_tokens,
+            "backend": backend_of(run.model, workload.batch_size, dtype),
+            "tokens_per_s": 1e3 * new_tokens / times[name].median_ms,
             "peak_mib": (run.weight_bytes() + peak_bytes(run, device)) / 2**20,
         }
         for name, run in runs.items()
@@ -106,13 +87,14 @@ class TrainingStep:
     """A model, its optimizer and a batch; a call is one step."""
 
     def __init__(
-        self, config: PreTrainedConfig, batch_size: int, context_length: int, dtype: torch.dtype, device: torch.device
+        self, config: PreTrainedConfig, workload: ModelWorkload, dtype: torch.dtype, device: torch.device
     ) -> None:
-        _check_length(config, context_length)
+        shape = (workload.batch_size, workload.context_length)
+        _check_length(config, workload.context_length)
         self.config = config
         self.model = _build(config, torch.float32, device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.batch = torch.randint(config.vocab_size, (batch_size, context_length), device=device)
+        self.batch = torch.randint(config.vocab_size, shape, device=device)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def __call__(self) -> None:
@@ -122,54 +104,45 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def flops(self) -> float:
+        """Model FLOPs of a step."""
+        cost = model_cost(self.config, self.batch.shape[1])
+        return self.batch.numel() * cost.training_flops_per_token
+
     def state_bytes(self) -> int:
-        """Of parameters and optimizer, which outlast a step."""
+        """Bytes of parameters and optimizer state, which outlive a step."""
         moments = (x for state in self.optimizer.state.values() for x in state.values())
         return sum(x.nbytes for x in (*self.model.parameters(), *moments))
 
 
 class Generation:
-    """A model and prompts; a call is one generation of all new tokens."""
+    """A model and prompts; a call generates all new tokens once."""
 
     def __init__(
         self,
         config: PreTrainedConfig,
-        batch_size: int,
-        prompt_length: int,
-        new_tokens: int,
+        workload: ModelWorkload,
         dtype: torch.dtype,
         device: torch.device,
         cache: str,
     ) -> None:
-        _check_length(config, prompt_length + new_tokens)
+        _check_length(config, workload.context_length + workload.new_tokens)
         self.model = _build(config, dtype, device).eval()
-        self.prompt = torch.randint(config.vocab_size, (batch_size, prompt_length), device=device)
-        self.options = {"max_new_tokens": new_tokens, "cache_implementation": cache}
+        self.prompt = torch.randint(config.vocab_size, (workload.batch_size, workload.context_length), device=device)
+        self.options = {"max_new_tokens": workload.new_tokens, "cache_implementation": cache}
 
     def __call__(self) -> Tensor:
         return self.model.generate(
             self.prompt,
             attention_mask=torch.ones_like(self.prompt),
             do_sample=False,
-            eos_token_id=None,  # never ends early
+            eos_token_id=None,  # never stops early
             pad_token_id=0,
             **self.options,
         )
 
     def weight_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.model.parameters())
-
-
-def data_sheet(device: torch.device) -> Gpu | None:
-    """What the maker promises of a device, if it is one of `GPUS`."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
-    return next((gpu for name, gpu in GPUS.items() if name in words), None)
-
-
-def _promised_tflops(gpu: Gpu, dtype: torch.dtype) -> float:
-    return gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
 
 
 def _config(name: str, backend: str | None) -> PreTrainedConfig:
@@ -190,11 +163,14 @@ def _check_length(config: PreTrainedConfig, length: int) -> None:
         raise InputError(f"context-length: expected at most the model's {config.max_position_embeddings}, got {length}")
 
 
-def _common(task: str, name: str, batch_size: int, context_length: int, dtype: torch.dtype) -> Row:
+def _row(task: str, name: str, workload: ModelWorkload, dtype: torch.dtype, times: dict[str, Times]) -> Row:
+    """What rows of both tasks have in common."""
     return {
         "task": task,
         "model": name,
-        "batch_size": batch_size,
-        "context_length": context_length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": workload.batch_size,
+        "context_length": workload.context_length,
+        "dtype": dtype_name(dtype),
+        **vars(times[name]),
+        "ratio": times[name].median_ms / times[workload.models[0]].median_ms,
     }

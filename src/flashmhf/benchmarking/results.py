@@ -1,86 +1,94 @@
-"""A result as rows, as CSV, and as it is read again from results.json."""
+"""A benchmark's result, and its JSON form."""
 
-import csv
-import io
 import json
 import math
-from dataclasses import fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from flashmhf.benchmarking.comparing import QUARTILES, Comparison, compare_rows
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.benchmarking.provenance import columns_of
-from flashmhf.benchmarking.variants import Shape
+from flashmhf.benchmarking.provenance import Provenance
+from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
 from flashmhf.errors import InputError
 
-# What is said once of a result and repeated in every row, so that a row can be read alone.
-FACTS = (
-    "kind", "device", "machine", "processor", "cores", "threads", "python", "flashmhf", "torch", "triton", "commit",
-    "date",
-)  # fmt: skip
-QUARTILES = ("lower_quartile_ms", "upper_quartile_ms")
+VERSION = 2  # of results.json; 1 had no number, and provenance in every row
 
 
-def complete(result: dict[str, Any]) -> list[Row]:
-    """The rows, each with sizes, machine, versions and commit."""
-    facts = {name: result[name] for name in FACTS if name in result}
-    return [{**row, **result.get("shape", {}), **facts} for row in result["rows"]]
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """What `flashmhf bench` measured.
+
+    Attributes:
+        kind: op, layer, decode or model.
+        workload: what all rows have in common; models for kind "model", else the layer's shape.
+        rows: one per variant and case.
+        comparison: with an earlier result, if there was one.
+    """
+
+    kind: str
+    provenance: Provenance
+    workload: LayerShape | ModelWorkload
+    rows: tuple[Row, ...]
+    comparison: Comparison | None = None
+
+    def records(self) -> list[Row]:
+        """The rows, each with the layer's shape, kind and provenance: what CSV holds."""
+        shape = asdict(self.workload) if isinstance(self.workload, LayerShape) else {}
+        origin = {name: value for name, value in asdict(self.provenance).items() if name != "command"}
+        return [{**row, **shape, "kind": self.kind, **origin} for row in self.rows]
+
+    def compared_with(self, old: "BenchmarkResult") -> "BenchmarkResult":
+        """The same result, with `comparison`."""
+        comparison = compare_rows(old.records(), self.records(), old.provenance, self.provenance)
+        return replace(self, comparison=comparison)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self)}
 
 
-def measured(rows: list[Row]) -> list[Row]:
-    """The rows without what `complete` added."""
-    sizes = {field.name for field in fields(Shape)}
-    return [{key: value for key, value in row.items() if key not in sizes and key not in FACTS} for row in rows]
-
-
-def check_folder(folder: Path) -> None:
-    """Raises InputError for what cannot be, or is surely not meant as, the folder of `write_results`."""
-    if folder.suffix == ".json" or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"output: expected a folder, got {str(folder)!r}")
-
-
-def read_result(file: Path) -> dict[str, Any]:
-    """What `write_results` wrote to results.json.
+def read_result(file: Path) -> BenchmarkResult:
+    """The result that a results.json holds; its comparison is left out.
 
     Raises:
-        InputError: it is something else.
+        InputError: the file is something else, or of another version.
     """
     try:
-        result = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
-    else:
-        reason = _invalid_reason(result)
-        if reason is None:
-            return cast(dict[str, Any], result)
+        return _from_json(json.loads(file.read_bytes()))
+    except OSError as error:
+        reason = error.strerror
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        reason = "not JSON"
+    except (ValueError, TypeError) as error:
+        reason = str(error)
     raise InputError(f"compare: expected the results.json of a benchmark, got {str(file)!r}: {reason}")
 
 
-def _invalid_reason(result: Any) -> str | None:
-    """The first thing that keeps an object from being a result."""
-    if not isinstance(result, dict) or not isinstance(result.get("kind"), str):
-        return "it has no 'kind'"
-    rows = result.get("rows")
+def _from_json(content: Any) -> BenchmarkResult:
+    """Raises ValueError or TypeError for what is not a result."""
+    if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
+        raise ValueError("it has no 'kind'")
+    if content.get("version") != VERSION:
+        raise ValueError(f"expected version {VERSION}, got {content.get('version', 1)}; run the benchmark again")
+    rows = content.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        return "it has no 'rows'"
-    if not isinstance(result.get("shape", {}), dict):
-        return "its 'shape' is no object"
+        raise ValueError("it has no 'rows'")
     for number, row in enumerate(rows, 1):
         if "failed" not in row and not _is_time(row.get("median_ms")):
-            return f"row {number} has no 'median_ms'"
+            raise ValueError(f"row {number} has no 'median_ms'")
         if not all(row.get(name) is None or _is_time(row[name]) for name in QUARTILES):
-            return f"row {number} has a quartile that is no time"
-    return None
+            raise ValueError(f"row {number} has a quartile that is not a time")
+    for name in ("workload", "provenance"):
+        if not isinstance(content.get(name), dict):
+            raise ValueError(f"it has no {name!r}")
+    workload = ModelWorkload if content["kind"] == "model" else LayerShape
+    return BenchmarkResult(
+        kind=content["kind"],
+        provenance=Provenance(**content["provenance"]),
+        workload=workload(**content["workload"]),
+        rows=tuple(rows),
+    )
 
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
-def csv_text(rows: list[Row]) -> str:
-    """Rows as CSV, one column for every key that occurs."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,7 +1,6 @@
-"""The layers that are compared, by name: FlashMHF, and what one would use or write instead, with equal FLOPs."""
+"""The layers to compare, by name: FlashMHF, and what one would use or write instead, at equal FLOPs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -11,28 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashmhf.benchmarking.chunked import chunked_mhf
+from flashmhf.benchmarking.workloads import LayerShape
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.ops.backends import BACKENDS, select
 from flashmhf.ops.problem import Problem
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of the layers under test; the defaults are the paper's 128M model."""
-
-    hidden_size: int = 768
-    num_heads: int = 6
-    num_subnetworks: int = 8
-    subnetwork_size: int = 256
-
-    @property
-    def swiglu_size(self) -> int:
-        """Width of the SwiGLU with the same matrix FLOPs: its 3 d d_ff against 3 d d_ff + 2 d^2."""
-        return self.num_subnetworks * self.subnetwork_size + 2 * self.hidden_size // 3
-
-
 class NaiveMHF(nn.Module):
-    """The layer as one writes it down first: every head's activations in memory, matrix products in the best layout."""
+    """The straightforward layer: every head's activations in memory, matrix products in the best layout."""
 
     def __init__(self, layer: FlashMHF) -> None:
         super().__init__()
@@ -55,7 +40,7 @@ class NaiveMHF(nn.Module):
 
 
 class Chunked(NaiveMHF):
-    """The layer with `chunked_mhf`; `mib` bounds one of a chunk's activations."""
+    """The layer with `chunked_mhf`; `mib` limits the size of each of a chunk's activations."""
 
     def __init__(self, layer: FlashMHF, mib: int) -> None:
         super().__init__(layer)
@@ -66,7 +51,7 @@ class Chunked(NaiveMHF):
 
 
 class LigerSwiGLU(SwiGLU):
-    """SwiGLU with liger-kernel's fused activation, which keeps the two projections and recomputes their product."""
+    """SwiGLU with liger-kernel's fused activation, which saves the two projections and recomputes their product."""
 
     def forward(self, x: Tensor) -> Tensor:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # type: ignore[import-not-found]
@@ -85,28 +70,28 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
-def _flash(shape: Shape, options: dict[str, Any], backend: str = "auto") -> FlashMHF:
+def _flash(shape: LayerShape, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> FlashMHF:
     sizes = (shape.hidden_size, shape.num_heads, shape.num_subnetworks, shape.subnetwork_size)
-    return FlashMHF(*sizes, init="scaled", backend=backend, **options)
+    return FlashMHF(*sizes, init="scaled", backend=backend, dtype=dtype, device=device)
 
 
-def _swiglu(shape: Shape, options: dict[str, Any]) -> SwiGLU:
-    return SwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", **options)
+def _swiglu(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> SwiGLU:
+    return SwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", dtype=dtype, device=device)
 
 
-def _liger(shape: Shape, options: dict[str, Any]) -> nn.Module:
+def _liger(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if find_spec("liger_kernel") is None:
         raise ValueError("variants: expected the package liger-kernel for 'swiglu-liger', got none")
-    return LigerSwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", **options)
+    return LigerSwiGLU(shape.hidden_size, shape.swiglu_size, init="scaled", dtype=dtype, device=device)
 
 
 def _compiled(module: nn.Module) -> nn.Module:
-    torch.compiler.reset()  # what it remembers, and how often it compiles again, is counted by code and not by module
+    torch.compiler.reset()  # its cache and its recompile limit belong to the code, not to the module
     return cast(nn.Module, torch.compile(module, dynamic=False))
 
 
-# How each is built. A chunk's activations stay in a large L2 cache, or with `chunked-large` give cuBLAS more at once.
-LAYERS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
+# Builders. A chunk's activations fit a large L2 cache; those of `chunked-large` make cuBLAS's products larger.
+LAYERS: dict[str, Callable[[LayerShape, torch.dtype, torch.device], nn.Module]] = {
     "swiglu": _swiglu,
     "swiglu-compiled": lambda *arguments: _compiled(_swiglu(*arguments)),
     "swiglu-liger": _liger,
@@ -115,21 +100,21 @@ LAYERS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
     "chunked": lambda *arguments: Chunked(_flash(*arguments), mib=8),
     "chunked-large": lambda *arguments: Chunked(_flash(*arguments), mib=128),
     "flashmhf": _flash,
-    "flashmhf-triton": lambda shape, options: _flash(shape, options, "triton"),
-    "flashmhf-hopper": lambda shape, options: _flash(shape, options, "hopper"),
+    "flashmhf-triton": lambda shape, dtype, device: _flash(shape, dtype, device, "triton"),
+    "flashmhf-hopper": lambda shape, dtype, device: _flash(shape, dtype, device, "hopper"),
     "flashmhf-compiled": lambda *arguments: _compiled(_flash(*arguments)),
 }
 
 
 def build_layers(
-    shape: Shape, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    shape: LayerShape, names: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Module]:
-    """The named layers, each with random parameters of its own."""
-    return {name: LAYERS[name](shape, {"dtype": dtype, "device": device}) for name in names}
+    """The named layers, each with its own random parameters."""
+    return {name: LAYERS[name](shape, dtype, device) for name in names}
 
 
 def backend_of(module: nn.Module, tokens: int, dtype: torch.dtype) -> str | None:
-    """The backend that runs the FlashMHF layers of a layer or model, or None where nothing asks for one."""
+    """The backend that runs the FlashMHF layers of a layer or model; None if it has none."""
     layer = next((inner for inner in module.modules() if isinstance(inner, FlashMHF)), None)
     if layer is None or isinstance(module, NaiveMHF):
         return None

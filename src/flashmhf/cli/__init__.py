@@ -31,11 +31,11 @@ app.command("bench", no_args_is_help=True)(bench.bench)
 
 
 def main() -> None:
-    """Runs the command line; exits 0, 1 (failed), 2 (bad usage) or 128 and a signal's number, with a line on why."""
+    """Runs the command line; exits with 0, 1 (failed), 2 (bad usage) or 128 + a signal's number, and one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
     logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print its every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler prints each start and stop
     try:
         code = app(standalone_mode=False)
     except InputError as error:

@@ -2,40 +2,57 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
 from flashmhf.errors import InputError
 
-Runs = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]  # a title, and what measures it
+if TYPE_CHECKING:
+    from flashmhf.benchmarking.measuring import Row
+    from flashmhf.benchmarking.results import BenchmarkResult
+
+Runs = Iterable[tuple[str, Callable[[], "list[Row]"]]]  # titles and measurements
 Kind = Literal["op", "layer", "decode", "model"]
-KIND_HELP = "The operator on its backends; whole layers; whole layers at few tokens; training and generation of models."
+KIND_HELP = "The operator on its backends; whole layers; layers with few tokens; training and generation of models."
+DEFAULT_TOKENS = {"op": "4096", "layer": "4096", "decode": "1,2,4,8,16,32,64,128"}
+DEFAULT_VARIANTS = {"op": "reference,blockwise", "layer": "swiglu,naive,flashmhf", "decode": "swiglu,flashmhf"}
+SHAPE, MODELS = LayerShape(), ModelWorkload()
+DTYPES = ("float32", "bfloat16", "float16")
 Tokens = Annotated[
     str | None,
-    typer.Option(help="Numbers of tokens, with commas. Default: 4096, or 1,2,4,8,16,32,64,128 for decode."),
+    typer.Option(help=f"Comma-separated. Default: {DEFAULT_TOKENS['op']}; for decode {DEFAULT_TOKENS['decode']}."),
 ]
-Dtypes = Annotated[str, typer.Option(help="Of float32, bfloat16, float16, with commas.")]
+Dtypes = Annotated[str, typer.Option(help="Comma-separated: float32, bfloat16, float16.")]
 Variants = Annotated[
     str | None,
     typer.Option(
-        help="The first is what the ratios refer to. Default: swiglu,naive,flashmhf, or swiglu,flashmhf for decode, "
-        "or reference,blockwise for op."
+        help="Comma-separated; the first is the baseline of ratios. Default: "
+        + "; ".join(f"{names} for {kind}" for kind, names in DEFAULT_VARIANTS.items())
+        + "."
     ),
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
-Size = Annotated[int, typer.Option(min=1, help="Of op, layer and decode.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls per variant.")]
+Size = Annotated[int, typer.Option(min=1, help="For op, layer and decode.")]
 Models = Annotated[
-    str | None, typer.Option(help="Of model: presets, files, folders. Default: swiglu-tiny,flashmhf-tiny.")
+    str | None, typer.Option(help=f"For model: presets, files, folders. Default: {','.join(MODELS.models)}.")
 ]
-ModelSize = Annotated[int | None, typer.Option(min=1, help="Of model: sequences at a time. Default: 4.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help=f"For model: sequences per step. Default: {MODELS.batch_size}.")
+]
 ContextLength = Annotated[
-    int | None, typer.Option(min=2, help="Of model: tokens of a sequence in training, and of a prompt. Default: 256.")
+    int | None,
+    typer.Option(
+        min=2, help=f"For model: tokens per training sequence and per prompt. Default: {MODELS.context_length}."
+    ),
 ]
-NewTokens = Annotated[int | None, typer.Option(min=1, help="Of model: tokens to generate. Default: 32.")]
+NewTokens = Annotated[
+    int | None, typer.Option(min=1, help=f"For model: tokens to generate. Default: {MODELS.new_tokens}.")
+]
 Output = Annotated[
     str | None,
     typer.Option(
@@ -43,18 +60,8 @@ Output = Annotated[
     ),
 ]
 Compare = Annotated[
-    str | None, typer.Option(metavar="OLD.json", help="Say what became faster or slower than in that results.json.")
+    str | None, typer.Option(metavar="OLD.json", help="Show what became faster or slower since that results.json.")
 ]
-
-DEFAULT_TOKENS = {"op": "4096", "layer": "4096", "decode": "1,2,4,8,16,32,64,128"}
-DEFAULT_VARIANTS = {"op": "reference,blockwise", "layer": "swiglu,naive,flashmhf", "decode": "swiglu,flashmhf"}
-DEFAULT_MODEL: dict[str, Any] = {
-    "models": "swiglu-tiny,flashmhf-tiny",
-    "batch_size": 4,
-    "context_length": 256,
-    "new_tokens": 32,
-}
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
@@ -63,12 +70,12 @@ def bench(
     dtypes: Dtypes = "float32,bfloat16",
     variants: Variants = None,
     repeats: Repeats = 7,
-    hidden_size: Size = 768,
-    num_heads: Size = 6,
-    num_subnetworks: Size = 8,
-    subnetwork_size: Size = 256,
+    hidden_size: Size = SHAPE.hidden_size,
+    num_heads: Size = SHAPE.num_heads,
+    num_subnetworks: Size = SHAPE.num_subnetworks,
+    subnetwork_size: Size = SHAPE.subnetwork_size,
     models: Models = None,
-    batch_size: ModelSize = None,
+    batch_size: BatchSize = None,
     context_length: ContextLength = None,
     new_tokens: NewTokens = None,
     device: Device = None,
@@ -76,54 +83,62 @@ def bench(
     compare: Compare = None,
     json: Json = False,
 ) -> None:
-    """Time and memory of FlashMHF against SwiGLU of equal FLOPs and others, or of one backend against another."""
-    of_layers = {"tokens": tokens, "variants": variants}
-    of_models = {
+    """Time and memory of FlashMHF against SwiGLU at equal FLOPs and others, or of one backend against another."""
+    for_layers = {"tokens": tokens, "variants": variants}
+    for_models = {
         "models": models, "batch_size": batch_size, "context_length": context_length, "new_tokens": new_tokens
     }  # fmt: skip
-    _refuse(kind, of_layers if kind == "model" else of_models)
+    _refuse(kind, for_layers if kind == "model" else for_models)
     with results_only():
-        from flashmhf.benchmarking import Shape, check_folder, complete, provenance, read_result, table
-        from flashmhf.reports.benchmark_page import write_results
+        from flashmhf.benchmarking.provenance import provenance
+        from flashmhf.benchmarking.results import BenchmarkResult, read_result
+        from flashmhf.reports.benchmark_page import check_folder, write_results
 
         if output is not None:
             check_folder(Path(output))
         old = None if compare is None else read_result(Path(compare))
-        names = _choices("dtypes", dtypes, DTYPES)
-        picked = pick_device(device)
-        common = {"device": picked, "repeats": repeats}
-        sizes: dict[str, Any]
+        names, picked = _choices("dtypes", dtypes, DTYPES), pick_device(device)
+        workload: LayerShape | ModelWorkload
         if kind == "model":
-            sizes = DEFAULT_MODEL | {name: given for name, given in of_models.items() if given is not None}
-            rows = _measure(kind, _model_runs(names, common, **sizes))
+            workload = _model_workload(for_models)
+            runs = _model_runs(workload, names, device=picked, repeats=repeats)
         else:
-            shape = Shape(hidden_size, num_heads, num_subnetworks, subnetwork_size)
-            sizes = {"shape": vars(shape)}
-            rows = _measure(kind, _layer_runs(kind, shape, tokens, variants, names, common))
-        result = {"kind": kind, **provenance(picked), **sizes, "rows": rows}
-        result["rows"] = complete(result)
-        text = [table(rows), *([] if old is None else _compare(old, result))]
+            workload = LayerShape(
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                num_subnetworks=num_subnetworks,
+                subnetwork_size=subnetwork_size,
+            )
+            cases = _layer_cases(kind, tokens, variants, names)
+            runs = _layer_runs(kind, workload, cases, device=picked, repeats=repeats)
+        rows = tuple(_measure(kind, runs))
+        result = BenchmarkResult(kind=kind, provenance=provenance(picked), workload=workload, rows=rows)
+        if old is not None:
+            result = result.compared_with(old)
         if output is not None:
             write_results(result, Path(output))
-    emit(result, "\n".join(text), json)
+        text = _text(result)
+    emit(result.to_json(), text, json)
 
 
-def _compare(old: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """Adds the comparison to the result; returns what to print of it."""
-    from flashmhf.benchmarking import compare_results, comparison_summary, comparison_table, table
+def _text(result: "BenchmarkResult") -> str:
+    from flashmhf.reports.benchmark_page import comparison_summary, comparison_table
+    from flashmhf.reports.table import Table
 
-    result["comparison"] = comparison = compare_results(old, result)
-    return ["", table(comparison_table(comparison)), "", *comparison_summary(comparison)]
+    text = [Table.of(result.rows).markdown()]
+    if result.comparison is not None:
+        text += ["", comparison_table(result.comparison).markdown(), "", *comparison_summary(result.comparison)]
+    return "\n".join(text)
 
 
-def _measure(kind: str, runs: Runs) -> list[dict[str, Any]]:
+def _measure(kind: str, runs: Runs) -> "list[Row]":
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
     rows = []
     chosen = list(runs)
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn())
-    # Drawn once a second: more would take the processor away from what is timed.
+    # Once per second: drawing more often would take CPU time from what is measured.
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=1) as bar:
         task = bar.add_task(f"bench {kind}", total=len(chosen))
         for title, run in chosen:
@@ -136,18 +151,13 @@ def _measure(kind: str, runs: Runs) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer_runs(
-    kind: str, shape: Any, tokens: str | None, variants: str | None, dtypes: list[str], common: dict[str, Any]
-) -> Runs:
-    """What `op`, `layer` and `decode` have to measure."""
-    import torch
-
-    from flashmhf.benchmarking import LAYERS, bench_decode, bench_layer, bench_op
+def _layer_cases(
+    kind: str, tokens: str | None, variants: str | None, dtypes: list[str]
+) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """Tokens, dtype and variants of each measurement of op, layer or decode."""
+    from flashmhf.benchmarking.variants import LAYERS
     from flashmhf.ops.backends import backends
 
-    measure: dict[str, Callable[..., list[dict[str, Any]]]] = {
-        "op": bench_op, "layer": bench_layer, "decode": bench_decode
-    }  # fmt: skip
     known = tuple(backends()) if kind == "op" else tuple(LAYERS)
     chosen = tuple(_choices("variants", variants or DEFAULT_VARIANTS[kind], known))
     counts = (tokens or DEFAULT_TOKENS[kind]).split(",")
@@ -155,27 +165,42 @@ def _layer_runs(
         if not count.isdigit() or int(count) < 1:
             raise InputError(f"tokens: expected whole numbers above 0, got {count!r}")
     for dtype, count in itertools.product(dtypes, counts):
-        case = {"tokens": int(count), "dtype": getattr(torch, dtype), "variants": chosen}
-        yield f"{count} tokens, {dtype}", functools.partial(measure[kind], shape, **case, **common)
+        yield int(count), dtype, chosen
 
 
-def _model_runs(
-    dtypes: list[str], common: dict[str, Any], models: str, batch_size: int, context_length: int, new_tokens: int
+def _layer_runs(
+    kind: str, shape: LayerShape, cases: Iterable[tuple[int, str, tuple[str, ...]]], **options: Any
 ) -> Runs:
-    """What `model` has to measure."""
+    import torch
+
+    from flashmhf.benchmarking.decode import bench_decode
+    from flashmhf.benchmarking.layer import bench_layer, bench_op
+
+    measure: dict[str, Callable[..., list[Row]]] = {"op": bench_op, "layer": bench_layer, "decode": bench_decode}
+    for count, dtype, variants in cases:
+        case = {"tokens": count, "dtype": getattr(torch, dtype), "variants": variants}
+        yield f"{count} tokens, {dtype}", functools.partial(measure[kind], shape, **case, **options)
+
+
+def _model_workload(given: dict[str, Any]) -> ModelWorkload:
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "models" in chosen:
+        chosen["models"] = tuple(chosen["models"].split(","))
+    return ModelWorkload(**chosen)
+
+
+def _model_runs(workload: ModelWorkload, dtypes: list[str], **options: Any) -> Runs:
     import torch
 
     from flashmhf.benchmarking.model import bench_generation, bench_training
 
     for dtype in dtypes:
-        case = (tuple(models.split(",")), batch_size, context_length)
-        options = {"dtype": getattr(torch, dtype), **common}
-        yield f"training, {dtype}", functools.partial(bench_training, *case, **options)
-        yield f"generation, {dtype}", functools.partial(bench_generation, *case, new_tokens, **options)
+        for title, measure in (("training", bench_training), ("generation", bench_generation)):
+            yield f"{title}, {dtype}", functools.partial(measure, workload, dtype=getattr(torch, dtype), **options)
 
 
 def _refuse(kind: str, options: dict[str, Any]) -> None:
-    """Options of other kinds are said to be useless, not passed over."""
+    """Options that this kind of benchmark does not have are errors."""
     for name, given in options.items():
         if given is not None:
             raise InputError(f"{name.replace('_', '-')}: expected nothing with bench {kind}, got {given!r}")

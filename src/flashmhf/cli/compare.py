@@ -121,7 +121,7 @@ def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":
 def _check_flags(flags: tuple[str, ...], output_dir: str) -> None:
     """Raises InputError for a flag that TrainingArguments does not have or that a comparison decides."""
     from flashmhf.errors import InputError
-    from flashmhf.training.run import parse_arguments
+    from flashmhf.training.arguments import parse_arguments
 
     for name in DECIDED:
         if any(flag.partition("=")[0] == f"--{name}" for flag in flags):

@@ -1,4 +1,4 @@
-"""`--config FILE`: options of a command from a YAML or JSON file; the command line wins over it."""
+"""`--config FILE`: options of a command from a YAML or JSON file; the command line takes precedence."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ CONFIG_FLAGS = "flashmhf.config_flags"  # in the context's `meta`: the file's va
 
 
 def _read(context: typer.Context, file: str | None) -> str | None:
-    """Values for the command's own options become their defaults; the others are flags that it passes on."""
+    """Makes values for the command's own options their defaults; the others become flags that it passes on."""
     if file is not None:
         own = {parameter.name for parameter in context.command.params}
         values = _mapping(Path(file))
@@ -23,7 +23,7 @@ Config = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Options of this command as a YAML or JSON file, such as `max_steps: 300`; those typed here win.",
+        help="Options as a YAML or JSON file, such as `max_steps: 300`; the command line takes precedence.",
         is_eager=True,
         callback=_read,
     ),

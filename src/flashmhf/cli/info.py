@@ -1,98 +1,105 @@
 """flashmhf info: what a model costs, and which backends run here."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashmhf.cli.output import Json, emit, results_only
 
+if TYPE_CHECKING:
+    from flashmhf.estimates.cost import ModelCost, OperatorCost
+    from flashmhf.estimates.memory import TrainingEstimate
+
+HAVE_OPERATOR = ("flashmhf", "mhffn", "dense_moe")  # as ffn_type
+
 
 def info(
     model: Annotated[str | None, typer.Argument(metavar="PRESET|FILE|DIR", show_default=False)] = None,
-    context_length: Annotated[int | None, typer.Option(help="For the attention's FLOPs. Default: the longest.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="T of the operator's estimate, or see --gpus.")] = 65536,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="Memory of each of so many and time, --tokens being the whole training's.")
+    context_length: Annotated[
+        int | None, typer.Option(help="For the attention's FLOPs. Default: the model's maximum.")
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="With --gpus: of the context's length, on a GPU at once.")] = 1,
-    utilisation: Annotated[float, typer.Option(help="With --gpus: share of the peak that the model uses.")] = 0.4,
-    gpu: Annotated[str, typer.Option(help="Of the estimates: a100, h100, h200, b200 or mi300x.")] = "h200",
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Of the operator's estimate; with --gpus, of the complete training run.")
+    ] = 65536,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Estimate a training run on this many GPUs: memory of each, and hours.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="With --gpus: sequences per GPU and step.")] = 1,
+    utilisation: Annotated[float, typer.Option(help="With --gpus: MFU, the share of peak throughput.")] = 0.4,
+    gpu: Annotated[str, typer.Option(help="For the estimates: a100, h100, h200, b200 or mi300x.")] = "h200",
     json: Json = False,
 ) -> None:
-    """Parameters, FLOPs and activation bytes/token, backends and why not. Without a model: presets, backends."""
+    """Parameters, FLOPs and saved bytes per token, and backends. Without a model: presets and backends."""
     with results_only():
-        from flashmhf.models import preset_names
         from flashmhf.ops.backends import backends
 
-        report: dict = {"model": model}
+        report: dict[str, Any] = {"model": model}
         if model is None:
+            from flashmhf.models import preset_names
+
             report["presets"] = preset_names()
+            lines = ["presets: " + ", ".join(report["presets"])]
         else:
-            from flashmhf.estimates.cost import model_cost, operator_work
+            from flashmhf.estimates.cost import model_cost, operator_cost
             from flashmhf.models import FlashMHFConfig
             from flashmhf.models.loading import load_config
 
             config = load_config(model)
-            report |= asdict(model_cost(config, context_length))
+            cost = model_cost(config, context_length)
+            report |= asdict(cost)
+            lines = _cost_lines(model, cost)
             if gpus is not None:
-                from flashmhf.estimates.memory import plan
+                from flashmhf.estimates.memory import TrainingSetup, estimate_training
 
-                report["plan"] = plan(
-                    config,
-                    gpus,
-                    tokens=tokens,
-                    sequences=sequences,
-                    context_length=context_length,
-                    gpu=gpu,
+                setup = TrainingSetup(
+                    gpus=gpus, gpu=gpu, tokens=tokens, sequences=sequences, context_length=context_length, bf16=True,
                     utilisation=utilisation,
-                )
-            elif isinstance(config, FlashMHFConfig) and config.ffn_type in ("flashmhf", "mhffn", "dense_moe"):
-                report["operator"] = operator_work(config, tokens, gpu)
+                )  # fmt: skip
+                estimate = estimate_training(config, setup)
+                report["training"] = asdict(estimate)
+                lines += _training_lines(estimate)
+            elif isinstance(config, FlashMHFConfig) and config.ffn_type in HAVE_OPERATOR:
+                operator = operator_cost(config, tokens, gpu)
+                report["operator"] = asdict(operator)
+                lines += _operator_lines(operator)
         report["backends"] = backends()
-    emit(report, _text(report), json)
+        lines += ["backends:"]
+        lines += [f"  {name}: {reason or 'runs here'}" for name, reason in report["backends"].items()]
+    emit(report, "\n".join(lines), json)
 
 
-def _text(report: dict) -> str:
-    lines = []
-    if report["model"] is None:
-        lines += ["presets: " + ", ".join(report["presets"])]
-    else:
-        lines += [
-            f"{report['model']}: {report['parameters']:,} parameters, "
-            f"{report['parameters_without_embeddings']:,} without embeddings",
-            f"FLOPs/token at context {report['context_length']}: {report['forward_flops_per_token']:,.0f} forward, "
-            f"{report['training_flops_per_token']:,.0f} in training",
-            f"each FFN: {report['parameters_per_ffn']:,} parameters; training keeps "
-            f"{report['ffn_saved_bytes_per_token']:,.0f} bytes/token of it (bfloat16, its input included)",
-        ]
-    if "operator" in report:
-        operator = report["operator"]
-        lines += [f"the operator of one layer, {operator['tokens']:,} tokens in bfloat16; a model, not a measurement:"]
-        lines += [
-            f"  {name}: {work['gflop']:,.0f} GFLOP, {work['read_mib']:,.0f} MiB read, "
-            f"{work['written_mib']:,.0f} MiB written; "
-            f"at least {work['least_ms']:.3f} ms on an {operator['gpu']} ({work['bound']}-bound)"
-            for name, work in operator.items()
-            if name in ("forward", "backward")
-        ]
-    if "plan" in report:
-        lines += _plan_lines(report["plan"])
-    lines += ["backends:"]
-    lines += [f"  {name}: {'runs here' if reason is None else reason}" for name, reason in report["backends"].items()]
-    return "\n".join(lines)
-
-
-def _plan_lines(plan: dict) -> list[str]:
-    lines = [
-        f"training on {plan['tokens']:,} tokens with {plan['gpus']} x {plan['gpu']}, {plan['sequences']} x "
-        f"{plan['context_length']} tokens at once, bfloat16 autocast, AdamW; estimates, not measurements:",
-        f"  {plan['hours']:,.1f} hours, {plan['gpu_hours']:,.1f} GPU hours at {plan['utilisation']:.0%} utilisation",
+def _cost_lines(model: str, cost: "ModelCost") -> list[str]:
+    return [
+        f"{model}: {cost.parameters:,} parameters, {cost.parameters_without_embeddings:,} without embeddings",
+        f"FLOPs/token at context {cost.context_length}: {cost.forward_flops_per_token:,.0f} forward, "
+        f"{cost.training_flops_per_token:,.0f} in training",
+        f"each FFN: {cost.parameters_per_ffn:,} parameters; training saves "
+        f"{cost.ffn_saved_bytes_per_token:,.0f} bytes/token of it (bfloat16, its input included)",
     ]
-    for layout, memory in plan["memory"].items():
+
+
+def _operator_lines(operator: "OperatorCost") -> list[str]:
+    lines = [f"the operator of one layer, {operator.tokens:,} tokens in bfloat16; a model, not a measurement:"]
+    for name, work in (("forward", operator.forward), ("backward", operator.backward)):
+        lines.append(
+            f"  {name}: {work.gflop:,.0f} GFLOP, {work.read_mib:,.0f} MiB read, {work.written_mib:,.0f} MiB written; "
+            f"at least {work.min_ms:.3f} ms on an {operator.gpu} ({work.bound}-bound)"
+        )
+    return lines
+
+
+def _training_lines(estimate: "TrainingEstimate") -> list[str]:
+    setup = estimate.setup
+    lines = [
+        f"training on {setup.tokens:,} tokens with {setup.gpus} x {setup.gpu}, {setup.sequences} x "
+        f"{setup.context_length} tokens per step and GPU, bfloat16 autocast, AdamW; estimates, not measurements:",
+        f"  {estimate.hours:,.1f} hours, {estimate.gpu_hours:,.1f} GPU hours at {setup.utilisation:.0%} utilisation",
+    ]
+    for parallelism, memory in estimate.memory.items():
         if isinstance(memory, str):
-            lines += [f"  {layout}: {memory}"]
+            lines.append(f"  {parallelism}: {memory}")
         else:
-            parts = ", ".join(f"{name} {mib:,.0f}" for name, mib in memory.items() if name != "peak")
-            lines += [f"  {layout}: {memory['peak']:,.0f} MiB each at the peak; {parts}"]
+            parts = ", ".join(f"{name} {mib:,.0f}" for name, mib in vars(memory).items() if name != "peak")
+            lines.append(f"  {parallelism}: peak {memory.peak:,.0f} MiB per GPU; {parts}")
     return lines

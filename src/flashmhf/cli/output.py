@@ -1,4 +1,4 @@
-"""What the commands share: options, and standard output that holds only the result."""
+"""What the commands share: options, and a standard output that holds only the result."""
 
 import contextlib
 import json
@@ -23,26 +23,32 @@ BadData = Annotated[
 ]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
-ContextLength = Annotated[int, typer.Option(help="Tokens in a training block.")]
+ContextLength = Annotated[int, typer.Option(help="Tokens per training block.")]
 ValidationTokens = Annotated[int, typer.Option(help="Maximum number of tokens for validation.")]
-DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between documents in a block.")]
+DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between the documents of a block.")]
 MupBaseWidth = Annotated[
     int | None,
-    typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given one is for this width."),
+    typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given rate is for this hidden size."),
 ]
-MaxNonFiniteSteps = Annotated[int, typer.Option(help="Steps in a row without a finite loss that end the run.")]
+MaxNonFiniteSteps = Annotated[
+    int, typer.Option(help="This many in a row without a finite loss and gradient end the run.")
+]
 RegionalCompilation = Annotated[
-    bool, typer.Option("--regional-compilation", help="Compile each decoder layer by itself; not with --torch-compile.")
+    bool,
+    typer.Option(
+        "--regional-compilation", help="Compile each decoder layer separately; not together with --torch-compile."
+    ),
 ]
 FusedLoss = Annotated[
-    str, typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, without complete logits.")
+    str,
+    typer.Option(metavar="auto|on|off", help="Loss by liger-kernel or cut-cross-entropy, which never hold all logits."),
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device. Default: the first GPU, otherwise the CPU.")]
 
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """Sends what libraries print to standard error, so that standard output holds the command's result."""
+    """Sends what libraries print to standard error, so that standard output holds only the command's result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

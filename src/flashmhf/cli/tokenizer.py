@@ -6,14 +6,15 @@ from typing import Annotated
 import typer
 
 from flashmhf.cli.output import BadData, Json, TextColumn, emit, results_only
+from flashmhf.data.config import DataConfig
 
 
 def tokenizer(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As --data of the other commands.")],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it: a new or empty folder.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens, the special ones included.")] = 8192,
-    text_column: TextColumn = "text",
-    bad_data: BadData = "refuse",
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Like --data of the other commands.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new or empty folder for it.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, including the special ones.")] = 8192,
+    text_column: TextColumn = DataConfig.text_column,
+    bad_data: BadData = DataConfig.bad_data,
     json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the training documents of SOURCE."""

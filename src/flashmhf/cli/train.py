@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from flashmhf.training.run_files import TrainResult
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a store of addresses for each start of the processes
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # of torchrun: a new store of addresses for each restart
 
 
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Option(metavar="PRESET|FILE|DIR", help="A folder goes on from its weights.")],
+    model: Annotated[str, typer.Option(metavar="PRESET|FILE|DIR", help="A folder: start from its weights.")],
     output_dir: Annotated[str, typer.Option(help="New or empty, unless --resume.")],
     config: Config = None,
     data: Annotated[
@@ -45,52 +45,38 @@ def train(
     tokenizer: Tokenizer = DataConfig.tokenizer,
     context_length: ContextLength = DataConfig.context_length,
     text_column: TextColumn = DataConfig.text_column,
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read data as needed; wants --max-steps.")] = False,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read data as needed; requires --max-steps.")
+    ] = DataConfig.streaming,
     validation_tokens: ValidationTokens = DataConfig.validation_tokens,
     document_mask: DocumentMask = DataConfig.document_mask,
     bad_data: BadData = DataConfig.bad_data,
     mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last complete checkpoint in the folder.")
+    ] = False,
     max_non_finite_steps: MaxNonFiniteSteps = TrainConfig.max_non_finite_steps,
     regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
     fused_loss: FusedLoss = TrainConfig.fused_loss,
     tensor_parallel: Annotated[
-        int, typer.Option(help="Split the heads over so many of torchrun's processes; the others have other data.")
+        int, typer.Option(help="Split the heads over groups of this many processes; each group has its own data.")
     ] = TrainConfig.tensor_parallel,
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
     with results_only():
-        from flashmhf.training.run import parse_arguments
+        from flashmhf.training.arguments import parse_arguments
         from flashmhf.training.run import train as run_training
         from flashmhf.training.run_files import was_begun
 
         arguments = parse_arguments([*context.meta.get(CONFIG_FLAGS, ()), *context.args], output_dir)
-        train_config = TrainConfig(
-            model=model,
-            data=DataConfig(
-                source=data,
-                tokenizer=tokenizer,
-                context_length=context_length,
-                text_column=text_column,
-                streaming=streaming,
-                validation_tokens=validation_tokens,
-                document_mask=document_mask,
-                bad_data=bad_data,
-            ),
-            mup_base_width=mup_base_width,
-            max_non_finite_steps=max_non_finite_steps,
-            regional_compilation=regional_compilation,
-            fused_loss=fused_loss,
-            tensor_parallel=tensor_parallel,
-        )
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
-        result = run_training(train_config, arguments, resume=resume)
+        result = run_training(TrainConfig.from_options(context.params), arguments, resume=resume)
     number = result.interrupted_by
     if number is not None and arguments.process_index == 0:
         typer.echo(
             f"flashmhf: {signal.Signals(number).name} after step {result.steps}; the checkpoint is in "
-            f"{output_dir}, go on with --resume",
+            f"{output_dir}, continue with --resume",
             err=True,
         )
     elif arguments.process_index == 0:
@@ -99,10 +85,10 @@ def train(
 
 
 def _was_restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started this process in place of one that ended.
+    """Whether `torchrun --max-restarts` has started this process to replace one that ended.
 
-    Warns where such a restart may come to nothing: torchrun keeps one store, in which the new processes find the
-    addresses of the dead ones and cannot connect, or wait for them.
+    Warns if such a restart may fail: torchrun keeps one store, in which the new processes find the addresses of the
+    dead ones, which they cannot reach.
     """
     first = os.environ.get("RANK", "0") == "0"
     if first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(OWN_STORE) != "1":

@@ -1,4 +1,4 @@
-"""Tokens as one stream, cut into blocks of a fixed length."""
+"""Token ids as one stream, cut into blocks of a fixed length."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -11,25 +11,27 @@ from transformers import PreTrainedTokenizerBase
 from flashmhf.data.tokenizer import encode_documents
 from flashmhf.errors import InputError
 
-SHUFFLED_DOCUMENTS = 256  # of a stream, held in memory
+SHUFFLED_DOCUMENTS = 256  # a stream's shuffle buffer
 
 
 class TokenBlocks(torch.utils.data.Dataset):
-    """Documents as one stream of tokens, cut into blocks of `block_length`; what is left at the end is dropped.
+    """Documents as one stream of tokens, cut into blocks of `block_length`; an incomplete last block is dropped.
 
-    The tokens stay in the memory-mapped Arrow files of the tokenised dataset; a block is copied when it is asked for.
-    Items are {"input_ids", "labels"}, int64 of shape (block_length,); the models shift the labels themselves. With
-    `separator`, the id of that token, also "position_ids", see `document_positions`.
+    The tokens stay in the memory-mapped Arrow files of the tokenized dataset; a block is copied when it is read. Items
+    are {"input_ids", "labels"}, int64 of shape (block_length,); the models shift the labels themselves.
 
     Args:
-        origins: where each document comes from, a file for one, in the order of `tokens`. Default: not known.
+        tokens: documents with "input_ids", each ending with an EOS token.
+        block_length: tokens per block.
+        mask_eos_id: the id of the EOS token: adds "position_ids" to the items, see `document_positions`.
+        origins: where each document comes from, such as a file, in the order of `tokens`. Default: unknown.
     """
 
     def __init__(
         self,
         tokens: Dataset,
         block_length: int,
-        separator: int | None = None,
+        mask_eos_id: int | None = None,
         *,
         origins: Sequence[str] | None = None,
     ) -> None:
@@ -39,7 +41,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in column.chunks]
         self._first_documents = np.cumsum([0, *map(len, column.chunks)])
         self.block_length = block_length
-        self.separator = separator
+        self.mask_eos_id = mask_eos_id
         self.origins = origins
 
     def __len__(self) -> int:
@@ -58,19 +60,19 @@ class TokenBlocks(torch.utils.data.Dataset):
             piece += 1
         input_ids = torch.from_numpy(block)
         item = {"input_ids": input_ids, "labels": input_ids.clone()}
-        if self.separator is not None:
-            item["position_ids"] = document_positions(input_ids, self.separator)
+        if self.mask_eos_id is not None:
+            item["position_ids"] = document_positions(input_ids, self.mask_eos_id)
         return item
 
     def documents(self, index: int) -> range:
-        """Numbers of the documents that block `index` holds all or a part of."""
+        """Numbers of the documents that are in block `index`, completely or in part."""
         self._check(index)
         start = index * self.block_length
         return range(self._document_at(start), self._document_at(start + self.block_length - 1) + 1)
 
     def _document_at(self, position: int) -> int:
         piece = int(np.searchsorted(self._ends, position, side="right")) - 1
-        offsets = self._offsets[piece]  # of a slice they begin above 0
+        offsets = self._offsets[piece]  # those of a slice start above 0
         within = position - self._ends[piece] + offsets[0]
         return int(self._first_documents[piece] + np.searchsorted(offsets, within, side="right")) - 1
 
@@ -80,23 +82,18 @@ class TokenBlocks(torch.utils.data.Dataset):
 
     @property
     def stream_length(self) -> int:
-        """Tokens in all documents, those at the end that fill no block too."""
+        """Tokens in all documents, including those that are dropped at the end."""
         return int(self._ends[-1])
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return len(self) * self.block_length
 
+def document_positions(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Positions, shape (L,), that restart at 0 at each EOS token, which thus begins the next document.
 
-def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
-    """Positions, shape (L,), that begin anew at each separator, which so opens the document that follows it.
-
-    transformers' models take positions that begin anew for sequences packed into one, and let no token attend to
-    another sequence. The separator goes with what follows, as in `flashmhf eval`: it predicts the first token.
+    transformers' models take positions that restart for packed sequences, and let no token attend to another sequence.
+    The EOS token belongs to the next document, as in `flashmhf eval`: it predicts the first token.
     """
     position = torch.arange(len(input_ids))
-    return position - torch.where(input_ids == separator, position, 0).cummax(0).values
+    return position - torch.where(input_ids == eos_id, position, 0).cummax(0).values
 
 
 def iterate_blocks(
@@ -107,9 +104,9 @@ def iterate_blocks(
     document_mask: bool = False,
     seed: int = 0,
 ) -> Iterator[dict[str, list[int]]]:
-    """The blocks of `TokenBlocks` from a stream, for ever: one that has ended starts again in another order.
+    """The blocks of `TokenBlocks` from a stream, endlessly: a stream that ends starts again in another order.
 
-    The order of the files and, within `SHUFFLED_DOCUMENTS`, of the documents depends on the seed and the pass alone.
+    The order of the files and, within `SHUFFLED_DOCUMENTS`, of the documents depends only on the seed and the pass.
     """
 
     def endless() -> Iterator[dict[str, str]]:
@@ -133,11 +130,11 @@ def _cut(
     rest = np.empty(0, dtype=np.int32)
     for document in start():
         rest = np.concatenate([rest, *encode_documents(tokenizer, [document["text"]])])
-        whole = len(rest) // block_length * block_length
-        for begin in range(0, whole, block_length):
-            block = rest[begin : begin + block_length]
+        complete = len(rest) // block_length * block_length
+        for start_of_block in range(0, complete, block_length):
+            block = rest[start_of_block : start_of_block + block_length]
             item = {"input_ids": block.tolist(), "labels": block.tolist()}
             if document_mask:
                 item["position_ids"] = document_positions(torch.from_numpy(block), tokenizer.eos_token_id).tolist()
             yield item
-        rest = rest[whole:]
+        rest = rest[complete:]

@@ -1,8 +1,10 @@
-"""Which text is read and how it becomes blocks. Imports nothing heavy: the command line gets its defaults from here."""
+"""Which text is read and how it becomes blocks. Imports nothing heavy: the command line takes defaults from here."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
-REFUSE, SKIP = "refuse", "skip"  # what becomes of records that cannot be read
+REFUSE, SKIP = "refuse", "skip"  # what happens to corrupt records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,12 +14,12 @@ class DataConfig:
     Args:
         source: a SOURCE, or several by weight, see `flashmhf.data`.
         tokenizer: `bytes`, a folder or a Hub id.
-        context_length: tokens in a block.
+        context_length: tokens per block.
         text_column: of .jsonl, .parquet or Hub data.
         streaming: read the data as it is needed; a stream that ends starts again.
-        validation_tokens: at most so many are used for validation, by the weights.
+        validation_tokens: at most this many are used for validation, by the weights.
         document_mask: give blocks positions that keep attention within a document.
-        bad_data: `skip` or `refuse` what cannot be read.
+        bad_data: `skip` or `refuse` corrupt records.
     """
 
     source: str = "stdlib"
@@ -28,3 +30,17 @@ class DataConfig:
     validation_tokens: int = 2**19
     document_mask: bool = False
     bad_data: str = REFUSE
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """From a command's options by name, such as "context_length"; the source is "data". Ignores other names."""
+        names = {field.name: _option(field.name) for field in fields(cls)}
+        return cls(**{name: options[option] for name, option in names.items() if option in options})
+
+    def options(self) -> dict[str, Any]:
+        """The inverse of `from_options`."""
+        return {_option(field.name): getattr(self, field.name) for field in fields(self)}
+
+
+def _option(name: str) -> str:
+    return "data" if name == "source" else name

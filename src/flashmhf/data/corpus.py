@@ -1,4 +1,4 @@
-"""Where documents come from, and which of them are held out for validation."""
+"""Reading the documents of a SOURCE, and holding some out for validation."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from flashmhf.data.corrupt_records import REFUSE, SKIP, CorruptRecords
-from flashmhf.data.files import PART_BYTES, content_key, list_files, missing_column, read_rows, row
+from flashmhf.data.files import PART_BYTES, content_key, document_row, list_files, missing_column, read_rows
 from flashmhf.data.workers import MAX_ROWS, count_rows, count_workers, rows_at_once
 from flashmhf.errors import InputError
 
@@ -24,20 +24,19 @@ logger = logging.getLogger(__name__)
 STDLIB = "stdlib"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing")  # left alone
-SHARD = re.compile(r"-\d+-of-\d+$")  # at the end of a file's name, as the Hub cuts a split into files
-HOLD_OUT = 20  # one document of so many, by a hash of its text, or the last 20th of each, is held out for validation
-STREAMED_HOLD_OUT = 100  # held-out documents of a stream, at most
+TEST_NAMES = ("test", "testing")  # not read
+SHARD = re.compile(r"-\d+-of-\d+$")  # at the end of the names of a split's files on the Hub
+HOLD_OUT = 20  # one document in this many is held out, by a hash of its text, or the last 20th of each
+STREAMED_HOLD_OUT = 100  # at most, from a stream
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 READ_ATTEMPTS = 3
-ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "origin", "fault", "problem")})
+ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "origin", "corrupt", "message")})
 DOCUMENT = ["text", "origin"]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents for training and for validation, each a dataset with the columns "text" and "origin" (where
-    it comes from: a file, a line of one), and what was read."""
+    """Documents for training and for validation: datasets with the columns "text" and "origin" (a file, a line)."""
 
     train: Dataset | IterableDataset
     validation: Dataset
@@ -48,23 +47,23 @@ class Corpus:
 def load_corpus(source: str, *, text_column: str = "text", streaming: bool = False, bad_data: str = REFUSE) -> Corpus:
     """Reads SOURCE and holds out validation documents.
 
-    A folder's or dataset's own validation split is used where there is one: files in a folder, or with a name, called
-    train and validation (valid, val, dev). Otherwise a 20th of the documents is held out, chosen by a hash of the text,
-    so that a document stays on its side when others come or go, and at least one; of fewer than 20 documents, the last
-    20th of each.
+    If a folder or dataset has a validation split, that is used: files or folders named train and validation (valid,
+    val, dev). Otherwise 1/20 of the documents is held out, at least one, chosen by a hash of the text, so that a
+    document stays in its split when others are added or removed. With fewer than 20 documents, the last 1/20 of each
+    is held out.
 
     Args:
         source: see `flashmhf.data`.
         text_column: the column of .jsonl, .parquet or a Hub dataset that holds the text.
-        streaming: read a Hub dataset or files as they are needed instead of first copying them to the cache.
-        bad_data: `refuse` raises at what cannot be read; `skip` counts it and goes on. Empty documents are counted.
+        streaming: read a Hub dataset or files as they are needed instead of copying them to the cache first.
+        bad_data: `refuse` raises at a corrupt record; `skip` leaves it out. Both count empty documents.
 
     Raises:
         InputError: there is no such source, or it holds no usable text; names the file.
     """
     bad = CorruptRecords(bad_data)
     if source == STDLIB:
-        bad.policy = SKIP  # the user cannot mend it
+        bad.policy = SKIP  # the user cannot fix it
         train, validation = read_files(_stdlib_files(), STDLIB, "text", streaming), None
         where = f"standard library in {sysconfig.get_path('stdlib')}"
     elif Path(source).exists():
@@ -73,8 +72,8 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     else:
         train, validation = _read_hub(source, text_column, streaming)
         where = f"{source} on the Hub"
-    train = good_rows(train, source, bad)
-    validation = None if validation is None else good_rows(validation, source, bad)
+    train = keep_documents(train, source, bad)
+    validation = None if validation is None else keep_documents(validation, source, bad)
     if validation is None:
         train, validation = _hold_out(train)
     corpus = Corpus(
@@ -94,8 +93,8 @@ def _stdlib_files() -> list[Path]:
 
 def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
     known = list_files(path)
-    validation_files = [p for p in known if is_called(p, path, VALIDATION_NAMES)]
-    left_out = {*validation_files, *(p for p in known if is_called(p, path, TEST_NAMES))}
+    validation_files = [p for p in known if has_name(p, path, VALIDATION_NAMES)]
+    left_out = {*validation_files, *(p for p in known if has_name(p, path, TEST_NAMES))}
     train_files = [p for p in known if p not in left_out]
     if not train_files:
         train_files, validation_files = known, []
@@ -105,7 +104,7 @@ def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset |
 
 
 def read_files(files: list[Path], where: str, text_column: str, streaming: bool) -> Dataset | IterableDataset:
-    """Rows of `read_rows`, from a cache that is keyed by the files' contents and written once."""
+    """Rows of `read_rows`, from a cache keyed by the files' contents."""
     arguments = {"files": [str(p) for p in files], "text_column": text_column}
     if streaming:
         return IterableDataset.from_generator(read_rows, features=ROW, gen_kwargs=arguments)
@@ -127,12 +126,12 @@ def read_files(files: list[Path], where: str, text_column: str, streaming: bool)
         )
         if _stamps(files) == before:
             return rows
-        shutil.rmtree(Path(rows.cache_files[0]["filename"]).parent)  # it lies under the key of what was there before
-    raise InputError(f"data: expected files that stay as they are while they are read, got changing ones in {where}")
+        shutil.rmtree(Path(rows.cache_files[0]["filename"]).parent)  # keyed by what was there before
+    raise InputError(f"data: expected files that do not change while they are read, got changing ones in {where}")
 
 
 def _stamps(files: list[Path]) -> list[tuple[int, int]]:
-    """When each file was changed last, and its size; zeros for one that is not there."""
+    """Modification time and size of each file; zeros for a missing one."""
     stamps = []
     for path in files:
         try:
@@ -157,14 +156,14 @@ def _read_hub(source: str, text_column: str, streaming: bool) -> tuple[Dataset |
 
 
 def hub_splits(source: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream nothing is read yet."""
+    """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream, nothing is read yet."""
     name, _, subset = source.partition(":")
     try:
         return datasets.load_dataset(name, subset or None, streaming=streaming)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if "scripts are no longer supported" in reason:
-            reason += "; take a copy of it that is in parquet"
+            reason += "; use a copy in parquet"
         raise InputError(
             f"data: expected stdlib, a file, a folder or a dataset on the Hub, got {source!r} ({reason})"
         ) from error
@@ -179,39 +178,43 @@ def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str)
         raise InputError(missing_column(columns, where, text_column))
 
     def rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        made = [row(text, f"{where}, row {index + 1}") for index, text in zip(indices, batch[text_column], strict=True)]
+        made = [
+            document_row(text, f"{where}, row {index + 1}")
+            for index, text in zip(indices, batch[text_column], strict=True)
+        ]
         return {name: [one[name] for one in made] for name in ROW}
 
     options = {"batched": True, "batch_size": MAX_ROWS, "with_indices": True, "remove_columns": columns}
     return documents.map(rows, features=ROW, **options)
 
 
-def good_rows(rows: Dataset | IterableDataset, where: str, bad: CorruptRecords) -> Dataset | IterableDataset:
-    """The rows without fault; the others are counted or refused."""
+def keep_documents(rows: Dataset | IterableDataset, where: str, bad: CorruptRecords) -> Dataset | IterableDataset:
+    """The rows that are documents; corrupt records are counted or refused."""
     if isinstance(rows, IterableDataset):
 
-        def is_good(one: dict[str, str]) -> bool:
-            if one["fault"]:
-                bad.add(one["fault"], one["problem"])
-            return not one["fault"]
+        def is_document(one: dict[str, str]) -> bool:
+            if one["corrupt"]:
+                bad.add(one["corrupt"], one["message"])
+            return not one["corrupt"]
 
-        return rows.filter(is_good).select_columns(DOCUMENT)
-    faults = np.asarray(rows.with_format("numpy")["fault"])
-    for index in np.flatnonzero(faults != ""):
-        bad.add(faults[index], rows[int(index)]["problem"])
-    kept = np.flatnonzero(faults == "")
+        return rows.filter(is_document).select_columns(DOCUMENT)
+    corrupt = np.asarray(rows.with_format("numpy")["corrupt"])
+    for index in np.flatnonzero(corrupt != ""):
+        bad.add(corrupt[index], rows[int(index)]["message"])
+    kept = np.flatnonzero(corrupt == "")
     if len(kept) == 0:
         raise InputError(f"data: expected some text, got none in {where} ({bad.summary() or 'no documents'})")
-    good = rows if len(kept) == len(rows) else rows.select(kept)
-    return good.select_columns(DOCUMENT)
+    documents = rows if len(kept) == len(rows) else rows.select(kept)
+    return documents.select_columns(DOCUMENT)
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document is for validation: one of 20 is, whatever else there is."""
+    """Whether a document is for validation: 1 in 20 is, whatever the others are."""
     return text_hash(text) % HOLD_OUT == 0
 
 
 def text_hash(text: str) -> int:
+    """64 bits of a hash that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
 
 
@@ -219,7 +222,9 @@ def _hold_out(documents: Dataset | IterableDataset) -> tuple[Dataset | IterableD
     if isinstance(documents, IterableDataset):
         held_out = list(islice((one for one in documents if is_held_out(one["text"])), STREAMED_HOLD_OUT))
         if not held_out:
-            raise InputError("data: expected a stream with documents to hold out, got too few; leave out --streaming")
+            raise InputError(
+                "data: expected a stream with enough documents to hold some out, got too few; leave out --streaming"
+            )
         return documents.filter(lambda one: not is_held_out(one["text"])), Dataset.from_list(held_out)
     if len(documents) < HOLD_OUT:
         return _split_each(documents)
@@ -233,7 +238,7 @@ def _hold_out(documents: Dataset | IterableDataset) -> tuple[Dataset | IterableD
 
 
 def _split_each(documents: Dataset) -> tuple[Dataset, Dataset]:
-    """The first 19 parts of 20 of each document, and the last."""
+    """The first 19/20 of each document, and the rest."""
 
     def cut(batch: dict[str, list[str]], front: bool) -> dict[str, list[str]]:
         (text,), (origin,) = batch["text"], batch["origin"]
@@ -261,8 +266,8 @@ def _texts(documents: Dataset) -> Iterator[str]:
         yield from batch["text"]
 
 
-def is_called(path: Path, root: Path, names: tuple[str, ...]) -> bool:
-    """Whether a file of the folder `root`, or a folder that it is in, has one of the names: train.txt, test/a.txt."""
+def has_name(path: Path, root: Path, names: tuple[str, ...]) -> bool:
+    """Whether a file below `root`, or a folder it is in, has one of the names, as train.txt and test/a.txt have."""
     if path == root:
         return False
     *folders, file_name = path.relative_to(root).parts

@@ -1,4 +1,4 @@
-"""Bad data: counted, named, and skipped or refused."""
+"""Corrupt records: counted, named, and skipped or refused."""
 
 import logging
 from collections import Counter, defaultdict
@@ -8,20 +8,20 @@ from flashmhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-EMPTY = "empty document"  # nothing is lost with one, so it is skipped either way
+EMPTY = "empty document"  # always skipped, since nothing is lost
 BINARY = "binary file"
 ENCODING = "file not in UTF-8"
 UNREADABLE = "unreadable file"
 BROKEN_LINE = "broken line"
 NO_TEXT = "row without text column"
-NAMED = 3  # of each kind
+NAMED = 3  # per kind
 
 
 class CorruptRecords:
-    """What was bad in a source.
+    """The corrupt records of a source.
 
     Args:
-        policy: `refuse` raises InputError at the first that holds or may hold text; `skip` counts it and goes on.
+        policy: `refuse` raises InputError at the first that may have held text; `skip` counts them.
     """
 
     def __init__(self, policy: str = REFUSE) -> None:
@@ -29,22 +29,22 @@ class CorruptRecords:
             raise InputError(f"bad-data: expected {SKIP} or {REFUSE}, got {policy!r}")
         self.policy = policy
         self.counts: Counter[str] = Counter()
-        self._seen: set[int] = set()  # a stream comes by the same one again
+        self._seen: set[int] = set()  # a stream that starts again meets the same ones
         self._named: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, kind: str, problem: str) -> None:
-        """Counts one, or refuses it; `problem` is the line that names it."""
+    def add(self, kind: str, message: str) -> None:
+        """Counts one, or refuses it; `message` names it."""
         if self.policy == REFUSE and kind != EMPTY:
-            raise InputError(f"{problem}; --bad-data skip goes on without it")
-        if hash(problem) in self._seen:
+            raise InputError(f"{message}; --bad-data skip leaves it out")
+        if hash(message) in self._seen:
             return
-        self._seen.add(hash(problem))
+        self._seen.add(hash(message))
         self.counts[kind] += 1
         if len(self._named[kind]) < NAMED:
-            self._named[kind].append(problem)
+            self._named[kind].append(message)
 
     def summary(self) -> str:
-        """One line on what was skipped, with the first few of each kind; empty where nothing was."""
+        """One line on what was skipped, with the first few of each kind; empty if nothing was."""
         if not self.counts:
             return ""
         parts = []

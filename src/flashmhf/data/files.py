@@ -1,4 +1,4 @@
-"""Files of text as rows: one for each document, and one for each thing that could not be read."""
+"""Files of text as rows: one for each document, and one for each corrupt record."""
 
 import codecs
 import hashlib
@@ -23,15 +23,15 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SNIFF_BYTES = 8192
 PARQUET_ROWS = 256
 READ_BYTES = 2**20
-PART_BYTES = 2**23  # a longer file of text becomes several documents, so that memory stays bounded
+PART_BYTES = 2**23  # longer text files become several documents, to bound memory
 UNREADABLE_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
 
 def list_files(path: Path) -> list[Path]:
-    """The files under `path` whose format is known, or `path` itself, in the order of their names.
+    """The files under `path` of a known format, or `path` itself, sorted by name.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
     files = [path]
     if path.is_dir():
@@ -51,8 +51,8 @@ def file_format(path: Path) -> str | None:
 
 
 def content_key(files: Iterable[Path]) -> str:
-    """A hash of the files' names and contents, in order; of a file that cannot be read, of its name alone."""
-    whole = hashlib.blake2b(digest_size=16)
+    """A hash of the files' names and contents, in order; only of the name if a file cannot be read."""
+    total = hashlib.blake2b(digest_size=16)
     for path in files:
         content = hashlib.blake2b(digest_size=16)
         try:
@@ -61,12 +61,12 @@ def content_key(files: Iterable[Path]) -> str:
                     content.update(part)
         except OSError:
             content.update(b"unreadable")
-        whole.update(f"{path.name}\0{content.hexdigest()}\0".encode())
-    return whole.hexdigest()
+        total.update(f"{path.name}\0{content.hexdigest()}\0".encode())
+    return total.hexdigest()
 
 
 def read_rows(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
-    """Rows {"text", "origin", "fault", "problem"}: `fault` is empty or a kind in `flashmhf.data.corrupt_records`."""
+    """Rows {"text", "origin", "corrupt", "message"}: `corrupt` is empty or a kind of `data.corrupt_records`."""
     readers = {"text": _read_text, "json": _read_json, "parquet": _read_parquet}
     for name in files:
         path = Path(name)
@@ -75,32 +75,33 @@ def read_rows(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
                 yield from readers[file_format(path) or "text"](file, name, text_column)
         except UNREADABLE_ERRORS as error:
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-            yield fault(UNREADABLE, f"data: could not read {name}: {reason}")
+            yield corrupt_row(UNREADABLE, f"data: could not read {name}: {reason}")
 
 
 def open_compressed(file: IO[bytes], name: str) -> Any:
-    """The file's content, decompressed as the end of its name says."""
+    """The file's content, decompressed according to its suffix."""
     compression = infer_compression(name)
     if compression is None and name.endswith(".zst"):
         raise InputError(f"data: expected the package zstandard to be installed for .zst, got {name}")
     return io.BufferedReader(file) if compression is None else compr[compression](file, mode="rb")  # type: ignore[arg-type]
 
 
-def row(text: object, where: str) -> dict[str, str]:
-    """The row of one document, which may be empty or no text at all."""
+def document_row(text: object, where: str) -> dict[str, str]:
+    """The row of a value that should be a document's text."""
     if text is None or (isinstance(text, str) and not text.strip()):
-        return fault(EMPTY, where)
+        return corrupt_row(EMPTY, where)
     if not isinstance(text, str):
-        return fault(NO_TEXT, f"text-column: expected text in {where}, got {type(text).__name__}")
-    return {"text": text, "origin": where, "fault": "", "problem": ""}
+        return corrupt_row(NO_TEXT, f"text-column: expected text in {where}, got {type(text).__name__}")
+    return {"text": text, "origin": where, "corrupt": "", "message": ""}
 
 
-def fault(kind: str, problem: str) -> dict[str, str]:
-    return {"text": "", "origin": "", "fault": kind, "problem": problem}
+def corrupt_row(kind: str, message: str) -> dict[str, str]:
+    """The row of a corrupt record; `message` names the record and what is wrong."""
+    return {"text": "", "origin": "", "corrupt": kind, "message": message}
 
 
 def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
-    """The file as one document, or in parts that end with a line where there is one."""
+    """The file as one document, or in parts that end with a line if possible."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     rest, parts, position, ended = "", 0, 0, False
@@ -108,23 +109,23 @@ def _read_text(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[st
         content = file.read(min(READ_BYTES, PART_BYTES))
         ended = not content
         if position == 0 and b"\0" in content[:SNIFF_BYTES]:
-            yield fault(BINARY, f"data: expected text, got binary in {name}")
+            yield corrupt_row(BINARY, f"data: expected text, got binary in {name}")
             return
         if len(rest) >= PART_BYTES and not ended:
             parts += 1
             cut = rest.rfind("\n") + 1 or len(rest)
-            yield row(rest[:cut], f"{name}, part {parts}")
+            yield document_row(rest[:cut], f"{name}, part {parts}")
             rest = rest[cut:]
-        begun = position - len(decoder.getstate()[0])  # where a character begins that the last read has cut
+        begun = position - len(decoder.getstate()[0])  # start of a character that the last read cut in two
         try:
             rest += lines.decode(decoder.decode(content, final=ended), final=ended)
         except UnicodeDecodeError as error:
             at = begun + error.start
-            yield fault(ENCODING, f"data: expected UTF-8, got {name} with {error.reason} at byte {at}")
+            yield corrupt_row(ENCODING, f"data: expected UTF-8, got {name} with {error.reason} at byte {at}")
             return
         position += len(content)
     if rest.strip() or parts == 0:
-        yield row(rest, f"{name}, part {parts + 1}" if parts else name)
+        yield document_row(rest, f"{name}, part {parts + 1}" if parts else name)
 
 
 def _read_json(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
@@ -133,7 +134,7 @@ def _read_json(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[st
     for number, line in enumerate(file, 1):
         if number == 1:
             if b"\0" in line[:SNIFF_BYTES]:
-                yield fault(BINARY, f"data: expected text, got binary in {name}")
+                yield corrupt_row(BINARY, f"data: expected text, got binary in {name}")
                 return
             if line.lstrip().startswith(b"["):
                 yield from _read_list(line + file.read(), name, text_column)
@@ -141,14 +142,14 @@ def _read_json(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[st
         if line.strip():
             yield from _read_object(line, f"{name}, line {number}", text_column)
     if number == 0:
-        yield fault(EMPTY, name)
+        yield corrupt_row(EMPTY, name)
 
 
 def _read_list(content: bytes, name: str, text_column: str) -> Iterator[dict[str, str]]:
     try:
         objects = json.loads(content)
     except ValueError as error:
-        yield fault(BROKEN_LINE, f"data: could not read {name}: {error}")
+        yield corrupt_row(BROKEN_LINE, f"data: could not read {name}: {error}")
         return
     for number, item in enumerate(objects, 1):
         yield _text_of(item, f"{name}, item {number}", text_column)
@@ -158,30 +159,31 @@ def _read_object(line: bytes, where: str, text_column: str) -> Iterator[dict[str
     try:
         item = json.loads(line)
     except ValueError as error:
-        yield fault(BROKEN_LINE, f"data: could not read {where}: {error}")
+        yield corrupt_row(BROKEN_LINE, f"data: could not read {where}: {error}")
         return
     yield _text_of(item, where, text_column)
 
 
 def _text_of(item: object, where: str, text_column: str) -> dict[str, str]:
     if not isinstance(item, dict):
-        return fault(BROKEN_LINE, f"data: expected a JSON object in {where}, got {type(item).__name__}")
+        return corrupt_row(BROKEN_LINE, f"data: expected a JSON object in {where}, got {type(item).__name__}")
     if text_column not in item:
-        return fault(NO_TEXT, missing_column(item, where, text_column))
-    return row(item[text_column], where)
+        return corrupt_row(NO_TEXT, missing_column(item, where, text_column))
+    return document_row(item[text_column], where)
 
 
 def _read_parquet(file: IO[bytes], name: str, text_column: str) -> Iterator[dict[str, str]]:
     table = pyarrow.parquet.ParquetFile(file)
     if text_column not in table.schema_arrow.names:
-        yield fault(NO_TEXT, missing_column(table.schema_arrow.names, name, text_column))
+        yield corrupt_row(NO_TEXT, missing_column(table.schema_arrow.names, name, text_column))
         return
     number = 0
     for batch in table.iter_batches(PARQUET_ROWS, columns=[text_column]):
         for text in batch.column(0).to_pylist():
             number += 1
-            yield row(text, f"{name}, row {number}")
+            yield document_row(text, f"{name}, row {number}")
 
 
 def missing_column(columns: Iterable[str], where: str, text_column: str) -> str:
+    """The message for data without the text column."""
     return f"text-column: expected one of {', '.join(columns)} in {where}, got {text_column!r}"

@@ -1,4 +1,4 @@
-"""What a training run reads: blocks of one source, or of several by weight."""
+"""The blocks that a training run reads: of one source, or of several by weight."""
 
 import math
 import re
@@ -25,6 +25,8 @@ FORM = "SOURCE or WEIGHT*SOURCE,WEIGHT*SOURCE,..."
 
 @dataclass(frozen=True)
 class TrainingData:
+    """Blocks for training and validation, from one or more sources."""
+
     train: ShuffledBlocks | IterableDataset
     validation: torch.utils.data.Dataset
     bytes_per_token: float  # of the validation blocks
@@ -34,7 +36,7 @@ class TrainingData:
     bad_data: tuple[CorruptRecords, ...]
 
     def tokens_used(self, tokens: int) -> dict[str, int]:
-        """Of each source, how many of the first `tokens` tokens of training."""
+        """How many of the first `tokens` tokens of training come from each source."""
         num_blocks = tokens // self.block_length
         if isinstance(self.train, ShuffledBlocks):
             counts = self.train.count_used(num_blocks)
@@ -46,6 +48,7 @@ class TrainingData:
         return used
 
     def bad_summary(self) -> str:
+        """One line on corrupt records that were skipped; empty if none were."""
         return "; ".join(bad.summary() for bad in self.bad_data if bad.counts)
 
 
@@ -53,7 +56,7 @@ def parse_sources(data: str) -> list[tuple[float, str]]:
     """(weight, SOURCE) pairs of `0.7*A,0.3*B`, or one of weight 1.
 
     Raises:
-        InputError: a weight that is no number or below 0, or none above 0.
+        InputError: a weight is not a number or is negative, or all are 0.
     """
     if "*" not in data or Path(data).exists():
         return [(1.0, data)]
@@ -65,7 +68,7 @@ def parse_sources(data: str) -> list[tuple[float, str]]:
         except ValueError:
             weight = math.nan
         if not (star and source.strip() and math.isfinite(weight) and weight >= 0):
-            raise InputError(f"data: expected {FORM} with weights that are no less than 0, got {part.strip()!r}")
+            raise InputError(f"data: expected {FORM} with weights of at least 0, got {part.strip()!r}")
         pairs.append((weight, source.strip()))
     used = [pair for pair in pairs if pair[0] > 0]
     if not used:
@@ -76,7 +79,7 @@ def parse_sources(data: str) -> list[tuple[float, str]]:
 def load_blocks(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, corpora: Sequence[Corpus] | None = None
 ) -> TrainingData:
-    """Reads every source, tokenises it and arranges its blocks in the order that `seed` gives.
+    """Reads and tokenizes every source; `seed` gives the order of the blocks.
 
     Args:
         config: what is read.
@@ -108,8 +111,8 @@ def load_blocks(
 def _blocks(
     documents: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, role: str = "training"
 ) -> TokenBlocks:
-    separator = tokenizer.eos_token_id if config.document_mask else None
-    blocks = TokenBlocks(tokens, config.context_length, separator, origins=documents["origin"])
+    mask_eos_id = tokenizer.eos_token_id if config.document_mask else None
+    blocks = TokenBlocks(tokens, config.context_length, mask_eos_id, origins=documents["origin"])
     if len(blocks) == 0:
         raise InputError(f"data: expected at least {config.context_length} tokens for {role}, got fewer")
     return blocks
@@ -118,7 +121,7 @@ def _blocks(
 def _validation(
     corpora: Sequence[Corpus], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[torch.utils.data.Dataset, float]:
-    """The first held-out blocks of each source by its weight, and their bytes/token."""
+    """The first held-out blocks of each source, by weight, and their bytes/token."""
     parts: list[torch.utils.data.Dataset] = []
     num_blocks, num_bytes = 0, 0.0
     for corpus, weight in zip(corpora, weights, strict=True):

@@ -1,4 +1,4 @@
-"""The order of the blocks: a function of the seed, the epoch and the weights of the sources, and of nothing else."""
+"""The order of the blocks: a function only of the seed, the epoch and the weights of the sources."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,22 +7,22 @@ import torch
 
 from flashmhf.data.blocks import TokenBlocks
 
-NAMED = 3  # documents of a block
+NAMED = 3  # documents per block in a message
 
 
 class ShuffledBlocks(torch.utils.data.Dataset):
-    """Blocks of one or more sources in the order of an epoch.
+    """Blocks of one or more sources, in another order every epoch.
 
-    An epoch lasts until every source has been seen as a whole; one that ends before then starts again. Item i is the
-    same on every rank and in a resumed run: what a sequential sampler skips, or leaves to another rank, changes nothing
-    for the rest, and what was used of each source can be counted afterwards.
+    An epoch lasts until every source has been read completely; shorter ones repeat until then. Item i is the same on
+    every rank and in a resumed run, whatever a sequential sampler skips or leaves to other ranks, so that the blocks
+    used of each source can be counted afterwards.
 
-    Items are those of `TokenBlocks` and "block", a number that names the block whatever the epoch.
+    Items are those of `TokenBlocks` and "block", the block's number, which is the same in every epoch.
 
     Args:
         sources: none of them empty.
         weights: positive shares of the blocks.
-        seed: of the orders of all epochs.
+        seed: for the orders of all epochs.
         names: of the sources.
     """
 
@@ -30,13 +30,13 @@ class ShuffledBlocks(torch.utils.data.Dataset):
         self, sources: Sequence[TokenBlocks], weights: Sequence[float], seed: int, *, names: Sequence[str]
     ) -> None:
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
-        whole = max(len(blocks) / share for blocks, share in zip(sources, shares, strict=True))
+        total = max(len(blocks) / share for blocks, share in zip(sources, shares, strict=True))
         self._sources = list(sources)
         self._names = list(names)
-        self._counts = np.array([max(len(b), round(whole * s)) for b, s in zip(sources, shares, strict=True)])
+        self._counts = np.array([max(len(b), round(total * s)) for b, s in zip(sources, shares, strict=True)])
         self._starts = np.cumsum([0, *self._counts])
         self._seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that outlive an epoch
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -48,9 +48,9 @@ class ShuffledBlocks(torch.utils.data.Dataset):
         return {**self._sources[source][number], "block": torch.tensor(place)}
 
     def describe(self, block: int) -> str:
-        """The documents in the block of that number, as `1-2 of SOURCE (a.txt, b.txt)`, the first few by name.
+        """The documents in a block, such as `1-2 of SOURCE (a.txt, b.txt)`, the first few by name.
 
-        Documents are counted from 0, as in `load_corpus(SOURCE).train`.
+        Documents are numbered from 0, as in `load_corpus(SOURCE).train`.
         """
         source, number = self._find(block)
         blocks = self._sources[source]
@@ -63,18 +63,18 @@ class ShuffledBlocks(torch.utils.data.Dataset):
         return f"{text} ({', '.join(blocks.origins[one] for one in documents[:NAMED])}{more})"
 
     def set_epoch(self, epoch: int) -> None:
-        """accelerate calls it when an epoch begins."""
+        """accelerate calls this at the start of an epoch."""
         self._epoch.fill_(epoch)
 
     def count_used(self, num_blocks: int) -> list[int]:
-        """Of each source, how many of the first `num_blocks` blocks of training."""
+        """How many of the first `num_blocks` blocks of training come from each source."""
         epochs, rest = divmod(num_blocks, len(self))
         places = self._order_of(epochs)[:rest]
         partial = np.bincount(np.searchsorted(self._starts, places, side="right") - 1, minlength=len(self._sources))
         return (self._counts * epochs + partial).tolist()
 
     def _find(self, block: int) -> tuple[int, int]:
-        """The source of a block and its number there; one that is short of its share is gone through again."""
+        """The source of a block, and the block's number in it; a source shorter than its share repeats."""
         source = int(np.searchsorted(self._starts, block, side="right")) - 1
         return source, (block - int(self._starts[source])) % len(self._sources[source])
 
@@ -85,7 +85,7 @@ class ShuffledBlocks(torch.utils.data.Dataset):
 
 
 def weighted_turns(weights: Sequence[float]) -> Iterator[int]:
-    """Sources in turn, for ever: always the one that is furthest behind its share."""
+    """Indices of sources, endlessly: always the one that is furthest behind its share."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights)
     behind = np.zeros(len(shares))
     while True:
@@ -96,7 +96,7 @@ def weighted_turns(weights: Sequence[float]) -> Iterator[int]:
 
 
 def count_turns(weights: Sequence[float], num_blocks: int) -> list[int]:
-    """Of each source, how many of the first `num_blocks` turns."""
+    """How many of the first `num_blocks` turns each source has."""
     counts = [0] * len(weights)
     for _, turn in zip(range(num_blocks), weighted_turns(weights), strict=False):
         counts[turn] += 1

@@ -1,4 +1,4 @@
-"""One named split of a SOURCE, for evaluation: nothing else of a dataset on the Hub is downloaded."""
+"""One named split of a SOURCE, for evaluation; of a dataset on the Hub, only that split is downloaded."""
 
 import logging
 from pathlib import Path
@@ -11,10 +11,10 @@ from flashmhf.data.corpus import (
     TEST_NAMES,
     TRAIN_NAMES,
     VALIDATION_NAMES,
-    good_rows,
+    has_name,
     hub_rows,
     hub_splits,
-    is_called,
+    keep_documents,
     load_corpus,
     read_files,
 )
@@ -34,8 +34,8 @@ def load_documents(
 
     Args:
         source: see `flashmhf.data`.
-        split: `validation` and `train` as `load_corpus` separates them, `all` for both of them, or the name of a split
-            that the source has: on the Hub by that name, in a folder a file or folder called so (`test`).
+        split: `validation` or `train` as `load_corpus` splits the source, `all` for both, or another split of the
+            source, such as `test`: on the Hub by that name, in a folder the files or folders of that name.
         text_column: see `load_corpus`.
         bad_data: see `load_corpus`.
 
@@ -48,7 +48,7 @@ def load_documents(
             read = _folder_split if Path(source).exists() else _hub_split
             rows = read(source, split, text_column)
         if rows is not None:
-            return _good_documents(rows, source, CorruptRecords(bad_data))
+            return _documents(rows, source, CorruptRecords(bad_data))
         if split != VALIDATION:
             raise InputError(f"split: expected {VALIDATION}, {TRAIN} or {ALL}, got {split!r}, which {source} lacks")
     corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
@@ -59,7 +59,7 @@ def load_documents(
 
 
 def truncate_documents(documents: Dataset, most_bytes: int) -> Dataset:
-    """Each document's first bytes as UTF-8, at most `most_bytes` and without a character cut in two.
+    """The first bytes of each document as UTF-8, at most `most_bytes`, without cutting a character in two.
 
     Raises:
         InputError: fewer than one byte.
@@ -70,25 +70,25 @@ def truncate_documents(documents: Dataset, most_bytes: int) -> Dataset:
     return documents.remove_columns("text").add_column("text", texts)
 
 
-def _good_documents(rows: Dataset | IterableDataset, source: str, bad: CorruptRecords) -> Dataset:
-    good = good_rows(rows, source, bad)
-    assert isinstance(good, Dataset)
+def _documents(rows: Dataset | IterableDataset, source: str, bad: CorruptRecords) -> Dataset:
+    documents = keep_documents(rows, source, bad)
+    assert isinstance(documents, Dataset)
     if bad.counts:
         logger.warning("data: %s", bad.summary())
-    return good
+    return documents
 
 
 def _folder_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
-    """None where `load_corpus` decides, or no file is called so."""
+    """None if `load_corpus` decides, or if no file has that name."""
     if split == VALIDATION:
         return None
-    files = [file for file in list_files(Path(source)) if is_called(file, Path(source), _synonyms(split))]
+    files = [file for file in list_files(Path(source)) if has_name(file, Path(source), _synonyms(split))]
     return read_files(files, source, text_column, False) if files else None
 
 
 def _hub_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
-    """None where there is no validation split."""
-    splits = hub_splits(source, streaming=not datasets.config.HF_HUB_OFFLINE)  # a stream reads that split alone
+    """None if there is no validation split."""
+    splits = hub_splits(source, streaming=not datasets.config.HF_HUB_OFFLINE)  # a stream reads only that split
     name = next((name for name in _synonyms(split) if name in splits), None)
     if name is None and split == VALIDATION:
         return None

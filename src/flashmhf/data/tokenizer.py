@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes without any download, a folder or a Hub id, and BPE trained on the user's own text."""
+"""Tokenizers: raw bytes without any download, a folder or a Hub id, and BPE trained on the user's text."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from flashmhf.errors import InputError
 
 BYTES = "bytes"
-SEPARATOR = "<|endoftext|>"
+EOS = "<|endoftext|>"
 PADDING = "<|pad|>"
 VOCABULARY_MULTIPLE = 64  # of a new model
-SPECIAL_TOKENS = [SEPARATOR, PADDING]
-# GPT-2's words, as the tokenizers library's ByteLevel cuts them
+SPECIAL_TOKENS = [EOS, PADDING]
+# GPT-2's words, as split by ByteLevel of the tokenizers library
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-MAX_KNOWN_WORDS = 2**18  # some 60 MB
+MAX_KNOWN_WORDS = 2**18  # about 60 MB
 _known_words: WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, list[int]]] = WeakKeyDictionary()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token ids 0 to 255 are the bytes of the text's UTF-8; 256 separates documents, 257 pads."""
+    """Token ids 0 to 255 are the bytes of the text's UTF-8; 256 is EOS, 257 is padding."""
     characters = _byte_characters()
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in enumerate(characters)}, merges=[]))
     return _finish(tokenizer, use_regex=False)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `vocab_size` tokens, the special ones included."""
+    """Byte-level BPE with `vocab_size` tokens, including the special ones."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise InputError(
@@ -56,7 +56,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """`bytes`, a folder with a tokenizer, or a Hub id.
 
     Raises:
-        InputError: there is no such tokenizer, or it has no token to separate documents with.
+        InputError: there is no such tokenizer, or it has no EOS token.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -68,7 +68,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r} ({reason})"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer: expected one with an end-of-text token, got {name!r} without")
+        raise InputError(f"tokenizer: expected one with an EOS token, got {name!r} without")
     return tokenizer
 
 
@@ -80,7 +80,7 @@ def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError where the model in `folder` has a tokenizer with another vocabulary."""
+    """Raises InputError if the model in `folder` has a tokenizer with another vocabulary."""
     if (Path(folder) / "tokenizer_config.json").is_file():
         own = load_tokenizer(folder)
         if own.get_vocab() != tokenizer.get_vocab():
@@ -90,9 +90,9 @@ def check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, int32, followed by the separator.
+    """Token ids of each text, int32, followed by the EOS token.
 
-    For bytes and for byte-level BPE, what the tokenizer would give, in less time.
+    For bytes and byte-level BPE, the same ids as from the tokenizer, in less time.
     """
     if is_byte_tokenizer(tokenizer):
         encoded = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
@@ -104,14 +104,14 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a token is a byte, with the ids of `byte_tokenizer`."""
+    """Whether it is `byte_tokenizer`."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or len(tokenizer) != 256 + len(SPECIAL_TOKENS):
         return False
     return _definition(tokenizer) == _definition(byte_tokenizer())
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides on the ids of a text."""
+    """A hash of everything that determines the ids of a text."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         definition: object = _definition(tokenizer)
     else:
@@ -121,18 +121,13 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokenizer beside a model."""
-    tokenizer.save_pretrained(folder)
-
-
 def _definition(tokenizer: PreTrainedTokenizerFast) -> dict:
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     return {key: definition[key] for key in ("model", "pre_tokenizer", "normalizer", "added_tokens")}
 
 
 def _is_word_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrainedTokenizerFast]:
-    """Whether it is BPE on the words of GPT-2's pattern, each by itself, as `train_bpe` makes it."""
+    """Whether it is byte-level BPE that splits text by GPT-2's pattern first, as `train_bpe` makes it."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
     backend = tokenizer.backend_tokenizer
@@ -147,7 +142,7 @@ def _is_word_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrain
 
 
 def _encode_words(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """Each distinct word is encoded once; a text with a special token in it goes through the tokenizer whole."""
+    """Encodes each distinct word once; the tokenizer encodes a text with a special token in it."""
     backend = tokenizer.backend_tokenizer
     special = [token.content for token in tokenizer.added_tokens_decoder.values()]
     known = _known_words.setdefault(tokenizer, {})
@@ -169,16 +164,14 @@ def _encode_words(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[
 def _finish(tokenizer: Tokenizer, use_regex: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=SEPARATOR, bos_token=SEPARATOR, pad_token=PADDING
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS, pad_token=PADDING)
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE, in the order of the bytes.
+    """The printable character for each byte in byte-level BPE, in the order of the bytes.
 
-    Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on: the
-    convention of GPT-2's tokenizer, which the tokenizers library implements.
+    Printable Latin-1 characters represent themselves, the other bytes are characters from U+0100 on: the convention of
+    GPT-2's tokenizer, which the tokenizers library implements.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)

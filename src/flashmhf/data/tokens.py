@@ -1,4 +1,4 @@
-"""Documents as token ids in a memory-mapped cache, written once by as many processes as there are cores."""
+"""Documents as token ids in a memory-mapped cache, written once, by one process per core."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from flashmhf.data.tokenizer import encode_documents, tokenizer_key
 from flashmhf.data.workers import count_workers, rows_at_once
 
-BATCH_CHARACTERS = 2**22  # encoded at once: a tokenizer needs up to a hundred bytes for one
-VERSION = 1  # of what is written; a new one leaves old caches alone
+BATCH_CHARACTERS = 2**22  # encoded at once: a tokenizer needs up to 100 bytes for each
+VERSION = 1  # of the format; a new version does not read old caches
 
 
 def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Replaces the text by the columns "input_ids" (the separator at the end included) and "bytes" (of the text).
+    """Replaces the text with the columns "input_ids" (with an EOS token at the end) and "bytes" (of the text).
 
-    Documents that are in files come back as memory-mapped files in the cache of `datasets`, whose name is a hash of
-    their content and of the tokenizer. They are written beside and renamed, so what is there is whole.
+    Documents from files become memory-mapped files in the cache of `datasets`, named by a hash of their content and
+    the tokenizer. They are written under another name and renamed, so the cache never holds incomplete ones.
     """
     id_type = "uint16" if len(tokenizer) <= 2**16 else "int32"
 
@@ -44,7 +44,7 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def _parts(texts: list[str]) -> Iterator[list[str]]:
-    """The same texts, so many at once as bounds the memory."""
+    """The same texts in groups of bounded size."""
     part: list[str] = []
     characters = 0
     for text in texts:

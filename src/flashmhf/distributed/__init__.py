@@ -1,1 +1,1 @@
-"""Models over many devices: heads over a mesh, FSDP2 over another, their checkpoints, and a Trainer that uses them."""
+"""Models over many devices: tensor parallelism by heads, FSDP2, sharded checkpoints, and their use in training."""

@@ -1,14 +1,13 @@
-"""Models over many devices, by PyTorch's own means: heads over a mesh (tensor parallelism), parameters over another.
+"""Tensor parallelism by heads, and FSDP2 over another dimension of the mesh, both with PyTorch's DTensors.
 
 A FlashMHF layer is split as Megatron splits an MLP: in_proj by columns, K, U, V, the gate's and the norm's weight by
-heads, out_proj by rows. Each rank runs the operator on its own heads; the layer costs one all-reduce forward and one
-backward. Parameters become DTensors, so gradient norms, optimizers, FSDP2 and torch.distributed.checkpoint know what
-they hold.
+heads, out_proj by rows. Each rank runs the operator on its own heads; the layer costs one all-reduce in the forward
+pass and one in the backward pass. Parameters become DTensors, which gradient norms, optimizers, FSDP2 and
+torch.distributed.checkpoint understand.
 """
 
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -27,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class HeadParallel(ParallelStyle):
-    """Distributes a layer's own parameters (and its norm's) by heads, their first dimension."""
+    """Shards a layer's own parameters (and its norm's) by heads, their first dimension."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         _distribute(module, mesh, Shard(0))
@@ -37,7 +36,7 @@ class HeadParallel(ParallelStyle):
 
 
 class Replicated(ParallelStyle):
-    """Every rank computes the whole module, whose parameters are DTensors like those of its neighbours."""
+    """Every rank computes the complete module; its parameters are DTensors, like all others."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         _distribute(module, mesh, Replicate())
@@ -51,8 +50,8 @@ class Replicated(ParallelStyle):
 def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
     """Splits a layer, or a causal language model on a Llama backbone, over the ranks of a mesh, in place.
 
-    Every rank calls this with a module of its own; the values are those of the mesh's first rank. Inputs and outputs
-    are whole on every rank, and the same on all of them.
+    Every rank calls this with its own copy; the values of the mesh's first rank are used. Inputs and outputs are
+    replicated on all ranks.
 
     Args:
         module: FlashMHF, MHFFN, PKV or SwiGLU, or a model with an `mlp` of these (or a Llama MLP) in each layer of
@@ -67,7 +66,7 @@ def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dimension, got {mesh.ndim}")
-    check_split(module, mesh.size())  # all of it before the first change
+    check_split(module, mesh.size())  # everything, before the first change
     if not hasattr(module, "model"):
         _split_ffn(module, mesh)
         return module
@@ -83,7 +82,7 @@ def tensor_parallel(module: Model, mesh: DeviceMesh) -> Model:
 
 
 def check_split(module: nn.Module, ranks: int) -> None:
-    """Raises the ValueError of `tensor_parallel` where `module` cannot be split over so many ranks."""
+    """Raises the ValueError of `tensor_parallel` if `module` cannot be split over this number of ranks."""
     if not hasattr(module, "model"):
         _check_ffn(module, ranks)
         return
@@ -94,15 +93,15 @@ def check_split(module: nn.Module, ranks: int) -> None:
 
 
 def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
-    """FSDP2's `fully_shard` of each layer and of the rest of a model on a Llama backbone, in place.
+    """FSDP2's `fully_shard` on each layer and on the rest of a model on a Llama backbone, in place.
 
-    K, U and V, and what else has fewer heads than there are ranks, are cut along their rows or columns where the mesh
-    divides these: FSDP2 would leave the ranks beyond with nothing.
+    K, U, V and other parameters with fewer heads than ranks are sharded by rows or columns if their number is a
+    multiple of the ranks; sharded by heads, some ranks would hold nothing.
 
     Args:
-        model: as it is, or after `tensor_parallel` over another dimension of the same mesh.
+        model: unsplit, or after `tensor_parallel` over another dimension of the same mesh.
         mesh: of the ranks that have different data.
-        options: of `fully_shard`, such as mp_policy.
+        options: for `fully_shard`, such as mp_policy.
     """
     options["mesh"] = mesh
     options["shard_placement_fn"] = lambda parameter: _shard_placement(parameter, mesh.size())
@@ -114,7 +113,7 @@ def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
 
 
 def _shard_placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
-    """The dimension for FSDP2 to cut, None for its own choice, the first; others must be multiples of the ranks."""
+    """The dimension to shard; None for FSDP2's default, the first. Others must be multiples of the ranks."""
     shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
     if shape[0] % ranks == 0:
         return None
@@ -124,7 +123,7 @@ def _shard_placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
 def _check_ffn(ffn: Any, ranks: int) -> None:
     if isinstance(ffn, FlashMHF):
         if ffn.in_proj is None:
-            raise ValueError("projections: expected True of a layer split by heads, got False")
+            raise ValueError("projections: expected True for a layer split by heads, got False")
         _check_multiples(ranks, num_heads=ffn.num_heads, num_kv_heads=ffn.num_kv_heads)
     elif isinstance(ffn, PKV):
         _check_multiples(ranks, num_heads=ffn.num_heads)
@@ -152,27 +151,27 @@ def _split_ffn(ffn: nn.Module, mesh: DeviceMesh) -> None:
         parallelize_module(ffn, mesh, {"in_proj": ColwiseParallel(), "out_proj": RowwiseParallel()})
         parallelize_module(ffn, mesh, HeadParallel())
         return
-    # The input becomes a DTensor once, so that the gradients of both projections meet before they are all-reduced.
+    # The input becomes a DTensor once, so that the gradients of both projections are added before their all-reduce.
     parallelize_module(
         ffn, mesh, {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
     )
-    whole = Replicate()
-    parallelize_module(ffn, mesh, PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole))
+    replicated = Replicate()
+    prepare = PrepareModuleInput(input_layouts=replicated, desired_input_layouts=replicated)
+    parallelize_module(ffn, mesh, prepare)
 
 
 def _split_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
     columns = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
     parallelize_module(attention, mesh, {**columns, "o_proj": RowwiseParallel()})
-    whole: dict[str, Placement] = {"hidden_states": Replicate()}
-    parallelize_module(
-        attention, mesh, PrepareModuleInput(input_kwarg_layouts=whole, desired_input_kwarg_layouts=whole)
-    )
+    replicated: dict[str, Placement] = {"hidden_states": Replicate()}
+    prepare = PrepareModuleInput(input_kwarg_layouts=replicated, desired_input_kwarg_layouts=replicated)
+    parallelize_module(attention, mesh, prepare)
 
 
 def _split_vocabulary(model: Any, backbone: Any, mesh: DeviceMesh) -> None:
-    """The logits by vocabulary, the embeddings by width; tied ones are whole everywhere.
+    """Shards the logits by vocabulary and the embeddings by width; tied ones are replicated.
 
-    Embeddings by vocabulary are avoided: DTensor (torch 2.13) compares padding_idx with the row within the shard.
+    Embeddings are not sharded by vocabulary: DTensor (torch 2.13) compares padding_idx with the row within the shard.
     """
     tied = model.lm_head.weight is backbone.embed_tokens.weight
     styles: tuple[ParallelStyle, ParallelStyle] = (
@@ -190,10 +189,3 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Shard | Replicat
     for name, parameter in list(module.named_parameters(recurse=False)):
         distributed = distribute_tensor(parameter.data, mesh, (placement,))
         module.register_parameter(name, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
-
-
-def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, whole and plain, on every rank. A collective operation."""
-    return {
-        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
-    }

@@ -1,6 +1,6 @@
-"""Checkpoints that each rank writes its part of, by torch.distributed.checkpoint; they load into any other layout.
+"""Checkpoints of which each rank writes its shards, by torch.distributed.checkpoint; any other sharding can load them.
 
-They hold tensors alone. torch keeps their table of contents as a pickle, which is read here without calling anything
+They hold tensors only. torch stores their table of contents as a pickle, which is read here without calling anything
 but the classes of that table.
 """
 
@@ -21,9 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from flashmhf.errors import InputError
+from flashmhf.models.loading import load_model
 
+SHARDS = "sharded"  # the folder in a Trainer's checkpoint to which every process adds its shards
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
 TABLE = ".metadata"
 _METADATA = "torch.distributed.checkpoint.metadata"
 TABLE_CLASSES = {
@@ -37,30 +42,83 @@ TABLE_CLASSES = {
     ("pathlib._local", "PosixPath"),
 }
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_FULL = StateDictOptions(full_state_dict=True)
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Writes the parameters, and what the optimizer keeps of each, into a folder that all ranks see."""
-    dcp.save(_tensors(_state(model, optimizer)), storage_writer=dcp.FileSystemWriter(folder), no_dist=_alone())
+    dcp.save(_tensors(_state(model, optimizer)), storage_writer=dcp.FileSystemWriter(folder), no_dist=_single())
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Reads what `save_sharded` wrote, from any number of ranks and any layout, into a model in any other.
+    """Reads what `save_sharded` wrote, from any number of ranks and any sharding, into a model with any other.
 
-    A model that is in no layout takes the whole; its `save_pretrained` then writes safetensors. The learning rate and
-    its like are those of `optimizer`.
+    A model that is not sharded gets everything; its `save_pretrained` then writes safetensors. The learning rate and
+    the other options of `optimizer` stay.
 
     Raises:
-        InputError: there is no such checkpoint, or its table of contents is none.
+        InputError: there is no such checkpoint, or its table of contents cannot be read.
     """
     state = _state(model, optimizer)
     tensors = _tensors(state)
-    dcp.load(tensors, storage_reader=_Reader(folder), no_dist=_alone())
+    dcp.load(tensors, storage_reader=_Reader(folder), no_dist=_single())
     state |= tensors
     set_model_state_dict(model, {n.removeprefix("model:"): v for n, v in state.items() if n.startswith("model:")})
     if optimizer is not None:
         kept: Any = {n.removeprefix("optimizer:"): v for n, v in state.items() if n.startswith("optimizer:")}
         set_optimizer_state_dict(model, optimizer, kept, options=_FLAT)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Parameters of a sharded model, gathered on the first rank's CPU; empty on the others. A collective operation."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if state:
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones are gathered separately
+            state[name] = state[first.setdefault(id(parameter), name)]
+    return state
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether a Trainer's checkpoint holds the shards of a tensor-parallel run."""
+    return (checkpoint / SHARDS).is_dir()
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Reads a Trainer's checkpoint, sharded or not, into a sharded model."""
+    if is_sharded(checkpoint):
+        load_sharded(checkpoint / SHARDS, model)
+    else:
+        weights = load_model(str(checkpoint), dtype=torch.float32).state_dict()
+        set_model_state_dict(model, weights, options=_FULL)
+
+
+def load_training_state(checkpoint: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+    """Reads optimizer and scheduler from a Trainer's checkpoint, where at least one of model and checkpoint is sharded.
+
+    A checkpoint without them, from --save-only-model, changes nothing.
+    """
+    if is_sharded(checkpoint):
+        load_sharded(checkpoint / SHARDS, model, optimizer)
+    elif (checkpoint / OPTIMIZER).is_file():
+        load_full_optimizer(checkpoint / OPTIMIZER, model, optimizer)
+    else:
+        return
+    scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def load_full_optimizer(file: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Reads what one process saved, by parameter number, into an optimizer of the same model with any sharding."""
+    kept = torch.load(file, map_location="cpu", weights_only=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[str, Any] = {
+        "state": {order[number]: values for number, values in kept["state"].items()},
+        "param_groups": [{**group, "params": [order[i] for i in group["params"]]} for group in kept["param_groups"]],
+    }
+    set_optimizer_state_dict(model, optimizer, state, options=_FULL)
 
 
 def _state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -75,7 +133,7 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _alone() -> bool:
+def _single() -> bool:
     return not (dist.is_available() and dist.is_initialized())
 
 
@@ -89,7 +147,7 @@ class _Table(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Refuses a table that would run code, and entries that are no tensors, which torch would unpickle."""
+    """Refuses a table that would run code, and entries other than tensors, which torch would unpickle."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         file = Path(self.path) / TABLE
@@ -100,7 +158,7 @@ class _Reader(dcp.FileSystemReader):
             raise InputError(f"checkpoint: expected a table of contents in {file}, got: {error}") from error
         others = [name for name, entry in table.state_dict_metadata.items() if type(entry) is not TensorStorageMetadata]
         if others:
-            raise InputError(f"checkpoint: expected tensors alone in {file}, got {others[0]}")
+            raise InputError(f"checkpoint: expected only tensors in {file}, got {others[0]}")
         table.storage_meta = table.storage_meta or dcp.metadata.StorageMeta()
         table.storage_meta.load_id = self.load_id
         return table

@@ -1,1 +1,1 @@
-"""What a model costs, without running it: parameters, FLOPs, saved bytes, memory and hours on many GPUs."""
+"""What a model costs without running it: parameters, FLOPs, saved bytes; memory and hours on several GPUs."""

@@ -1,4 +1,4 @@
-"""What a model costs, counted on tensors without data: parameters, FLOPs, and what training keeps of each token."""
+"""What a model costs, counted on fake tensors: parameters, FLOPs, and the activations that training saves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from flashmhf.models import FlashMHFConfig
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.roofline import GPUS, backward_work, forward_work
 
-TOKENS = 128  # enough that what does not depend on tokens vanishes in the division
+TOKENS = 128  # enough to make what does not depend on tokens negligible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ def model_cost(config: PreTrainedConfig, context_length: int | None = None) -> M
     """Counts what a model costs, without allocating it.
 
     Args:
-        config: of a causal language model shaped like Llama.
-        context_length: for the attention's FLOPs. Default: the longest.
+        config: of a causal language model with Llama's structure.
+        context_length: for the attention's FLOPs. Default: the model's maximum.
     """
     context_length = config.max_position_embeddings if context_length is None else context_length
     with FakeTensorMode():
@@ -63,16 +63,39 @@ def model_cost(config: PreTrainedConfig, context_length: int | None = None) -> M
     )
 
 
-def operator_work(config: FlashMHFConfig, tokens: int, gpu: str) -> dict[str, Any]:
-    """The operator of one layer by the static model of `flashmhf.ops.roofline`, in bfloat16.
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Work of one pass of the operator, its lower bound in time, and what bounds it ("compute" or "memory")."""
+
+    gflop: float
+    read_mib: float
+    written_mib: float
+    min_ms: float
+    bound: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorCost:
+    """The operator of one layer in bfloat16, by the static model of `flashmhf.ops.roofline`."""
+
+    tokens: int
+    gpu: str
+    forward: PassCost
+    backward: PassCost
+
+
+def operator_cost(config: FlashMHFConfig, tokens: int, gpu: str) -> OperatorCost:
+    """What the operator of one layer costs on a GPU at least.
 
     Args:
         config: with `ffn_type` "flashmhf", "mhffn" or "dense_moe".
         tokens: T, of all sequences together.
-        gpu: a name of `flashmhf.ops.roofline.GPUS`.
+        gpu: a name in `flashmhf.ops.roofline.GPUS`.
+
+    Raises:
+        InputError: `gpu` is unknown.
     """
-    if gpu not in GPUS:
-        raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    check_gpu(gpu)
     heads, kv_heads = (1, 1) if config.ffn_type == "dense_moe" else config.ffn_heads
     problem = Problem(
         T=tokens,
@@ -85,21 +108,23 @@ def operator_work(config: FlashMHFConfig, tokens: int, gpu: str) -> dict[str, An
         device=torch.device("cuda"),
         has_gate=config.gate_type is not None and config.ffn_type != "mhffn",
     )
-    passes = {"forward": forward_work(problem), "backward": backward_work(problem)}
-    return {
-        "tokens": tokens,
-        "gpu": gpu,
-        **{
-            name: {
-                "gflop": work.flops / 1e9,
-                "read_mib": work.read_bytes / 2**20,
-                "written_mib": work.written_bytes / 2**20,
-                "least_ms": work.least_ms(GPUS[gpu], problem.dtype),
-                "bound": work.bound(GPUS[gpu], problem.dtype),
-            }
-            for name, work in passes.items()
-        },
-    }
+    forward, backward = (
+        PassCost(
+            gflop=work.flops / 1e9,
+            read_mib=work.read_bytes / 2**20,
+            written_mib=work.written_bytes / 2**20,
+            min_ms=work.min_ms(GPUS[gpu], problem.dtype),
+            bound=work.bound(GPUS[gpu], problem.dtype),
+        )
+        for work in (forward_work(problem), backward_work(problem))
+    )
+    return OperatorCost(tokens=tokens, gpu=gpu, forward=forward, backward=backward)
+
+
+def check_gpu(name: str) -> None:
+    """Raises InputError unless `flashmhf.ops.roofline.GPUS` has the name."""
+    if name not in GPUS:
+        raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {name!r}")
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -109,7 +134,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def saved_bytes_per_token(layer: nn.Module, hidden_size: int) -> float:
-    """Bytes a token that `layer` keeps between forward and backward, its input included, parameters not.
+    """Bytes per token that `layer` saves for its backward pass, input included, parameters not.
 
     Counted in the dtype of the layer's parameters.
     """
@@ -119,7 +144,7 @@ def saved_bytes_per_token(layer: nn.Module, hidden_size: int) -> float:
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
-    """Bytes of all storages that autograd keeps of `call` until the backward pass, `module`'s parameters left out."""
+    """Bytes of all storages that autograd saves in `call`, except `module`'s parameters."""
     parameters = {p.untyped_storage()._cdata for p in module.parameters()}
     saved: dict[int, int] = {}
 
@@ -130,6 +155,6 @@ def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = call()  # kept alive until everything is counted, so that no storage is counted under another's address
+        out = call()  # keeps every storage alive until all are counted, so that none is reused
     del out
     return sum(saved.values())

@@ -1,6 +1,7 @@
-"""What a training takes of each GPU, in memory and in time, by layout: estimates, see docs/scaling.md."""
+"""What training needs of each GPU, in memory and in time, by parallelism: estimates, see docs/scaling.md."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,104 +10,127 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flashmhf.errors import InputError
-from flashmhf.estimates.cost import model_cost, saved_bytes
+from flashmhf.estimates.cost import check_gpu, model_cost, saved_bytes
 from flashmhf.layers import PKV, FlashMHF
 from flashmhf.ops.roofline import GPUS
 
-LAYOUTS = ("ddp", "fsdp", "tp")
-BYTES = 4  # of a parameter, a gradient and each of Adam's two moments: float32, under autocast too
-LOGIT_COPIES = 2  # float32, made by the loss's backward while the logarithms of the probabilities are still there
-GATHERED_LAYERS = 2  # of FSDP: the one at work and the next
+Parallelism = Literal["ddp", "fsdp", "tp"]
+BYTES = 4  # per parameter, gradient and each of Adam's two moments: float32, under autocast too
+LOGIT_COPIES = 2  # float32, made by the loss's backward while the log-probabilities are still there
+GATHERED_LAYERS = 2  # by FSDP: the current one and the prefetched one
 
 
-def plan(
-    config: PreTrainedConfig,
-    gpus: int,
-    *,
-    tokens: int,
-    sequences: int,
-    context_length: int | None = None,
-    bf16: bool = True,
-    gpu: str = "h200",
-    utilisation: float = 0.4,
-) -> dict[str, Any]:
-    """Memory of each GPU in MiB by layout, and the time that the training takes.
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """A training run to estimate.
+
+    Attributes:
+        gpus: their number.
+        gpu: a name in `flashmhf.ops.roofline.GPUS`.
+        tokens: of the complete training run.
+        sequences: per GPU and step; with "tp" per step of all GPUs together.
+        context_length: tokens per sequence; None is the model's maximum.
+        bf16: autocast, as with `--bf16`.
+        utilisation: MFU, by the data sheet's 16-bit (or 32-bit) throughput.
+    """
+
+    gpus: int
+    gpu: str
+    tokens: int
+    sequences: int
+    context_length: int | None
+    bf16: bool
+    utilisation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """MiB on one GPU."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    peak: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEstimate:
+    """`memory` by parallelism; a string is the reason why the model cannot be trained that way."""
+
+    setup: TrainingSetup
+    hours: float
+    gpu_hours: float
+    memory: dict[Parallelism, MemoryEstimate | str]
+
+
+def estimate_training(config: PreTrainedConfig, setup: TrainingSetup) -> TrainingEstimate:
+    """Memory of each GPU and the training time.
 
     Args:
-        config: of a causal language model shaped like Llama.
-        gpus: how many.
-        tokens: of the whole training.
-        sequences: that a GPU takes at once; with "tp", that all take together.
-        context_length: tokens of a sequence. Default: the longest.
-        bf16: autocast, as `--bf16` sets it.
-        gpu: a name of `flashmhf.ops.roofline.GPUS`, for the time.
-        utilisation: the share of its 16-bit (or 32-bit) throughput that goes into the model's FLOPs.
+        config: of a causal language model with Llama's structure.
 
     Raises:
-        InputError: an argument does not fit.
+        InputError: a value of `setup` is out of range.
     """
-    if gpu not in GPUS:
-        raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
-    if not 0 < utilisation <= 1:
-        raise InputError(f"utilisation: expected more than 0, at most 1, got {utilisation}")
-    length = config.max_position_embeddings if context_length is None else context_length
-    peak_tflops = GPUS[gpu].tflops_16bit if bf16 else GPUS[gpu].tflops_32bit
-    flops = tokens * model_cost(config, length).training_flops_per_token
-    hours = flops / (gpus * peak_tflops * 1e12 * utilisation) / 3600
-    return {
-        "gpus": gpus,
-        "gpu": gpu,
-        "tokens": tokens,
-        "sequences": sequences,
-        "context_length": length,
-        "utilisation": utilisation,
-        "hours": hours,
-        "gpu_hours": hours * gpus,
-        "memory": {layout: layout_memory(config, layout, gpus, sequences, length, bf16) for layout in LAYOUTS},
-    }
+    check_gpu(setup.gpu)
+    if not 0 < setup.utilisation <= 1:
+        raise InputError(f"utilisation: expected more than 0, at most 1, got {setup.utilisation}")
+    length = config.max_position_embeddings if setup.context_length is None else setup.context_length
+    setup = replace(setup, context_length=length)
+    peak_tflops = GPUS[setup.gpu].tflops_16bit if setup.bf16 else GPUS[setup.gpu].tflops_32bit
+    flops = setup.tokens * model_cost(config, length).training_flops_per_token
+    hours = flops / (setup.gpus * peak_tflops * 1e12 * setup.utilisation) / 3600
+    memory: dict[Parallelism, MemoryEstimate | str] = {}
+    for parallelism in get_args(Parallelism):
+        try:
+            memory[parallelism] = estimate_memory(config, parallelism, setup.gpus, setup.sequences, length, setup.bf16)
+        except InputError as error:
+            memory[parallelism] = str(error)
+    return TrainingEstimate(setup=setup, hours=hours, gpu_hours=hours * setup.gpus, memory=memory)
 
 
-def layout_memory(
-    config: PreTrainedConfig, layout: str, gpus: int, sequences: int, context_length: int, bf16: bool
-) -> dict[str, float] | str:
-    """MiB of one GPU: "parameters", "gradients", "optimizer", "activations" and their "peak"; or why it cannot be."""
+def estimate_memory(
+    config: PreTrainedConfig, parallelism: Parallelism, gpus: int, sequences: int, context_length: int, bf16: bool
+) -> MemoryEstimate:
+    """What one GPU holds.
+
+    Raises:
+        InputError: the model cannot be split over that many GPUs.
+    """
     with FakeTensorMode(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.tie_weights()  # which no_init_weights leaves out
-        divided = 0
-        if layout == "tp":
-            try:
-                divided = _keep_one_share(model, config, gpus)
-            except InputError as error:
-                return str(error)
+        model.tie_weights()  # which no_init_weights skips
+        sharded = _keep_one_shard(model, config, gpus) if parallelism == "tp" else 0
         saved = _saved_bytes(model, torch.zeros(sequences, context_length, dtype=torch.int64), bf16)
-        count = sum(p.numel() for p in model.parameters())
+        count = sum(p.numel() for p in model.parameters()) - sharded
         layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    count -= divided
-    held = count / gpus if layout == "fsdp" else count
-    gathered = GATHERED_LAYERS * layer if layout == "fsdp" and gpus > 1 else 0
-    buckets = count if layout == "ddp" and gpus > 1 else 0  # DDP's copy of the gradients
-    parts = {
-        "parameters": BYTES * (held + gathered),
-        "gradients": BYTES * (held + buckets),
-        "optimizer": BYTES * 2 * held,
-        "activations": saved + LOGIT_COPIES * 4 * sequences * context_length * config.vocab_size,
-    }
-    # Gradients come as activations go, but for DDP's buckets and what the last step's optimizer keeps.
-    moving = max(BYTES * buckets + parts["activations"], parts["gradients"])
-    peak = parts["parameters"] + parts["optimizer"] + moving
-    return {name: size / 2**20 for name, size in {**parts, "peak": peak}.items()}
+    held = count / gpus if parallelism == "fsdp" else count
+    gathered = GATHERED_LAYERS * layer if parallelism == "fsdp" and gpus > 1 else 0
+    buckets = count if parallelism == "ddp" and gpus > 1 else 0  # DDP's copy of the gradients
+    parameters, optimizer = BYTES * (held + gathered), BYTES * 2 * held
+    gradients = BYTES * (held + buckets)
+    activations = saved + LOGIT_COPIES * 4 * sequences * context_length * config.vocab_size
+    # Gradients replace activations during the backward, except for DDP's buckets; then the optimizer has all gradients.
+    peak = parameters + optimizer + max(BYTES * buckets + activations, gradients)
+    return MemoryEstimate(
+        parameters=parameters / 2**20,
+        gradients=gradients / 2**20,
+        optimizer=optimizer / 2**20,
+        activations=activations / 2**20,
+        peak=peak / 2**20,
+    )
 
 
 def _saved_bytes(model: Any, tokens: Tensor, bf16: bool) -> int:
-    """What the model keeps between forward and backward of a training step, its parameters left out."""
+    """What the model saves for the backward of a training step, parameters excluded."""
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         return saved_bytes(model, lambda: model(tokens, labels=tokens, use_cache=False))
 
 
-def _keep_one_share(model: Any, config: PreTrainedConfig, ranks: int) -> int:
-    """Cuts a model to one rank's part by heads; returns what it holds less than that of its whole embeddings."""
+def _keep_one_shard(model: Any, config: PreTrainedConfig, ranks: int) -> int:
+    """Cuts layers to one rank's heads; returns the number of embedding parameters that belong to other ranks."""
     heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
     for layer in model.model.layers:
         ffn, attention = layer.mlp, layer.self_attn
@@ -124,12 +148,12 @@ def _keep_one_share(model: Any, config: PreTrainedConfig, ranks: int) -> int:
                 _cut(module, ranks)
     if config.tie_word_embeddings:
         return 0
-    whole = sum(p.numel() for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters())
-    return whole - whole // ranks
+    total = sum(p.numel() for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters())
+    return total - total // ranks
 
 
 def _cut(module: nn.Module, ranks: int) -> None:
-    """A module's own parameters by heads, its projections by columns on the way in and by rows on the way out."""
+    """Shards a module's own parameters by heads, input projections by columns, output projections by rows."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(parameter[: parameter.shape[0] // ranks].clone()))
     for name, child in module.named_children():

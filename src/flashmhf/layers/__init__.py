@@ -1,4 +1,4 @@
-"""FlashMHF and the feed-forward layers that it is compared with, as modules on plain arguments."""
+"""FlashMHF and the feed-forward layers that it is compared with, as modules with plain arguments."""
 
 from flashmhf.layers.baselines import PKV, SwiGLU
 from flashmhf.layers.initialisation import INITS, Scales, default_scales

@@ -24,7 +24,7 @@ class PKV(nn.Module):
 
     Args:
         hidden_size, num_heads, bias, init, device, dtype: as in FlashMHF.
-        num_slots: parameter rows a head.
+        num_slots: parameter rows per head.
 
     Parameters: in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
 
@@ -58,13 +58,12 @@ class PKV(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter anew, as `init` says."""
+        """Initialises every parameter, according to `init`."""
         init_projections(self.in_proj, self.out_proj)
         key_std = value_std = REFERENCE_STD
         if self.init == "scaled":
-            key_std = (
-                initialisation.SCALED_PKV_KEY_RMS / REFERENCE_GAIN
-            )  # the logits' fan-in is undone by their 1 / sqrt(head_dim)
+            # No fan-in: the logits' 1 / sqrt(head_dim) compensates it.
+            key_std = initialisation.SCALED_PKV_KEY_RMS / REFERENCE_GAIN
             value_std = initialisation.SCALED_PKV_VALUE_STD
         nn.init.normal_(self.k, std=key_std)
         nn.init.normal_(self.v, std=value_std)
@@ -89,7 +88,7 @@ class SwiGLU(nn.Module):
         hidden_size: width of input and output.
         intermediate_size: d_ff.
         bias: biases in all three projections.
-        init: "reference": normal with std 0.02 (as transformers' Llama); "scaled" by fan-in, larger on the way out.
+        init: "reference": normal with std 0.02, like transformers' Llama; "scaled": by fan-in, larger in down_proj.
         device, dtype: of the parameters.
     """
 
@@ -114,7 +113,7 @@ class SwiGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter anew, as `init` says."""
+        """Initialises every parameter, according to `init`."""
         score_std = output_std = REFERENCE_STD
         if self.init == "scaled":
             score_std = initialisation.SCALED_SCORE_RMS / math.sqrt(self.gate_proj.in_features)

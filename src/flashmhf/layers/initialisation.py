@@ -1,4 +1,4 @@
-"""How the layers begin: standard deviations, scales, and the checks of their arguments."""
+"""Initialisation of the layers: standard deviations and scales, and the checks of their arguments."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from torch import nn
 INITS = ("reference", "scaled")
 REFERENCE_STD = 0.02
 REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
-SCALED_SCORE_RMS = 0.64  # of M, N and the gate's logits at initialisation, for inputs of unit RMS
-SCALED_PKV_KEY_RMS = 1.0  # of PKV's logits
+SCALED_SCORE_RMS = 0.64  # RMS of M, N and the gate's logits at initialisation, for inputs of unit RMS
+SCALED_PKV_KEY_RMS = 1.0  # RMS of PKV's logits
 SCALED_PKV_VALUE_STD = 1.0
 SCALED_OUTPUT_GAIN = 2.5  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection
 
 
 class Scales(NamedTuple):
-    """Factors of a FlashMHF layer's scores M and N, of its gate's logits, and of its output."""
+    """Multipliers of a FlashMHF layer: on its scores M and N, on its gate's logits, and on its output."""
 
     score: float
     gate: float
@@ -22,11 +22,11 @@ class Scales(NamedTuple):
 
 
 def default_scales(init: str, num_heads: int, num_subnetworks: int, gate_type: str | None) -> Scales:
-    """The scales of a FlashMHF layer that was given none.
+    """The default scales of a FlashMHF layer.
 
-    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step moves a score, or a logit of the
-    gate, num_heads times less than in a SwiGLU; and the gate divides the output, and with it each step's effect, by
-    num_subnetworks. The scales of "scaled" undo both.
+    A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step changes a score, or a logit of
+    the gate, num_heads times less than in a SwiGLU; and the gate divides the output, and with it the effect of a step,
+    by num_subnetworks. The scales of "scaled" compensate both.
     """
     if init == "reference":
         return Scales(1.0, 1.0, 1.0)

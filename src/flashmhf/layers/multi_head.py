@@ -1,6 +1,6 @@
-"""FlashMHF as an `nn.Module` on plain arguments, and its corners MH-FFN and Dense-MoE.
+"""FlashMHF as an `nn.Module` with plain arguments, and its special cases MH-FFN and Dense-MoE.
 
-They map (..., hidden_size) to (..., hidden_size).
+All map (..., hidden_size) to (..., hidden_size).
 """
 
 import math
@@ -27,15 +27,15 @@ from flashmhf.ops.prologue import GATES
 
 
 def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter that tensor parallelism has distributed; else the parameter itself.
+    """This rank's shard of a parameter that is distributed by tensor parallelism, otherwise the parameter itself.
 
-    DTensor is known by its method, so that a layer on one device does not import torch.distributed.
+    A DTensor is recognised by its method, so that a layer on one device does not import torch.distributed.
     """
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 class HeadRMSNorm(nn.Module):
-    """The weight (num_heads, head_dim) of an RMSNorm of each head, which the operator applies in float32."""
+    """Per-head RMSNorm with a weight (num_heads, head_dim). In FlashMHF the operator applies it, in float32."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class HeadRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads, head_dim, device=device, dtype=dtype))
 
     def forward(self, q: Tensor) -> Tensor:
-        """q (..., num_heads, head_dim) -> the same: for use outside the operator."""
+        """q (..., num_heads, head_dim) -> the same shape; for use outside the operator."""
         x = q if q.dtype == torch.float64 else q.float()
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(q.dtype)
 
@@ -57,9 +57,9 @@ class FlashMHF(nn.Module):
     Args:
         hidden_size: width of input and output, a multiple of num_heads; the head dim is their quotient.
         num_heads: heads H.
-        num_subnetworks: sub-networks E of each head; every one serves every token.
+        num_subnetworks: sub-networks E of each head, all of which are evaluated for every token.
         subnetwork_size: width F of a sub-network; about 8/3 of the head dim, rounded up to a multiple of 64.
-        num_kv_heads: heads that have parameters K, U, V of their own; num_heads is a multiple. Default: num_heads.
+        num_kv_heads: heads with their own parameters K, U, V, a divisor of num_heads. Default: num_heads.
         gate_type: "sigmoid" (of the logits, divided by its sum), "softmax", or None for a plain sum over sub-networks.
         q_norm: RMSNorm each head of the projected input.
         norm_eps: its epsilon.
@@ -70,14 +70,14 @@ class FlashMHF(nn.Module):
         gate_scale: multiplies the gate's logits. Default: 1, or num_heads with init="scaled".
         output_scale: multiplies the gated sum over sub-networks. Default: 1, or num_subnetworks for a gated
             layer with init="scaled".
-        recompute_q: keep x and the output alone between forward and backward, and project x again in the backward.
+        recompute_q: save only x and the output for the backward, and project x again there.
         backend: of the operator, see `flash_mhf`.
         device, dtype: of the parameters.
 
     Parameters: in_proj, out_proj (Linear), k, u, v (H_kv, E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
 
     Raises:
-        ValueError: an argument does not fit; names it, what was expected and what was given.
+        ValueError: an invalid argument; the message names it, what was expected and what was given.
 
     Source: arXiv 2512.06989, section 3.
     """
@@ -144,7 +144,7 @@ class FlashMHF(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter anew, as `init` says."""
+        """Initialises every parameter, according to `init`."""
         if self.q_norm is not None:
             nn.init.ones_(self.q_norm.weight)
         score_std = output_std = gate_std = REFERENCE_STD
@@ -170,7 +170,7 @@ class FlashMHF(nn.Module):
         return out if out_proj is None else out_proj(out)
 
     def _sub_networks(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> S (..., H, D), all that comes before out_proj."""
+        """x (..., hidden_size) -> S (..., H, D): everything before out_proj."""
         q_norm = self.q_norm
         norm_weight, norm_eps = (None, 0.0) if q_norm is None else (local(q_norm.weight), q_norm.eps)
         if norm_weight is not None and self.score_scale != 1.0:
@@ -190,23 +190,23 @@ class FlashMHF(nn.Module):
         return out * self.output_scale if self.gate_type is None and self.output_scale != 1.0 else out
 
     def _query(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> q (..., H, D), scaled unless the norm's weight will do that; H of this rank."""
+        """x (..., hidden_size) -> q (..., H, D) for this rank's heads; scaled, unless the norm's weight does that."""
         in_proj = self.in_proj
         q = x if in_proj is None else in_proj(x)
         q = q.unflatten(-1, (-1, self.head_dim))
         return q if self.score_scale == 1.0 or self.q_norm is not None else q * self.score_scale
 
     def _gate_weight(self) -> Tensor | None:
-        """The weight of the gate's logits for a q that `score_scale` has multiplied; they want `gate_scale`."""
+        """The gate's weight, rescaled: q is already multiplied by `score_scale`, the logits need `gate_scale`."""
         if self.gate_type is None:
             return None
         weight, factor = self._weight("gate_weight"), self.gate_scale / self.score_scale
         return weight if factor == 1.0 else weight * factor
 
     def _weight(self, name: str) -> Tensor:
-        """This rank's part of a parameter. A module's own way to it takes three times as long, at every step."""
+        """This rank's shard of a parameter, without nn.Module.__getattr__, which takes three times as long."""
         parameter = self._parameters.get(name)
-        return local(getattr(self, name) if parameter is None else parameter)  # None: a parametrisation has it
+        return local(getattr(self, name) if parameter is None else parameter)  # None if it is parametrised
 
     def extra_repr(self) -> str:
         parts = [
@@ -222,7 +222,7 @@ class FlashMHF(nn.Module):
 
 
 class MHFFN(FlashMHF):
-    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows a head and no gate."""
+    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate."""
 
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, **options) -> None:
         super().__init__(hidden_size, num_heads, 1, intermediate_size, gate_type=None, **options)
@@ -236,5 +236,5 @@ class DenseMoE(FlashMHF):
 
 
 def _save_operator_output() -> Any:
-    """Of what a checkpointed layer computes, the operator's output is saved and the rest computed again."""
+    """Selective checkpointing: the operator's output is saved, everything else is recomputed."""
     return create_selective_checkpoint_contexts([torch.ops.flashmhf.gated_mhf.default])

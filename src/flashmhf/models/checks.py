@@ -6,7 +6,7 @@ from flashmhf.errors import InputError
 
 
 def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:
-    """`context_length`, or the model's own for None; raises InputError where the model cannot see so much."""
+    """`context_length`, or the model's maximum for None; raises InputError if it exceeds that."""
     longest = int(config.max_position_embeddings)
     if context_length is None:
         return longest
@@ -16,7 +16,7 @@ def check_context_length(config: PreTrainedConfig, context_length: int | None) -
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError where the tokenizer has tokens that the model does not know."""
+    """Raises InputError if the tokenizer has more tokens than the model's vocabulary."""
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"tokenizer: expected at most the model's {model.config.vocab_size} tokens, got {len(tokenizer)}"

@@ -16,30 +16,30 @@ PRESETS = files("flashmhf.models") / "presets"
 
 
 class FlashMHFConfig(LlamaConfig):
-    """Everything of `transformers.LlamaConfig`, and the feed-forward layer.
+    """`transformers.LlamaConfig` with the options of the feed-forward layer.
 
     Args:
         ffn_type: "flashmhf", "mhffn" (one sub-network, no gate), "dense_moe" (one head, no projections), "pkv"
-            (attention over intermediate_size learned slots a head) or "swiglu".
-        intermediate_size: d_ff: rows of K, U and V a head, E x F; slots of PKV; width of SwiGLU.
+            (attention over intermediate_size learned slots per head) or "swiglu".
+        intermediate_size: d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
         num_subnetworks: E; intermediate_size is a multiple of it. For "flashmhf" and "dense_moe".
         num_ffn_heads: H of "flashmhf", "mhffn" and "pkv"; hidden_size is a multiple of it.
-        num_ffn_kv_heads: heads with K, U, V of their own. Default: num_ffn_heads.
+        num_ffn_kv_heads: heads with their own K, U, V. Default: num_ffn_heads.
         gate_type: "sigmoid", "softmax" or None. For "flashmhf" and "dense_moe".
         q_norm: RMSNorm on each head of the projected input. For "flashmhf" and "mhffn".
         ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
         ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
         mlp_bias: biases in the layer's projections.
         score_scale, gate_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so
-            that a checkpoint means the same with every later version.
-        recompute_q: keep less between forward and backward, see `flashmhf.FlashMHF`.
+            that a checkpoint keeps its meaning in later versions.
+        recompute_q: save less for the backward, see `flashmhf.FlashMHF`.
         init: "reference" or "scaled".
         backend: of the operator, see `flashmhf.flash_mhf`.
-        reference_config: config.json of the reference code's checkpoint that this model was converted from; kept so
-            that conversion back returns it.
+        reference_config: config.json of the reference checkpoint that this model was converted from, kept for the
+            conversion back.
 
     Raises:
-        ValueError: a value does not fit; names it, what was expected and what was given.
+        ValueError: an invalid value; the message names it, what was expected and what was given.
     """
 
     model_type = "flashmhf"
@@ -65,7 +65,7 @@ class FlashMHFConfig(LlamaConfig):
     reference_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if "gate" in kwargs:  # its name before version 0.2
+        if "gate" in kwargs:  # the former name of gate_type
             self.gate_type = kwargs.pop("gate")
         if self.num_ffn_heads is None:
             self.num_ffn_heads = self.num_attention_heads
@@ -102,7 +102,7 @@ class FlashMHFConfig(LlamaConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "FlashMHFConfig":
-        """The configuration called `name` in `preset_names()`, with some values replaced."""
+        """The preset `name`, one of `preset_names()`, with some values replaced."""
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
         return cls(**{**json.loads((PRESETS / f"{name}.json").read_text()), **overrides})
@@ -127,5 +127,5 @@ class FlashMHFConfig(LlamaConfig):
 
 
 def preset_names() -> list[str]:
-    """Names that `FlashMHFConfig.from_preset` takes."""
+    """The names that `FlashMHFConfig.from_preset` accepts."""
     return sorted(Path(preset.name).stem for preset in PRESETS.iterdir() if preset.name.endswith(".json"))

@@ -1,4 +1,4 @@
-"""The loss of a language model from hidden states, by a library that never holds the logits of all tokens at once."""
+"""Fused linear cross-entropy: the loss from hidden states, by a library that never materialises the logits."""
 
 import logging
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from flashmhf.ops.autocast import cast_inputs, without_autocast
 logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "on", "off")
-IGNORED = -100  # the label of a token that is not predicted
+IGNORED = -100  # the label of tokens without a loss
 LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def use_fused_loss(model: PreTrainedModel, choice: str, device_type: str, half: bool) -> None:
-    """Gives `model` the loss that `choose_linear_loss` finds; with "auto" only if its family can have it."""
+    """Makes `model` use the loss that `choose_linear_loss` selects; "auto" skips models of other families."""
     if choice == "auto" and not isinstance(model, LlamaForCausalLM):
         return
     linear_loss = choose_linear_loss(choice, device_type, half)
@@ -30,15 +30,15 @@ def use_fused_loss(model: PreTrainedModel, choice: str, device_type: str, half: 
 
 
 def choose_linear_loss(choice: str, device_type: str, half: bool) -> LinearLoss | None:
-    """(hidden (T, C), weight (V, C), targets (T,)) -> the sum of the targets' losses; or None for logits as ever.
+    """(hidden (T, C), weight (V, C), targets (T,)) -> the sum of the targets' losses; None for a loss from logits.
 
     Args:
-        choice: "auto" takes a library that is installed and can run here, "on" wants one, "off" none.
-        device_type: both libraries are written for GPUs.
-        half: whether bfloat16 or float16 is trained in, without which cut-cross-entropy has no gradient.
+        choice: "auto" uses a library if one is installed and can run here, "on" requires one, "off" uses none.
+        device_type: both libraries require a GPU.
+        half: whether training is in bfloat16 or float16; cut-cross-entropy has no gradient otherwise.
 
     Raises:
-        InputError: another choice, or "on" where no library can run.
+        InputError: an invalid choice, or "on" where no library can run.
     """
     if choice not in CHOICES:
         raise InputError(f"fused-loss: expected one of {', '.join(CHOICES)}, got {choice!r}")
@@ -47,19 +47,19 @@ def choose_linear_loss(choice: str, device_type: str, half: bool) -> LinearLoss 
     if device_type != "cuda":
         raise InputError(f"fused-loss: expected a GPU, got {device_type}")
     if find_spec("liger_kernel") is not None:
-        logger.info("the loss is liger-kernel's; the logits are never whole")
+        logger.info("using the fused loss of liger-kernel; logits are not materialised")
         return _liger()
     if find_spec("cut_cross_entropy") is not None and half:
-        logger.info("the loss is cut-cross-entropy's; the logits are never whole")
+        logger.info("using the fused loss of cut-cross-entropy; logits are not materialised")
         return _cut_cross_entropy()
     if choice == "on":
-        found = "neither" if find_spec("cut_cross_entropy") is None else "the latter in float32"
+        found = "neither" if find_spec("cut_cross_entropy") is None else "the latter with float32"
         raise InputError(f"fused-loss: expected liger-kernel, or cut-cross-entropy and --bf16 or --fp16, got {found}")
     return None
 
 
 def fuse_loss(model: PreTrainedModel, linear_loss: LinearLoss) -> None:
-    """In training, with labels, `model` returns the loss alone; otherwise what it did.
+    """Patches `model` to return only the loss when it is trained with labels; otherwise it behaves as before.
 
     Raises:
         InputError: the model is not of the Llama or the FlashMHF family.
@@ -75,7 +75,7 @@ def fuse_loss(model: PreTrainedModel, linear_loss: LinearLoss) -> None:
         num_items = options.pop("num_items_in_batch", None)
         hidden = model.model(*args, **options).last_hidden_state
         targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED).flatten()
-        hidden, weight = cast_inputs(hidden.flatten(0, -2), weight)  # the libraries look at their inputs' dtype alone
+        hidden, weight = cast_inputs(hidden.flatten(0, -2), weight)  # the libraries ignore autocast
         with without_autocast(hidden.device.type):
             total = linear_loss(hidden, weight, targets).float()
         num_items = (targets != IGNORED).sum() if num_items is None else num_items
@@ -94,6 +94,6 @@ def _liger() -> LinearLoss:
 def _cut_cross_entropy() -> LinearLoss:
     from cut_cross_entropy import linear_cross_entropy
 
-    # its filter drops small gradients, of which rare tokens have no others in pretraining
+    # No gradient filter: in pretraining rare tokens receive only small gradients, which it would drop.
     options: dict[str, Any] = {"ignore_index": IGNORED, "reduction": "sum", "filter_eps": None}
     return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, **options)

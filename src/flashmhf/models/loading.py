@@ -1,4 +1,4 @@
-"""Configurations and models from a preset's name, a JSON file or a folder, with errors that say what is wrong."""
+"""Loads configurations and models from a preset, a JSON file or a folder; errors name the file or tensor at fault."""
 
 import json
 import struct
@@ -18,10 +18,10 @@ WEIGHTS = "model.safetensors"
 
 
 def load_config(source: str) -> PreTrainedConfig:
-    """The configuration of a preset, a JSON file, or a model's folder.
+    """The configuration from a preset's name, a JSON file, or a model's folder.
 
     Raises:
-        InputError: `source` is none of them, or its values do not fit.
+        InputError: `source` is none of them, or has an invalid value.
     """
     path = Path(source)
     try:
@@ -40,7 +40,7 @@ def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedMode
     """The causal language model in `folder`, in evaluation mode on the CPU.
 
     Raises:
-        InputError: the folder holds no model, or its tensors are torn, missing or misshapen; names the file or tensor.
+        InputError: the folder holds no model, or a file or tensor is corrupt, missing or has the wrong shape.
     """
     path = check_folder(folder)
     try:
@@ -56,10 +56,10 @@ def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedMode
 
 
 def check_folder(folder: str) -> Path:
-    """A model's folder, after a look at whether its files are there and whole.
+    """The path of a model's folder, after checking that its files are present and complete.
 
     Raises:
-        InputError: they are not; names the file.
+        InputError: a file is missing or truncated.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -69,10 +69,10 @@ def check_folder(folder: str) -> Path:
 
 
 def check_safetensors(folder: Path) -> dict[str, Path]:
-    """Every tensor of a checkpoint and its file, after a look at each file's header and length.
+    """Every tensor of a checkpoint with its file, after checking each file's header and length.
 
     Raises:
-        InputError: a file is missing, torn, or lacks a tensor that the index promises.
+        InputError: a file is missing or truncated, or its tensors are not those listed in the index.
     """
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
@@ -85,19 +85,19 @@ def check_safetensors(folder: Path) -> dict[str, Path]:
         raise InputError(f"checkpoint: expected {WEIGHTS} or {INDEX} in {folder}, got neither")
     for file in sorted(set(tensors.values())):
         present = set(tensor_names(file))
-        promised = {name for name, place in tensors.items() if place == file}
-        if promised - present:
-            raise InputError(f"checkpoint: expected tensor {min(promised - present)} in {file}, got none")
-        if present - promised:
-            raise InputError(f"checkpoint: expected only tensors of {INDEX}, got {min(present - promised)} in {file}")
+        listed = {name for name, place in tensors.items() if place == file}
+        if listed - present:
+            raise InputError(f"checkpoint: expected tensor {min(listed - present)} in {file}, got none")
+        if present - listed:
+            raise InputError(f"checkpoint: expected only tensors of {INDEX}, got {min(present - listed)} in {file}")
     return tensors
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names in one safetensors file.
+    """The names of the tensors in a safetensors file.
 
     Raises:
-        InputError: the file is missing or torn; says how many bytes are missing.
+        InputError: the file is missing, truncated or corrupt.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -105,19 +105,19 @@ def tensor_names(file: Path) -> list[str]:
     except FileNotFoundError as error:
         raise InputError(f"checkpoint: expected the file {file}, got none") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"checkpoint: {file} is torn: {_length_report(file) or error}") from error
+        raise InputError(f"checkpoint: {file} is corrupt: {_length_report(file) or error}") from error
 
 
 def _length_report(file: Path) -> str | None:
-    """How much of a safetensors file is missing, by its own header."""
+    """Expected and actual length of a safetensors file, by its header; None if the header cannot be read."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            return f"expected a header, got {size} bytes in all"
+            return f"expected a header, got {size} bytes in total"
         header_size = struct.unpack("<Q", prefix)[0]
         if header_size > size - 8:
-            return f"expected a header of {header_size} bytes, got {size} bytes in all"
+            return f"expected a header of {header_size} bytes, got {size} bytes in total"
         try:
             header = json.loads(stream.read(header_size))
             data = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")

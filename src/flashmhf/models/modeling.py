@@ -66,7 +66,7 @@ def build_ffn(config: FlashMHFConfig) -> nn.Module:
 
 class FlashMHFDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: FlashMHFConfig, layer_idx: int) -> None:
-        GradientCheckpointingLayer.__init__(self)  # not Llama's, which would build an MLP to throw away
+        GradientCheckpointingLayer.__init__(self)  # not Llama's, which would build an MLP first
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
         self.mlp = build_ffn(config)  # type: ignore[assignment]
@@ -83,13 +83,13 @@ class FlashMHFPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {"hidden_states": FlashMHFDecoderLayer, "attentions": LlamaAttention}
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # The shortcut for code from outside transformers would pass over a layer with no parameters outside its Linear
-        # modules. Ours initialise through torch.nn.init, which transformers guards, so they need no shortcut.
+        # transformers' shortcut for custom code would skip a layer whose parameters are all in Linear modules. Ours
+        # initialise through torch.nn.init, which transformers guards, so they do not need the shortcut.
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (FlashMHF, PKV, SwiGLU)):
-            module.reset_parameters()  # comes after the layer's own Linear modules, and leaves loaded tensors alone
+            module.reset_parameters()  # runs after the layer's Linear modules; does not touch loaded tensors
         else:
             super()._init_weights(module)
 

@@ -1,4 +1,4 @@
-"""Swapping the feed-forward layers of an existing model, for fine-tuning studies."""
+"""Replaces the feed-forward layers of an existing model, for fine-tuning studies."""
 
 import math
 from collections.abc import Iterable
@@ -23,38 +23,43 @@ def replace_ffn(
     layers: Iterable[int] | None = None,
     **options: Any,
 ) -> Model:
-    """Replaces SwiGLU layers of a Llama-shaped model (Llama, Mistral, Qwen) by new FlashMHF layers, in place.
+    """Replaces SwiGLU layers of a Llama-like model (Llama, Mistral, Qwen) with new FlashMHF layers, in place.
 
-    The new layers have fresh weights, on the device and in the dtype of the old ones. The model's configuration does
-    not know of them: to load such a model again, build it, call this with the same arguments, then load the state
+    The new layers are freshly initialised, on the device and in the dtype of the old ones. The model's configuration
+    does not record them: to load such a model again, build it, call this with the same arguments, then load the state
     dict.
 
     Args:
-        model: any module whose decoder layers have an `mlp` made of gate_proj, up_proj and down_proj.
-        num_heads: Default: heads of 128, or one where the width is no multiple of 128.
-        num_subnetworks: Default: what brings the parameters closest to the old layer's.
+        model: any module whose decoder layers have an `mlp` with gate_proj, up_proj and down_proj.
+        num_heads: Default: heads of 128, or one head if the width is not a multiple of 128.
+        num_subnetworks: Default: the number that best matches the old layer's parameter count.
         subnetwork_size: Default: 8/3 of the head dim, rounded up to a multiple of 64.
-        layers: which layers, counted from 0 in the model's order. Default: all.
+        layers: indices of the layers to replace, in the model's order. Default: all.
         options: further arguments of `FlashMHF`, such as gate_type, q_norm or init.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: there is no such layer in the model, or an argument does not fit.
+        ValueError: the model has no such layer, or an invalid argument.
     """
+    owners = _swiglu_owners(model, None if layers is None else list(layers))
+    new = [_like(owner.mlp, num_heads, num_subnetworks, subnetwork_size, options) for owner in owners]
+    for owner, ffn in zip(owners, new, strict=True):
+        ffn.train(owner.mlp.training)
+        owner.mlp = ffn
+    return model
+
+
+def _swiglu_owners(model: nn.Module, layers: list[int] | None) -> list[Any]:
+    """The chosen modules among those that have a SwiGLU layer as `mlp`."""
     owners: list[Any] = [module for module in model.modules() if _is_swiglu(getattr(module, "mlp", None))]
     if not owners:
         raise ValueError(f"model: expected layers with an mlp of {', '.join(SWIGLU_PARTS)}, got {type(model).__name__}")
-    chosen = range(len(owners)) if layers is None else list(layers)
-    for index in chosen:
+    for index in layers or ():
         if not 0 <= index < len(owners):
             raise ValueError(f"layers: expected 0 to {len(owners) - 1}, got {index}")
-    new = {index: _like(owners[index].mlp, num_heads, num_subnetworks, subnetwork_size, options) for index in chosen}
-    for index, ffn in new.items():
-        ffn.train(owners[index].mlp.training)
-        owners[index].mlp = ffn
-    return model
+    return owners if layers is None else [owners[index] for index in dict.fromkeys(layers)]
 
 
 def _is_swiglu(module: Any) -> bool:
@@ -68,6 +73,7 @@ def _like(
     subnetwork_size: int | None,
     options: dict[str, Any],
 ) -> FlashMHF:
+    """A FlashMHF layer for the place of a SwiGLU layer."""
     weight = old.gate_proj.weight
     hidden_size = weight.shape[1]
     if num_heads is None:

@@ -1,28 +1,28 @@
-"""Autocast on any device type, those that have none included."""
+"""Autocast on any device type, including those that have no autocast."""
 
 import contextlib
 
 import torch
 from torch import Tensor
 
-# Asked for once: torch.compile of torch 2.11 cannot trace the question.
+# Queried once: torch.compile of torch 2.11 cannot trace is_autocast_available.
 AUTOCAST_DEVICE_TYPES = frozenset(
     device_type
     for device_type in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "ipu", "maia")
     if torch.amp.is_autocast_available(device_type)
 )
-_NOTHING = contextlib.nullcontext()
+_NO_OP = contextlib.nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for, or None where it is off."""
+    """Autocast's dtype, or None where it is off."""
     if device_type in AUTOCAST_DEVICE_TYPES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """The inputs in the dtype that autocast asks for; where it is off, and those in float64, as they are."""
+    """The inputs in autocast's dtype. float64 inputs are not cast, nor is anything where autocast is off."""
     dtype = autocast_dtype(inputs[0].device.type)
     if dtype is None:
         return inputs
@@ -30,7 +30,7 @@ def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Autocast switched off."""
+    """Disables autocast."""
     if autocast_dtype(device_type) is None:
-        return _NOTHING
+        return _NO_OP
     return torch.autocast(device_type, enabled=False)

@@ -2,9 +2,9 @@
 
 The work is cut into tiles of (parameter heads, tokens, parameter rows). A tile's activations live in a workspace that
 is allocated once and reused; the backward pass recomputes them. The G = H / H_kv heads of a group share their
-parameters, so they count as G times as many tokens of one parameter head, and the sums over a group happen inside the
-matrix products. Sums over tiles are float32 for 16-bit inputs; the gate is rounded to the inputs' dtype, as the
-activations are, except for so few tokens that its error would not average out.
+parameters and are packed into the token dimension, G times as many tokens of one parameter head, so that the matrix
+products also sum over the group. Accumulation over tiles is float32 for 16-bit inputs. The gate is rounded to the
+inputs' dtype, as the activations are, unless there are so few tokens that its error would not average out.
 """
 
 import math
@@ -17,13 +17,14 @@ from torch import Tensor
 from flashmhf.ops.prologue import backward as prologue_backward
 from flashmhf.ops.prologue import forward as prologue_forward
 from flashmhf.ops.slices import slices
+from flashmhf.ops.tensors import Gradients, Inputs
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
 CPU_TILE_ELEMENTS = 2**19  # measured: docs/log.md, "Tile of the blockwise backend"
 ACCELERATOR_TILE_ELEMENTS = 2**24
 EXACT_GATE_TOKENS = 16
-MIN_TILE_ROWS = 512  # narrower products leave a CPU's matrix unit idle
+MIN_TILE_ROWS = 512  # narrower products do not fill a CPU's matrix unit
 
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
@@ -53,28 +54,23 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
-    inputs = (q, k, u, v, gate)
-    grads = tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if x is not None and need else None
-        for x, need in zip(inputs, needs, strict=True)
-    )
-    dq, *dweights, dgate = grads
+    grads = Gradients.empty(Inputs(q, k, u, v, gate), needs)
     plan = Plan.of(q, k)
     workspace = _Workspace(q.device)
     sum_dtype = _sum_dtype(q)
     for heads in plan.heads():
         weight_sums = [
             None if grad is None else workspace.zeros(name, grad[heads].shape, sum_dtype)
-            for name, grad in zip(("dk", "du", "dv"), dweights, strict=True)
+            for name, grad in zip(("dk", "du", "dv"), grads.of_weights, strict=True)
         ]
         for tokens in plan.tokens():
             q_block = plan.block_of(q, heads, tokens, workspace, "q")
             dout_block = plan.block_of(dout, heads, tokens, workspace, "dout")
             gate_block = plan.gate_of(gate, heads, tokens, workspace, q.dtype)
             dq_sum = dgate_sum = None
-            if dq is not None:
+            if grads.dq is not None:
                 dq_sum = workspace.zeros("dq", q_block.shape, sum_dtype)
-            if dgate is not None and gate_block is not None:
+            if grads.dgate is not None and gate_block is not None:
                 dgate_sum = workspace.zeros("dgate", gate_block.shape, sum_dtype)
             for subnetworks, width in plan.parameter_rows():
                 _backward_tile(
@@ -85,9 +81,9 @@ def backward(
                     tuple(None if s is None else s[:, subnetworks, width].flatten(1, 2) for s in weight_sums),
                     subnetworks,
                 )
-            plan.store(dq, heads, tokens, dq_sum)
-            plan.store(dgate, heads, tokens, dgate_sum)
-        for grad, weight_sum in zip(dweights, weight_sums, strict=True):
+            plan.store(grads.dq, heads, tokens, dq_sum)
+            plan.store(grads.dgate, heads, tokens, dgate_sum)
+        for grad, weight_sum in zip(grads.of_weights, weight_sums, strict=True):
             if grad is not None and weight_sum is not None:
                 grad[heads] = weight_sum
     return grads
@@ -101,7 +97,7 @@ def _backward_tile(
     row_sums: tuple[Tensor | None, ...],
     subnetworks: slice,
 ) -> None:
-    """Adds one tile's share to the sums. Four buffers: m, n, a and p, which holds P, then dA N."""
+    """Accumulates one tile's gradients. Four buffers: m, n, a, and p, which first holds P, then dA N."""
     q, dout, gate = blocks
     k, u, v = rows
     dq_sum, dgate_sum = block_sums
@@ -136,7 +132,7 @@ def _backward_tile(
 
 @dataclass(frozen=True)
 class Plan:
-    """How one problem is cut into tiles; the sizes depend on shapes and device only."""
+    """How a problem is cut into tiles: a function of shapes and device only."""
 
     T: int
     H_kv: int
@@ -153,9 +149,9 @@ class Plan:
         T, (H_kv, E, F, _) = math.prod(q.shape[:-2]), k.shape
         G = q.shape[-2] // H_kv
         budget = CPU_TILE_ELEMENTS if q.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
-        rows_wanted = max(MIN_TILE_ROWS, budget // max(T * G, 1))
-        width = _even_share(F, math.ceil(F / rows_wanted))
-        subnetworks = _even_share(E, round(E * width / rows_wanted)) if width == F else 1
+        target_rows = max(MIN_TILE_ROWS, budget // max(T * G, 1))
+        width = _even_share(F, math.ceil(F / target_rows))
+        subnetworks = _even_share(E, round(E * width / target_rows)) if width == F else 1
         rows = subnetworks * width
         tokens = _even_share(T, math.ceil(T / max(budget // (rows * G), 1)))
         heads = _even_share(H_kv, math.ceil(H_kv / max(budget // (rows * G * tokens), 1)))
@@ -188,7 +184,7 @@ class Plan:
     def gate_of(
         self, gate: Tensor | None, heads: slice, tokens: slice, workspace: "_Workspace", dtype: torch.dtype
     ) -> Tensor | None:
-        """A block of the gate, in `dtype` unless there are few tokens."""
+        """A block of the gate, in `dtype`, or in float32 for up to EXACT_GATE_TOKENS tokens."""
         if gate is None:
             return None
         if self.T <= EXACT_GATE_TOKENS:
@@ -203,19 +199,19 @@ class Plan:
 
 
 def _even_share(size: int, parts: int) -> int:
-    """At least 1: the largest of so many parts, or of as many as there can be; none is much smaller."""
+    """The block size that cuts `size` into at most `parts` nearly equal parts, at least 1."""
     return max(math.ceil(size / max(min(parts, size), 1)), 1)
 
 
 class _Workspace:
-    """The buffers of one call, by name: fresh memory for every block would be page-faulted in again and again."""
+    """The buffers of one call, by name: freshly allocated memory would be page-faulted in again for every block."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory: dict[str, Tensor] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised; the contents of an earlier buffer of the same name are lost."""
+        """Uninitialised; overwrites an earlier buffer of the same name."""
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = torch.empty(size, dtype=dtype, device=self._device)
@@ -245,7 +241,7 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """sums += a @ b, added in the dtype of the sums."""
+    """sums += a @ b, accumulated in the dtype of `sums`."""
     if sums.dtype == a.dtype:
         sums.baddbmm_(a, b)
     else:

@@ -1,7 +1,7 @@
-"""`flash_mhf`, the public function, and the PyTorch operators behind it: schema, shapes for tracing, derivatives.
+"""`flash_mhf`, the public function, and the PyTorch operators behind it: schemas, fake tensors, derivatives.
 
-The operators are opaque to torch.compile and run whichever backend `backends.select` gives. Second derivatives go
-through the reference formula, so they work on every backend at the reference's cost in memory.
+The operators are opaque to torch.compile and run on the backend that `backends.select` returns. Second derivatives go
+through the reference, so they work on every backend, at the reference's memory cost.
 """
 
 from types import ModuleType
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmhf.ops import backends, calls, reference
+from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import cast_inputs
 from flashmhf.ops.autograd import register_autograd
 from flashmhf.ops.problem import Problem
@@ -39,15 +39,16 @@ def flash_mhf(
 
     Args:
         q: (..., H, D). Any leading dimensions, any strides; float64, float32, float16 or bfloat16.
-        k, u, v: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h uses row h // (H / H_kv).
+        k, u, v: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h reads parameter head
+            h // (H / H_kv).
         gate: (..., H, E), any of the dtypes above, or None for all ones. float32 is recommended.
-        backend: "auto", or a name of `flashmhf.backends()`, which then runs or raises and never falls back.
+        backend: "auto", or a name in `flashmhf.backends()`; a named backend runs or raises, it never falls back.
 
     Returns:
         (..., H, D), contiguous, in q's dtype.
 
     Raises:
-        ValueError: an argument does not fit; names it, what was expected and what was given.
+        ValueError: an invalid argument; the message names it, what was expected and what was given.
 
     Source: arXiv 2512.06989, section 3; `ops/reference.py` is the formula.
     """
@@ -57,15 +58,15 @@ def flash_mhf(
 
 @torch.library.impl(_LIBRARY, "flash_mhf", "CompositeExplicitAutograd")
 def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
-    return calls.run(_select, _compute_forward, (q, k, u, v, gate), (backend,))
+    return call_cache.run(_select, _compute_forward, (q, k, u, v, gate), (backend,))
 
 
 @torch.library.impl(_LIBRARY, "flash_mhf_backward", "CompositeExplicitAutograd")
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: list[bool], backend: str
 ) -> list[Tensor]:
-    """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
-    return calls.run(_select, _compute_backward, (q, k, u, v, gate, dout), (backend, *needs))
+    """The gradients that are needed, in the order of the inputs (an operator cannot return None in a list)."""
+    return call_cache.run(_select, _compute_backward, (q, k, u, v, gate, dout), (backend, *needs))
 
 
 def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:

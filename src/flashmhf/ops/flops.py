@@ -1,6 +1,6 @@
-"""Teaches torch.utils.flop_counter.FlopCounterMode to count the operator; import this module to switch that on.
+"""FLOP formulas of the operators for torch.utils.flop_counter.FlopCounterMode; importing this module registers them.
 
-A module of its own, because the counter imports triton wherever it is installed. `flashmhf.models` imports it.
+A separate module because the counter imports triton wherever it is installed. `flashmhf.models` imports it.
 """
 
 import torch
@@ -11,13 +11,13 @@ from flashmhf.ops import flash_mhf, gated_mhf  # noqa: F401  (registers the oper
 
 @register_flop_formula(torch.ops.flashmhf.flash_mhf)
 def _forward_flops(q_shape, k_shape, *args, **kwargs) -> int:
-    """Three products of T x D x (E F) a head, as PyTorch's FlopCounterMode counts them."""
+    """Three products of T x D x (E F) per head, as PyTorch's FlopCounterMode counts them."""
     return 3 * _product_flops(q_shape, k_shape)
 
 
 @register_flop_formula(torch.ops.flashmhf.flash_mhf_backward)
 def _backward_flops(dout_shape, q_shape, k_shape, *args, **kwargs) -> int:
-    """Eight products, whichever backend: what recomputation and a second kernel add is overhead, not work."""
+    """Eight products on every backend: recomputation and the products of a second kernel are overhead, not work."""
     return 8 * _product_flops(q_shape, k_shape)
 
 

@@ -1,7 +1,7 @@
-"""The operator together with what precedes it: per-head norm, gate, `flash_mhf`, as one operator that keeps only Q.
+"""Per-head norm, gate and `flash_mhf` as one operator that saves only its inputs.
 
-Between forward and backward it saves its inputs and nothing else: the normed Q and the gate are computed again. Like
-`flash_mhf` it runs whichever backend `backends.select` gives; second derivatives go through the reference.
+The normed Q and the gate are recomputed in the backward. Like `flash_mhf` it runs on the backend that
+`backends.select` returns; second derivatives go through the reference.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmhf.ops import backends, calls, reference
+from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
 from flashmhf.ops.autograd import register_autograd
 from flashmhf.ops.problem import Problem
@@ -57,7 +57,7 @@ def gated_mhf(
         (..., H, D), contiguous, in q's dtype. Norm and gate are computed in float32.
 
     Raises:
-        ValueError: an argument does not fit; names it, what was expected and what was given.
+        ValueError: an invalid argument; the message names it, what was expected and what was given.
     """
     if autocast_dtype(q.device.type) is not None:
         q, k, u, v = cast_inputs(q, k, u, v)
@@ -67,38 +67,38 @@ def gated_mhf(
 @torch.library.impl(_LIBRARY, "gated_mhf", "CompositeExplicitAutograd")
 def _forward(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend) -> Tensor:
     tensors = (q, k, u, v, gate_weight, norm_weight)
-    return calls.run(_select, _compute_forward, tensors, (gate_type, gate_total, norm_eps, backend))
+    return call_cache.run(_select, _compute_forward, tensors, (gate_type, gate_total, norm_eps, backend))
 
 
 @torch.library.impl(_LIBRARY, "gated_mhf_backward", "CompositeExplicitAutograd")
 def _backward(
     dout, q, k, u, v, gate_weight, norm_weight, needs, gate_type, gate_total, norm_eps, backend
 ) -> list[Tensor]:
-    """The gradients that are needed, in the order of the inputs (an operator's list holds no None)."""
+    """The gradients that are needed, in the order of the inputs (an operator cannot return None in a list)."""
     tensors = (q, k, u, v, gate_weight, norm_weight, dout)
-    return calls.run(_select, _compute_backward, tensors, (gate_type, gate_total, norm_eps, backend, *needs))
+    return call_cache.run(_select, _compute_backward, tensors, (gate_type, gate_total, norm_eps, backend, *needs))
 
 
 def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     q, k, u, v, gate_weight, norm_weight = tensors
     with without_autocast(q.device.type):
-        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, Prologue(*options[:3]))
-        return run.forward(normed, k, u, v, gates).contiguous()
+        normed, gate = run.prologue_forward(q, gate_weight, norm_weight, Prologue(*options[:3]))
+        return run.forward(normed, k, u, v, gate).contiguous()
 
 
 def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> list[Tensor]:
     q, k, u, v, gate_weight, norm_weight, dout = tensors
     prologue, needs = Prologue(*options[:3]), options[4:]
-    before_op = needs[0] or needs[4] or needs[5]
-    op_needs = (before_op, *needs[1:4], before_op and gate_weight is not None)
+    needs_prologue = needs[0] or needs[4] or needs[5]
+    op_needs = (needs_prologue, *needs[1:4], needs_prologue and gate_weight is not None)
     dq = dgate_weight = dnorm_weight = None
     with without_autocast(q.device.type):
-        normed, gates = run.prologue_forward(q, gate_weight, norm_weight, prologue)
-        dnormed, dk, du, dv, dgates = run.backward(dout, normed, k, u, v, gates, op_needs)
-        del normed, gates
+        normed, gate = run.prologue_forward(q, gate_weight, norm_weight, prologue)
+        dnormed, dk, du, dv, dgate = run.backward(dout, normed, k, u, v, gate, op_needs)
+        del normed, gate
         if dnormed is not None:
             dq, dgate_weight, dnorm_weight = run.prologue_backward(
-                q, gate_weight, norm_weight, prologue, dnormed.contiguous(), dgates
+                q, gate_weight, norm_weight, prologue, dnormed.contiguous(), dgate
             )
     grads = (dq, dk, du, dv, dgate_weight, dnorm_weight)
     return [grad.contiguous() for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
@@ -143,7 +143,7 @@ def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor
 
 
 def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed, gate_type, gate_total, norm_eps, _ = options
+    needed, *prologue, _ = options
 
     def gradients(inputs: list[Any]) -> tuple[Tensor, ...]:
         dout, *arguments = inputs
@@ -152,7 +152,7 @@ def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None)
                 arguments[i] = arguments[i].detach().requires_grad_()
         differentiated = [x for x, need in zip(arguments, needed, strict=True) if need]
         q, k, u, v, gate_weight, norm_weight = arguments
-        out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps)
+        out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, Prologue(*prologue))
         return torch.autograd.grad(out, differentiated, dout, create_graph=True)
 
     return differentiate_gradients(tensors, needs, grad_grads, gradients)

@@ -1,7 +1,7 @@
-"""What a GPU has shown, each entry with the rows that prove it; empty where nothing has been measured.
+"""Results of GPU measurements that change which tiles and backends are used; empty until something is measured.
 
-`python benchmarks/gpu.py --apply` writes measured.json from committed measurements; the tables of tiles read it, and
-`auto` follows them.
+`python benchmarks/gpu.py --apply` writes measured.json from committed measurements. The tile tables read it, and `auto`
+follows them.
 """
 
 import functools
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("measured.json")
-# Claim -> the keys of an entry and their types. Every entry has a `proof` beside them, for people.
+# Claim -> the keys of an entry and their types. Every entry also has a `proof`, for readers.
 CLAIMS: dict[str, dict[str, type]] = {
     "hopper tile": {"kernel": str, "D": int, "tile": dict},
     "hopper verified": {"D": int, "dtype": str},
     "hopper faster": {"D": int, "dtype": str, "from_tokens": int},
     "triton tile": {"device": str, "element_bytes": int, "kernel": str, "D": int, "tile": list},
-    "one pass faster": {"device": str, "D": int},
+    "fused faster": {"device": str, "D": int},
 }
 
 Entry = dict[str, Any]
@@ -25,26 +25,26 @@ Entry = dict[str, Any]
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """The content of measured.json, read once.
+    """The entries of measured.json, read once.
 
     Raises:
-        ValueError: it is not what `--apply` writes.
+        ValueError: the file does not have the format that `--apply` writes.
     """
-    return checked(FILE.read_text())
+    return parse(FILE.read_text())
 
 
-def checked(text: str) -> tuple[Entry, ...]:
-    """The entries of a measured.json, or a ValueError that names the first that is wrong."""
+def parse(text: str) -> tuple[Entry, ...]:
+    """The entries of a measured.json; raises a ValueError that names the first invalid one."""
     try:
         found = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{FILE.name}: expected JSON, got {text[:40]!r}") from error
     if not isinstance(found, list):
         raise ValueError(f"{FILE.name}: expected a list of entries, got {type(found).__name__}")
-    for number, entry in enumerate(found, 1):
+    for number, entry in enumerate(found, start=1):
         keys = CLAIMS.get(entry.get("claim", "")) if isinstance(entry, dict) else None
         if keys is None:
-            raise ValueError(f"{FILE.name}: entry {number}: expected a claim among {', '.join(CLAIMS)}, got {entry!r}")
+            raise ValueError(f"{FILE.name}: entry {number}: claim: expected one of {', '.join(CLAIMS)}, got {entry!r}")
         for key, kind in (keys | {"proof": dict}).items():
             if not isinstance(entry.get(key), kind):
                 raise ValueError(
@@ -59,12 +59,12 @@ def hopper_tile(kernel: str, D: int) -> dict[str, Any] | None:
 
 
 def hopper_verified() -> frozenset[tuple[int, str]]:
-    """(padded head dim, name of the dtype)."""
+    """(padded head dim, name of the dtype) pairs whose kernels passed on a GPU."""
     return frozenset((entry["D"], entry["dtype"]) for entry in _of("hopper verified"))
 
 
 def hopper_faster_from() -> dict[tuple[int, str], int]:
-    """(padded head dim, name of the dtype) -> tokens."""
+    """(padded head dim, name of the dtype) -> number of tokens from which Hopper's kernels measured faster."""
     return {(entry["D"], entry["dtype"]): entry["from_tokens"] for entry in _of("hopper faster")}
 
 
@@ -77,8 +77,8 @@ def triton_tiles() -> dict[tuple[str, int, str, int], tuple[int, ...]]:
 
 
 def fused_faster() -> frozenset[tuple[str, int]]:
-    """(device class, padded head dim)."""
-    return frozenset((entry["device"], entry["D"]) for entry in _of("one pass faster"))
+    """(device class, padded head dim) pairs where the fused backward measured faster than two kernels."""
+    return frozenset((entry["device"], entry["D"]) for entry in _of("fused faster"))
 
 
 def _of(claim: str) -> Iterator[Entry]:

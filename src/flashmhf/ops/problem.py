@@ -1,10 +1,10 @@
-"""The one validator of shapes, dtypes and devices, and the legend of the dimensions.
+"""Validation of shapes, dtypes and devices, and the legend of the dimensions.
 
-    T     tokens: all leading dimensions of q together (batch B x sequence L)
+    T     tokens: the product of all leading dimensions of q (batch B x sequence L)
     H     heads
-    H_kv  parameter heads; H is a multiple of it, head h reads parameter head h // (H / H_kv)
-    E     parallel sub-networks of a head
-    F     width of one sub-network (d_ff = E x F rows of K, U and V a head)
+    H_kv  parameter heads; H is a multiple of H_kv, head h reads parameter head h // (H / H_kv)
+    E     parallel sub-networks per head
+    F     width of one sub-network (d_ff = E x F rows of K, U and V per head)
     D     head dim
 
 A suffix on a tensor's name spells its shape: `q_THD`, `k_HEFD`, `gate_THE`.
@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend needs to know to say whether it can run."""
+    """What decides whether a backend can run a call."""
 
     T: int
     H: int
@@ -38,12 +38,12 @@ class Problem:
         """Describes the call `flash_mhf(q, k, u, v, gate)`.
 
         Raises:
-            ValueError: an argument does not fit; names it, what was expected and what was given.
+            ValueError: an invalid argument; the message names it, what was expected and what was given.
         """
         _check_shapes(q, k, u, v, gate)
         _check_dtypes(q, k, u, v, gate)
         H_kv, E, F, D = k.shape
-        tokens = math.prod(q.shape[:-2])  # Size.numel() would make a graph for this number of tokens alone
+        tokens = math.prod(q.shape[:-2])  # Size.numel() would specialise a traced graph on this number of tokens
         return cls(tokens, q.shape[-2], H_kv, E, F, D, q.dtype, q.device, gate is not None)
 
 

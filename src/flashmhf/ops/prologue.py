@@ -1,7 +1,7 @@
-"""What stands between the projected Q and the operator: the per-head RMSNorm and the gate, in float32, on any device.
+"""From the projected Q to the operator's inputs: the per-head RMSNorm and the gate, in float32, on any device.
 
-Nothing is saved but Q: the backward pass recomputes from it, block by block, and stores no float32 copy of Q either.
-`forward` and `backward` are the PyTorch side of the interface that `ops/triton/prologue.py` implements as kernels.
+Only Q is saved. The backward pass recomputes from it, block by block, and never holds a float32 copy of all of Q.
+This is the PyTorch implementation; `ops/triton/prologue.py` implements the same two functions as kernels.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ GATES = ("sigmoid", "softmax")
 
 
 class Prologue(NamedTuple):
-    """The numbers that describe it: kind of the gate, what the gate sums to over E, epsilon of the norm."""
+    """Its options, as in `gated_mhf`."""
 
-    kind: str
-    total: float
-    eps: float
+    gate_type: str
+    gate_total: float
+    norm_eps: float
 
 
 def forward(
@@ -36,7 +36,7 @@ def forward(
         q: (..., H, D).
         gate_weight: (H, D, E), or None for no gate.
         norm_weight: (H, D), or None for no norm; q itself is then the first result.
-        prologue: kind "sigmoid": sigmoid(logits) divided by their sum (at least 1e-20); "softmax": softmax(logits).
+        prologue: gate_type "sigmoid": sigmoid(logits) divided by their sum (at least 1e-20), or "softmax".
 
     Returns:
         q normed (..., H, D) in q's dtype, and the gate (..., H, E) in float32 (float64 for float64) or None.
@@ -51,7 +51,7 @@ def forward(
     for block in _blocks(q_THD):
         if norm_weight is not None:
             x = q_THD[block].to(dtype)
-            normed_THD[block] = x * _inverse_rms(x, prologue.eps) * norm_weight
+            normed_THD[block] = x * _inverse_rms(x, prologue.norm_eps) * norm_weight
         if gate_THE is not None:
             logits = torch.einsum("thd,hde->the", normed_THD[block].to(dtype), gate_weight_HDE)
             gate_THE[block] = _gate(logits, prologue)
@@ -66,20 +66,19 @@ def backward(
     dnormed: Tensor,
     dgate: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients for q, gate_weight and norm_weight. May overwrite `dnormed` with the first of them."""
+    """Gradients for q, gate_weight and norm_weight. May overwrite `dnormed` with the first."""
     dtype = _compute_dtype(q)
-    gate_weight_HDE = dgate_weight = dnorm_weight = None
-    if gate_weight is not None:
-        gate_weight_HDE = gate_weight.to(dtype)
-        dgate_weight = torch.zeros(gate_weight.shape, dtype=dtype, device=q.device)
-    if norm_weight is not None:
-        dnorm_weight = torch.zeros(norm_weight.shape, dtype=dtype, device=q.device)
+    gate_weight_HDE = None if gate_weight is None else gate_weight.to(dtype)
+    dgate_weight, dnorm_weight = (
+        None if weight is None else torch.zeros(weight.shape, dtype=dtype, device=q.device)
+        for weight in (gate_weight, norm_weight)
+    )
     q_THD, dq_THD, dgate_THE = _tokens(q), _tokens(dnormed), None if dgate is None else _tokens(dgate)
     for block in _blocks(q_THD):
         x, dx = q_THD[block].to(dtype), dq_THD[block].to(dtype)
         unit = normed = x
         if norm_weight is not None:
-            inverse_rms = _inverse_rms(x, prologue.eps)
+            inverse_rms = _inverse_rms(x, prologue.norm_eps)
             unit = x * inverse_rms
             normed = (unit * norm_weight).to(q.dtype).to(dtype)
         if dgate_THE is not None:
@@ -95,29 +94,29 @@ def backward(
             dx = dx * norm_weight
             dx = (dx - unit * (dx * unit).mean(-1, keepdim=True)) * inverse_rms
         dq_THD[block] = dx
-    grads = [
-        None if weight is None or grad is None else grad.to(weight.dtype)
-        for weight, grad in ((gate_weight, dgate_weight), (norm_weight, dnorm_weight))
-    ]
-    return dq_THD.view(q.shape), grads[0], grads[1]
+    return dq_THD.view(q.shape), _cast_like(dgate_weight, gate_weight), _cast_like(dnorm_weight, norm_weight)
+
+
+def _cast_like(grad: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    return None if grad is None or weight is None else grad.to(weight.dtype)
 
 
 def _gate(logits: Tensor, prologue: Prologue) -> Tensor:
-    if prologue.kind == "softmax":
-        return logits.softmax(-1) * prologue.total
+    if prologue.gate_type == "softmax":
+        return logits.softmax(-1) * prologue.gate_total
     scores = logits.sigmoid()
-    return scores * (prologue.total / scores.sum(-1, keepdim=True).clamp_min(MIN_GATE_SUM))
+    return scores * (prologue.gate_total / scores.sum(-1, keepdim=True).clamp_min(MIN_GATE_SUM))
 
 
 def _logit_gradient(logits: Tensor, dgate: Tensor, prologue: Prologue) -> Tensor:
-    dshare = dgate * prologue.total
-    if prologue.kind == "softmax":
+    dshare = dgate * prologue.gate_total
+    if prologue.gate_type == "softmax":
         share = logits.softmax(-1)
         return share * (dshare - (dshare * share).sum(-1, keepdim=True))
     scores = logits.sigmoid()
     total = scores.sum(-1, keepdim=True)
     share = scores / total.clamp_min(MIN_GATE_SUM)
-    # Where the sum is clamped it is a constant.
+    # The sum has no gradient where it is clamped.
     through_sum = torch.where(total > MIN_GATE_SUM, (dshare * share).sum(-1, keepdim=True), 0.0)
     return (dshare - through_sum) / total.clamp_min(MIN_GATE_SUM) * scores * (1 - scores)
 

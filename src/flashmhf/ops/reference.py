@@ -1,9 +1,9 @@
-"""The specification: the formula of FlashMHF as it stands in the paper, naive, in any dtype.
+"""The specification: FlashMHF's formula as in the paper, naive, in any dtype.
 
-    S_h = sum_e R_h[:, e] * ((SiLU(Q_h K_he^T) * (Q_h U_he^T)) V_he)
+    S_h = sum_e R_h[:, e] * ((SiLU(Q_h K_he^T) * (Q_h U_he^T)) V_he)        R is the gate
 
-It writes every activation to memory (T x H x E x F elements, several times over) and is the oracle of the tests: in
-float64 the truth, in a lower precision the eager PyTorch whose error the other backends are measured against.
+It materialises every activation (T x H x E x F elements, several times) and is the oracle of the tests: in float64 the
+exact result, in lower precision the eager PyTorch whose error bounds that of the other backends.
 Source: arXiv 2512.06989, section 3.
 """
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from flashmhf.ops.prologue import Prologue
 from flashmhf.ops.prologue import backward as prologue_backward
 from flashmhf.ops.prologue import forward as prologue_forward
 
@@ -31,7 +32,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for q, k, u, v and gate, None where `needs` says so. Differentiable again, for second derivatives."""
+    """Gradients for q, k, u, v and gate, None where `needs` says so. Itself differentiable, for second derivatives."""
     H, H_kv = q.shape[-2], k.shape[0]
     k_HEFD, u_HEFD, v_HEFD = (_per_head(weight, H) for weight in (k, u, v))
     m = torch.einsum("...hd,hefd->...hef", q, k_HEFD)
@@ -66,14 +67,13 @@ def gated_forward(
     v: Tensor,
     gate_weight: Tensor | None,
     norm_weight: Tensor | None,
-    kind: str,
-    total: float,
-    eps: float,
+    prologue: Prologue,
 ) -> Tensor:
     """`forward` of the normed q, with the gate computed from it; see `gated_mhf`."""
     if norm_weight is not None:
-        q = head_norm(q, norm_weight, eps)
-    return forward(q, k, u, v, None if gate_weight is None else total * head_gate(q, gate_weight, kind))
+        q = head_norm(q, norm_weight, prologue.norm_eps)
+    gate = None if gate_weight is None else prologue.gate_total * head_gate(q, gate_weight, prologue.gate_type)
+    return forward(q, k, u, v, gate)
 
 
 def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,10 +81,10 @@ def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:
     return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def head_gate(q: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """q (..., H, D), weight (H, D, E) -> gate (..., H, E) that sums to one over E; kind is "sigmoid" or "softmax"."""
+def head_gate(q: Tensor, weight: Tensor, gate_type: str) -> Tensor:
+    """q (..., H, D), weight (H, D, E) -> gate (..., H, E) that sums to one over E; "sigmoid" or "softmax"."""
     logits = torch.einsum("...hd,hde->...he", q, weight)
-    if kind == "softmax":
+    if gate_type == "softmax":
         return logits.softmax(-1)
     scores = logits.sigmoid()
     return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)

@@ -1,7 +1,7 @@
-"""A static model of the kernels' work: FLOPs, bytes to and from memory, and the time that a device cannot beat.
+"""Roofline model of the kernels: FLOPs, bytes to and from memory, and the resulting lower bound on the time.
 
-Each tensor is counted once (an ideal cache), and sums that a kernel keeps in registers cost nothing. What the compiled
-kernels ask of a GPU's units, benchmarks/static_model.py counts.
+Each tensor is read or written once (an ideal cache), and accumulators in registers cost nothing.
+benchmarks/static_model.py models the compiled kernels on a GPU's functional units instead.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ GATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense matrix throughput and memory bandwidth, from the maker's data sheet."""
+    """Dense matrix throughput and memory bandwidth, from the vendor's data sheet."""
 
     tflops_16bit: float
     tflops_32bit: float  # without tensor cores
@@ -32,7 +32,7 @@ GPUS = {
 
 
 def peak_tflops(device: torch.device, half: bool) -> float | None:
-    """Of dense products in 16 (`half`) or 32 bits on a device, None where it is not known."""
+    """Peak TFLOP/s of a device for dense 16-bit (`half`) or 32-bit products, or None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
@@ -42,7 +42,7 @@ def peak_tflops(device: torch.device, half: bool) -> float | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel, or several, compute and move."""
+    """FLOPs and memory traffic of one or more kernels."""
 
     flops: int
     read_bytes: int
@@ -53,38 +53,38 @@ class Work:
             self.flops + other.flops, self.read_bytes + other.read_bytes, self.written_bytes + other.written_bytes
         )
 
-    def least_ms(self, gpu: Gpu, dtype: torch.dtype) -> float:
-        """The longer of computing at full throughput and moving every byte at full bandwidth."""
+    def min_ms(self, gpu: Gpu, dtype: torch.dtype) -> float:
+        """The roofline: the longer of computing at peak throughput and moving every byte at peak bandwidth."""
         tflops = gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
         return max(self.flops / tflops, (self.read_bytes + self.written_bytes) / gpu.bandwidth_tb_s) / 1e9
 
     def bound(self, gpu: Gpu, dtype: torch.dtype) -> str:
-        """Which of the two it is: "compute" or "memory"."""
+        """What bounds the time: "compute" or "memory"."""
         tflops = gpu.tflops_16bit if dtype.itemsize == 2 else gpu.tflops_32bit
         moved = (self.read_bytes + self.written_bytes) / gpu.bandwidth_tb_s
         return "compute" if self.flops / tflops >= moved else "memory"
 
 
 def forward_work(problem: Problem) -> Work:
-    """Three products; reads q, the gate, K, U and V, and writes the output."""
+    """Three products; reads q, gate, K, U and V, writes the output."""
     tokens, gate, weights = _bytes(problem)
     return Work(3 * _product_flops(problem), tokens + gate + 3 * weights, tokens)
 
 
 def backward_dq_work(problem: Problem) -> Work:
-    """Five products; reads q, dout, the gate, K, U and V, and writes dq and the gate's gradient."""
+    """Five products; reads q, dout, gate, K, U and V, writes dQ and dgate."""
     tokens, gate, weights = _bytes(problem)
     return Work(5 * _product_flops(problem), 2 * tokens + gate + 3 * weights, tokens + gate)
 
 
 def backward_dkuv_work(problem: Problem) -> Work:
-    """Six products; reads q, dout, the gate, K, U and V, and writes dK, dU and dV."""
+    """Six products; reads q, dout, gate, K, U and V, writes dK, dU and dV."""
     tokens, gate, weights = _bytes(problem)
     return Work(6 * _product_flops(problem), 2 * tokens + gate + 3 * weights, 3 * weights)
 
 
 def backward_work(problem: Problem) -> Work:
-    """Both kernels of the backward pass: eleven products, of which three are M, N and dA once more."""
+    """Both kernels of the backward pass: eleven products, three of them recomputed (M, N and dA)."""
     return backward_dq_work(problem) + backward_dkuv_work(problem)
 
 
@@ -93,7 +93,7 @@ def _product_flops(problem: Problem) -> int:
 
 
 def _bytes(problem: Problem) -> tuple[int, int, int]:
-    """Bytes of q, of the gate, and of one of K, U and V."""
+    """Bytes of q, of the gate, and of each of K, U and V."""
     element = problem.dtype.itemsize
     tokens = problem.T * problem.H * problem.D * element
     gate = problem.T * problem.H * problem.E * GATE_BYTES if problem.has_gate else 0

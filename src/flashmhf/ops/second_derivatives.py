@@ -1,4 +1,4 @@
-"""Second derivatives of the operators, through the reference: on every backend alike, at its cost in memory."""
+"""Second derivatives of the operators, through the reference: the same on every backend, at its memory cost."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,19 +17,19 @@ def differentiate_gradients(
 
     Args:
         saved: its tensor inputs.
-        needs: which of them want a gradient.
+        needs: which of them require a gradient.
         grad_grads: the gradients of its results.
-        gradients: its results once more, differentiably, from tensors in the place of `saved`.
+        gradients: recomputes its results differentiably from copies of `saved`.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, so that one tensor given for two arguments still has a gradient for each.
+        # Views, so that one tensor passed for two arguments gets a gradient for each.
         inputs = [None if x is None else x.view_as(x) for x in saved]
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+        needed = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
         grads = gradients(list(inputs))
         used = [(grad, gg) for grad, gg in zip(grads, grad_grads, strict=True) if gg is not None and grad.requires_grad]
         if not used:
             return (None,) * len(inputs)
         first, vectors = zip(*used, strict=True)
-        seconds = iter(torch.autograd.grad(first, wanted, vectors, create_graph=create_graph, allow_unused=True))
+        seconds = iter(torch.autograd.grad(first, needed, vectors, create_graph=create_graph, allow_unused=True))
     return tuple(next(seconds) if need else None for need in needs)

@@ -1,9 +1,9 @@
-"""Cutting a size into blocks."""
+"""Splits a size into blocks."""
 
 from collections.abc import Iterator
 
 
 def slices(size: int, step: int) -> Iterator[slice]:
-    """Slices of at most `step` that cover range(size)."""
+    """Consecutive slices of at most `step` elements that cover range(size)."""
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

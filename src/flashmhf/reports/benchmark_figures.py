@@ -1,27 +1,32 @@
-"""Pictures of rows: one panel a quantity, tokens across and one line a variant, or bars where tokens do not vary."""
+"""Pictures of rows: one panel per quantity, with one line per variant over tokens, or bars if tokens do not vary."""
 
 import io
-import itertools
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter
+from PIL import Image
 
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.benchmarking.provenance import cell
-from flashmhf.reports.page import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from flashmhf.reports.style import FIGURE_INCHES, colours_of
+from flashmhf.reports.table import cell
 
-# Kind of benchmark -> (quantity, what distinguishes the lines, what every panel shows by itself).
-Panels = dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]]
-PANELS: Panels = {
-    kind: [(quantity, (line,), panel) for quantity in quantities]
-    for kind, line, panel, quantities in (
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """What to draw: a row's key, the keys whose values name a line, and those whose values name a panel."""
+
+    name: str
+    line: tuple[str, ...] = ("variant",)
+    panel: tuple[str, ...]
+
+
+QUANTITIES: dict[str, tuple[Quantity, ...]] = {
+    kind: tuple(Quantity(name=name, line=(line,), panel=panel) for name in names)
+    for kind, line, panel, names in (
         ("op", "variant", ("measured_pass", "dtype"), ("median_ms", "peak_mib")),
         ("layer", "variant", ("measured_pass", "dtype"), ("median_ms", "peak_mib")),
         ("decode", "variant", ("dtype",), ("median_ms", "ratio_to_copy")),
@@ -33,31 +38,29 @@ LABELS = {
     "median_ms": "time, ms",
     "peak_mib": "peak memory, MiB",
     "tokens_per_s": "tokens/s",
-    "ratio_to_copy": "rate of reading weights / of copying",
+    "ratio_to_copy": "weights' bandwidth / copy bandwidth",
 }
 LOGARITHMIC = ("peak_mib", "median_ms")
-COLOURS = {"flashmhf": BLUE, "swiglu": VERMILION, "naive": GREEN, "blockwise": BLUE, "reference": GREY}
-PALETTE = (PURPLE, ORANGE, SKY, GREEN, GREY, VERMILION, BLUE, "black")
-WIDTH, HEIGHT = 5.0, 3.4  # of a panel, in inches
+WIDTH, HEIGHT = FIGURE_INCHES  # of a panel
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity of some rows."""
+    """One quantity of some rows, by line."""
 
     title: str
     quantity: str
     lines: dict[str, list[Row]]
 
     @property
-    def across(self) -> bool:
-        """Whether tokens vary, so that there is something to draw lines over."""
+    def over_tokens(self) -> bool:
+        """Whether tokens vary, so that there are lines to draw."""
         return len({row.get("tokens") for rows in self.lines.values() for row in rows}) > 1
 
     @property
     def height(self) -> float:
         """In inches."""
-        return HEIGHT if self.across else 0.9 + 0.35 * len(self.lines)
+        return HEIGHT if self.over_tokens else 0.9 + 0.35 * len(self.lines)
 
     @property
     def label(self) -> str:
@@ -71,28 +74,26 @@ class PlainLogFormatter(LogFormatter):
         return f"{value:,.5g}" if super().__call__(value, position) else ""
 
 
-def panels(kind: str, rows: Iterable[Row], kinds: Panels = PANELS) -> list[Panel]:
-    """What there is to draw of the rows of one kind."""
+def panels(kind: str, rows: Sequence[Row], quantities: Mapping[str, Sequence[Quantity]] = QUANTITIES) -> list[Panel]:
+    """The panels of the rows of one kind."""
     found = []
-    for quantity, line_keys, panel_keys in kinds.get(kind, ()):
-        chosen: dict[str, dict[str, list[Row]]] = {}
+    for quantity in quantities.get(kind, ()):
+        lines_of: dict[str, dict[str, list[Row]]] = {}
         for row in rows:
-            if row.get(quantity) is not None:
-                title, line = (", ".join(str(row.get(key)) for key in keys) for keys in (panel_keys, line_keys))
-                chosen.setdefault(title, {}).setdefault(line, []).append(row)
-        found += [Panel(f"{kind}: {title}", quantity, lines) for title, lines in chosen.items()]
+            if row.get(quantity.name) is not None:
+                title, line = (", ".join(str(row.get(key)) for key in keys) for keys in (quantity.panel, quantity.line))
+                lines_of.setdefault(title, {}).setdefault(line, []).append(row)
+        found += [Panel(f"{kind}: {title}", quantity.name, lines) for title, lines in lines_of.items()]
     return found
 
 
-def grid(chosen: list[Panel], columns: int = 2) -> Figure:
-    """All panels in one figure, at most that many beside each other."""
+def grid(chosen: Sequence[Panel], columns: int = 2) -> Figure:
+    """All panels in one figure, at most `columns` side by side."""
     columns = max(min(columns, len(chosen)), 1)
-    lines = max(-(-len(chosen) // columns), 1)  # a figure needs one, also where all variants failed
-    heights = [
-        max((panel.height for panel in chosen[columns * i : columns * (i + 1)]), default=1) for i in range(lines)
-    ]
+    rows = [chosen[i : i + columns] for i in range(0, len(chosen), columns)] or [()]  # a figure needs a row
+    heights = [max((panel.height for panel in row), default=1) for row in rows]
     figure, axes = plt.subplots(
-        lines,
+        len(rows),
         columns,
         figsize=(WIDTH * columns, sum(heights)),
         height_ratios=heights,
@@ -102,27 +103,35 @@ def grid(chosen: list[Panel], columns: int = 2) -> Figure:
     for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, chosen, strict=False):
-        draw(axis, panel)
+        _draw(axis, panel)
         axis.set_title(panel.title, fontsize="medium")
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """The picture of a figure, which is closed."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+def draw_panel(panel: Panel) -> Figure:
+    """A panel as a figure without a title."""
+    figure, axis = plt.subplots(figsize=(WIDTH, panel.height), layout="constrained")
+    _draw(axis, panel)
+    return figure
+
+
+def png(figure: Figure, dpi: int = 120) -> bytes:
+    """The figure, which is closed, as PNG with a palette: a third of the bytes, which matters where it is committed."""
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256).save(picture, format="PNG", optimize=True)
     return picture.getvalue()
 
 
-def draw(axis: Axes, panel: Panel) -> None:
-    """Draws a panel without its title; quartiles are whiskers."""
+def _draw(axis: Axes, panel: Panel) -> None:
+    """Quartiles are whiskers."""
     axis.spines[["top", "right"]].set_visible(False)
-    (_lines if panel.across else _bars)(axis, panel)
+    (_lines if panel.over_tokens else _bars)(axis, panel)
 
 
 def _lines(axis: Axes, panel: Panel) -> None:
-    for (name, rows), colour in zip(panel.lines.items(), _colours(panel.lines), strict=True):
+    for (name, rows), colour in zip(panel.lines.items(), colours_of(panel.lines), strict=True):
         values, tokens = [row[panel.quantity] for row in rows], [row["tokens"] for row in rows]
         axis.errorbar(tokens, values, _whiskers(panel, rows), fmt="o-", markersize=4, color=colour, label=name)
     axis.set_xscale("log", base=2)
@@ -140,7 +149,7 @@ def _bars(axis: Axes, panel: Panel) -> None:
     names = list(panel.lines)
     rows = [rows[-1] for rows in panel.lines.values()]
     values = [row[panel.quantity] for row in rows]
-    bars = axis.barh(names, values, height=0.6, color=_colours(names), xerr=_whiskers(panel, rows), ecolor="black")
+    bars = axis.barh(names, values, height=0.6, color=colours_of(names), xerr=_whiskers(panel, rows), ecolor="black")
     axis.bar_label(bars, [cell(float(value)) for value in values], padding=3)
     axis.margins(x=0.2)
     axis.invert_yaxis()
@@ -149,25 +158,13 @@ def _bars(axis: Axes, panel: Panel) -> None:
 
 
 def _whiskers(panel: Panel, rows: list[Row]) -> list[list[float]] | None:
-    """How far the quartiles are from the median, down and up."""
+    """Distances of the quartiles from the median, down and up."""
     if panel.quantity != "median_ms" or any(row.get("lower_quartile_ms") is None for row in rows):
         return None
     return [
         [row["median_ms"] - row["lower_quartile_ms"] for row in rows],
         [row["upper_quartile_ms"] - row["median_ms"] for row in rows],
     ]
-
-
-def _colours(names: Iterable[str]) -> list[str]:
-    """A variant's own, a model's by its layer (`flashmhf-tiny`), or one that is still free, again and again."""
-    names = list(names)
-    given = {name: COLOURS[name] for name in names if name in COLOURS}
-    for name in names:
-        own = COLOURS.get(name.partition("-")[0])
-        if name not in given and own is not None and own not in given.values():
-            given[name] = own
-    free = itertools.cycle([colour for colour in PALETTE if colour not in given.values()])
-    return [given.get(name) or next(free) for name in names]
 
 
 def _thousands(tokens: float) -> str:

@@ -1,33 +1,32 @@
-"""A benchmark's result on the disk: rows, a picture, and one page on what changed and where it comes from."""
+"""A benchmark's result as files: JSON, CSV, a picture, and a page."""
 
-import html
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
-from flashmhf.benchmarking.comparing import comparison_summary, comparison_table
+from flashmhf.benchmarking.comparing import IDENTITY, Comparison
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.benchmarking.provenance import cell, telling_columns
-from flashmhf.benchmarking.results import FACTS, complete, csv_text, measured
+from flashmhf.benchmarking.results import BenchmarkResult
+from flashmhf.errors import InputError
 from flashmhf.files import atomic_write
-from flashmhf.reports.benchmark_figures import WIDTH, Panel, draw, grid, panels, png
-from flashmhf.reports.page import html_figure, html_table, page
-
-NOTE = (
-    "Times are medians of calls that took turns, with the quartiles beside them; ratios are to the first variant of "
-    "the same run. On a GPU they are the device's, and host ms is what Python takes to queue a call. Memory is the "
-    "allocator's peak: of activations for op and layer, for model of all it holds."
-)
+from flashmhf.reports.benchmark_figures import draw_panel, grid, panels, png
+from flashmhf.reports.render import render
+from flashmhf.reports.table import Table, cell
 
 
-def write_results(result: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, .csv and .png and report.html, each beside and renamed, when all of them are made."""
+def check_folder(folder: Path) -> None:
+    """Raises InputError if `write_results` cannot write there, or a file was probably meant."""
+    if folder.suffix == ".json" or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"output: expected a folder, got {str(folder)!r}")
+
+
+def write_results(result: BenchmarkResult, folder: Path) -> None:
+    """Writes results.json, .csv and .png and report.html atomically, after all of them have been made."""
     contents: dict[str, str | bytes] = {
-        "results.json": json.dumps(result, indent=2) + "\n",
-        "results.csv": csv_text(complete(result)),
-        "results.png": png(grid(panels(result["kind"], result["rows"]))),
+        "results.json": json.dumps(result.to_json(), indent=2) + "\n",
+        "results.csv": Table.of(result.records(), empty_columns=True).csv(),
+        "results.png": png(grid(panels(result.kind, result.rows))),
         "report.html": webpage(result),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,39 +34,46 @@ def write_results(result: dict[str, Any], folder: Path) -> None:
         atomic_write(folder / name, content)
 
 
-def webpage(result: dict[str, Any]) -> str:
+def webpage(result: BenchmarkResult) -> str:
     """The page of a result; it loads nothing from anywhere."""
-    title = f"flashmhf bench {result['kind']}"
-    sections = [f"<p>{html.escape(_origin(result))}</p>"]
-    if comparison := result.get("comparison"):
-        sections += [
-            "<h2>Against the earlier result</h2>",
-            *(f"<p>{html.escape(line)}</p>" for line in comparison_summary(comparison)),
-            _table(comparison_table(comparison)),
-        ]
-    sections.append("<h2>Pictures</h2>")
-    for panel in panels(result["kind"], result["rows"]):
-        sections.append(html_figure(_figure(panel), f"{panel.title}: {panel.label}"))
-    facts = [(name, cell(result[name])) for name in ("command", *FACTS, "shape") if name in result]
-    sections += [
-        "<h2>Rows</h2>", f"<p>{NOTE}</p>", _table(measured(result["rows"])),
-        "<h2>Where and with what</h2>", html_table(("", ""), facts),
-    ]  # fmt: skip
-    return page(title, sections)
+    origin = result.provenance
+    facts = {"command": origin.command, "kind": result.kind, **asdict(origin), **asdict(result.workload)}
+    return render(
+        "benchmark.html",
+        title=f"flashmhf bench {result.kind}",
+        origin=f"{origin.machine}, {origin.date}, torch {origin.torch}, commit {origin.commit or 'unknown'}.",
+        comparison=None if result.comparison is None else comparison_table(result.comparison),
+        comparison_lines=[] if result.comparison is None else comparison_summary(result.comparison),
+        panels=[(draw_panel(panel), f"{panel.title}: {panel.label}") for panel in panels(result.kind, result.rows)],
+        rows=_spaced(Table.of(result.rows)),
+        facts=Table(("", ""), [(name.replace("_", " "), cell(value)) for name, value in facts.items()]),
+    )
 
 
-def _origin(result: dict[str, Any]) -> str:
-    commit = result["commit"] or "unknown"
-    return f"{result['machine']}, {result['date']}, torch {result['torch']}, commit {commit}."
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per measurement: those parts of its identity that vary, the verdict, the figures."""
+    values = {key: {str(row.identity.get(key)) for row in comparison.rows} for key in IDENTITY}
+    shown = [key for key in IDENTITY if key in ("variant", "model") or len(values[key]) > 1]
+    records: list[Row] = []
+    for row in comparison.rows:
+        figures = {key: value for key, value in asdict(row).items() if key != "identity"}
+        name = ", ".join(_phrase(key, row.identity[key]) for key in shown if key in row.identity)
+        records.append({"measurement": name, **figures})
+    return _spaced(Table.of(records))
 
 
-def _table(rows: list[Row]) -> str:
-    columns = telling_columns(rows)
-    names = [name.replace("_", " ") for name in columns]
-    return html_table(names, [[cell(row.get(column)) for column in columns] for row in rows])
+def comparison_summary(comparison: Comparison) -> list[str]:
+    """Lines: the count of each verdict, the commits, and what else differs."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts.items())
+    commits = f"commit {comparison.old_commit} before, {comparison.new_commit} now"
+    warnings = [f"Not the same, which may explain differences: {line}" for line in comparison.environment_changes]
+    return [f"{counts}; {commits}", *warnings]
 
 
-def _figure(panel: Panel) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(WIDTH, panel.height), layout="constrained")
-    draw(axis, panel)
-    return figure
+def _phrase(key: str, value: Any) -> str:
+    return f"{key.replace('_', ' ')} {value}" if isinstance(value, int) else str(value)
+
+
+def _spaced(table: Table) -> Table:
+    """Column names as people write them."""
+    return Table([name.replace("_", " ") for name in table.columns], table.rows)

@@ -13,9 +13,9 @@ from flashmhf.files import read_json
 from flashmhf.reports.render import write_page
 from flashmhf.reports.style import BLUE, GREY, VERMILION, new_axes
 from flashmhf.reports.table import Table
+from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
 from flashmhf.training.run_files import RUN_FILE, read_run
 from flashmhf.training.run_log import RunLog, read_log
-from flashmhf.training.saving import TRAINER_STATE, checkpoints
 
 TRAINING, VALIDATION = BLUE, VERMILION
 SMOOTHING = 0.7  # of the line over the single losses
@@ -117,16 +117,17 @@ def _curves(log: RunLog) -> list[tuple[Figure, str]]:
 
 
 def _starts(log: RunLog) -> Table:
-    names = ("processes", "machine", "torch")
     rows = [
         (
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start["time"])) + " UTC",
-            str(start["start"]),
-            *(str(start.get(name, "")) for name in names),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start.time)) + " UTC",
+            str(start.step),
+            "" if start.processes is None else str(start.processes),
+            start.machine,
+            start.torch,
         )
         for start in log.starts
     ]
-    return Table(("started", "from step", *names), rows)
+    return Table(("started", "from step", "processes", "machine", "torch"), rows)
 
 
 def _losses(log: RunLog, against: str, label: str) -> Figure:
@@ -139,7 +140,7 @@ def _losses(log: RunLog, against: str, label: str) -> Figure:
         axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", markersize=4, label="validation")
     if against == "step":
         for start in log.starts[1:]:
-            axes.axvline(start["start"], color=GREY, linestyle=":", linewidth=1)
+            axes.axvline(start.step, color=GREY, linestyle=":", linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure

@@ -1,4 +1,4 @@
-"""Learning rates by fan-in, so that one learning rate serves models of every width (docs/parametrisation.md)."""
+"""Learning rates by fan-in, so that one learning rate transfers across model widths (docs/parametrisation.md)."""
 
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ OPTION = "mup-base-width"
 
 
 def check_base_width(base_width: int | None, arguments: TrainingArguments) -> None:
-    """Raises InputError where learning rates cannot be scaled so."""
+    """Raises InputError if learning rates cannot be scaled for this width or with these arguments."""
     if base_width is None:
         return
     if base_width < 1:
@@ -23,17 +23,17 @@ def check_base_width(base_width: int | None, arguments: TrainingArguments) -> No
 
 
 def learning_rate_factors(model: nn.Module, base_width: int) -> dict[Tensor, float]:
-    """What each matrix's learning rate is multiplied by; a parameter that is not named keeps the whole of it.
+    """The factor on each matrix's learning rate; other parameters keep the full rate.
 
-    An Adam step moves a product by about learning rate x fan-in x the scale behind it. The fan-ins of a Linear (d or
-    d_ff) are in proportion to the model's width, so its factor is base_width / hidden_size. K, U, V and the gate of a
-    FlashMHF sum over head_dim or over F E numbers and have scales behind them; with init="scaled" that is hidden_size,
-    too. Embeddings (tied ones as well), norms, biases and the rows of PKV, whose sums do not grow with the number of
-    heads, are not named.
+    An Adam step changes a product by about learning rate x fan-in x the scale that follows it. The fan-ins of a Linear
+    (d or d_ff) are proportional to the model's width, so its factor is base_width / hidden_size. K, U, V and the gate
+    of a FlashMHF sum over head_dim or over F E numbers and are followed by scales; with init="scaled", the product of
+    the two is hidden_size, too. Embeddings (tied ones included), norms and biases have no factor; nor do the rows of
+    PKV, whose sums do not grow with the number of heads.
 
     Args:
         model: with a `config` that has hidden_size.
-        base_width: the hidden size at which the learning rate was found.
+        base_width: the hidden size for which the learning rate was tuned.
     """
     width: int = cast(Any, model).config.hidden_size
     factors: dict[Tensor, float] = {}
@@ -51,10 +51,10 @@ def learning_rate_factors(model: nn.Module, base_width: int) -> dict[Tensor, flo
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[Tensor, float]) -> None:
-    """Splits the optimizer's groups by factor. Before its first step and before a scheduler sees it.
+    """Splits the optimizer's groups by factor. To be called before its first step and before a scheduler is made.
 
-    The weight decay of a group is divided by its factor: AdamW multiplies the two, and so the decay a step is the same
-    at every width. The groups with the full learning rate come first, since that of the first group is logged.
+    The weight decay of a group is divided by its factor: AdamW multiplies the two, so the decay per step is the same at
+    every width. The groups with the full learning rate come first, since the Trainer logs that of the first group.
     """
     groups = []
     for group in optimizer.param_groups:
@@ -68,7 +68,7 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[Tensor,
 
 
 def _fan_ins(layer: FlashMHF) -> list[tuple[Tensor, float]]:
-    """Numbers that a score, a gate's logit and an output sum over, times their scales, in units of the width."""
+    """The number of terms in a score, a gate logit and an output, times their scales, in units of the width."""
     scores = layer.score_scale * layer.head_dim
     rows = layer.output_scale * layer.hidden_size
     if layer.gate_weight is None:

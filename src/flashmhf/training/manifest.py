@@ -1,4 +1,4 @@
-"""A list of a folder's files with sizes and hashes, written last: the folder is whole exactly if the list fits it."""
+"""A list of a folder's files with sizes and hashes, written last: the folder is complete exactly if it matches."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Flushes every file in `folder` to the disk, then writes the manifest beside, flushes and renames it."""
+    """Flushes every file in `folder` to the disk, then writes the manifest atomically."""
     entries = {}
     for name, file in _files(folder).items():
         flush(file)
@@ -21,11 +21,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def check(folder: Path, *, contents: bool = True) -> str | None:
-    """Why `folder` is not what its manifest says, naming a file, or None.
+    """How `folder` differs from its manifest, naming a file, or None if it does not.
 
     Args:
-        folder: with a manifest, or without, which is a reason.
-        contents: read every file and compare its hash, beyond names and sizes.
+        folder: a missing manifest is a difference, too.
+        contents: compare hashes, not only names and sizes.
     """
     if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
@@ -35,7 +35,7 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
             for name, entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is torn"
+        return f"{MANIFEST} is corrupt"
     files = _files(folder)
     if missing := sorted(entries.keys() - files.keys()):
         return f"{missing[0]} is missing"
@@ -43,14 +43,14 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
         return f"{extra[0]} is not in its {MANIFEST}"
     for name, (size, sha256) in entries.items():
         if files[name].stat().st_size != size:
-            return f"{name} has {files[name].stat().st_size} bytes in place of {size}"
+            return f"{name} has {files[name].stat().st_size} bytes instead of {size}"
         if contents and _sha256(files[name]) != sha256:
-            return f"{name} has another sha256 than when it was written"
+            return f"{name} does not have the sha256 it was written with"
     return None
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file below `folder` but the manifest, by its name there."""
+    """Every file below `folder` except the manifest, by relative name."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in files.items() if name not in (MANIFEST, MANIFEST + ".tmp")}
 

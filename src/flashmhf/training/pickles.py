@@ -1,4 +1,4 @@
-"""What a checkpoint's pickles would call if they were loaded, found out without loading them."""
+"""What a checkpoint's pickles would call if they were loaded, found without loading them."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
 
 def unsafe_reason(folder: Path) -> str | None:
-    """The first file below `folder` that holds more than tensors and plain values, and what it would call, or None.
+    """The first file below `folder` with more than tensors and plain values, and what it would call, or None.
 
-    `torch.load(weights_only=True)`, which the Trainer uses, refuses the same files, in the middle of loading.
+    `torch.load(weights_only=True)`, which the Trainer uses, refuses the same files, but halfway through loading.
     """
     for file in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
         name = file.relative_to(folder).as_posix()
         try:
-            with safe_globals():  # numpy's arrays, in the state of its random numbers
+            with safe_globals():  # numpy arrays, in the state of its random generator
                 calls = get_unsafe_globals_in_checkpoint(file)
         except (ValueError, RuntimeError, OSError) as error:
             return f"{name} is not what torch.save writes ({str(error).splitlines()[0]}); it was not loaded"

@@ -1,4 +1,4 @@
-"""The output folder of a run: new, or one to go on in, and from which of its checkpoints."""
+"""The output folder of a run: new, or one to resume in, and from which of its checkpoints."""
 
 import contextlib
 import errno
@@ -11,11 +11,11 @@ from pathlib import Path
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.training.checkpoints import TRAINER_STATE, UNFINISHED, checkpoints, recover
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.run_files import RUN_FILE, read_run
-from flashmhf.training.saving import TRAINER_STATE, UNFINISHED, checkpoints, recover
 
 if sys.platform != "win32":
     import fcntl
@@ -28,49 +28,49 @@ DISK_FULL_BYTES = 2**20
 
 @contextlib.contextmanager
 def only_writer(output_dir: Path) -> Iterator[None]:
-    """Within the context no other process of this machine can enter it; the lock ends with the process, however.
+    """Within the context, no other process of this machine can enter it; the lock ends with the process.
 
     Raises:
         InputError: another process trains into the folder.
     """
     if sys.platform == "win32" or (output_dir.exists() and not output_dir.is_dir()):
-        yield  # a file is refused for what it is
+        yield  # a file is refused later
         return
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK_FILE).open("w") as lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which children do not inherit
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit it
         except (BlockingIOError, PermissionError):
             raise InputError(
-                f"output-dir: expected a folder of this run alone, got {output_dir}, into which another process trains"
+                f"output-dir: expected a folder that no other process trains into, got {output_dir}"
             ) from None
         except OSError:
-            logger.warning("%s cannot be locked: take care that no other process trains into it", output_dir)
+            logger.warning("%s cannot be locked: make sure that no other process trains into it", output_dir)
         try:
             yield
         finally:
             (output_dir / LOCK_FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what was refused leaves nothing behind
+            with contextlib.suppress(OSError):  # a refused run leaves nothing behind
                 for folder in missing:
                     folder.rmdir()
 
 
 def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None where the run begins at its first step.
+    """The checkpoint to resume from, or None if the run starts at its first step.
 
     Args:
-        output_dir: new or empty, or a run's folder.
+        output_dir: new or empty, or the folder of a run to resume.
         config: its `identity` must equal that of the run in the folder.
-        resume: whether to go on.
+        resume: whether to resume.
 
     Raises:
-        InputError: the folder holds something else, another run, or no checkpoint that is whole.
+        InputError: the folder holds something else, another run, or only incomplete checkpoints.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
     content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    content = [name for name in content if name not in (RUN_FILE + ".tmp", LOCK_FILE)]  # of a run killed as it began
+    content = [name for name in content if name not in (RUN_FILE + ".tmp", LOCK_FILE)]  # of a run killed at its start
     if not resume:
         if content:
             held = ", ".join(content[:3])
@@ -87,29 +87,29 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
 
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; names each that is passed over. None where there are no checkpoints.
+    """The newest complete checkpoint; logs each that is passed over. None if there are no checkpoints.
 
     Raises:
-        InputError: there are checkpoints and none is whole.
+        InputError: there are checkpoints, and none is complete.
     """
     passed_over = []
     for folder in checkpoints(output_dir):
         reason = check(folder) or unsafe_reason(folder)
         if reason is None:
-            logger.info("going on from %s", folder.name)
+            logger.info("resuming from %s", folder.name)
             return folder
         logger.warning("%s passed over: %s", folder.name, reason)
         passed_over.append(f"{folder.name} ({reason})")
     if passed_over:
         raise InputError(
-            f"resume: expected a whole checkpoint in {output_dir}, got {len(passed_over)} that are not: "
+            f"resume: expected a complete checkpoint in {output_dir}, got {len(passed_over)} that are not: "
             + ", ".join(passed_over[:3])
         )
     return None
 
 
 def finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
-    """The state of a run that has nothing left to do; the Trainer would take one step too many."""
+    """The state of a run that has taken all its steps, otherwise None; the Trainer would take one step too many."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
     target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
     return state if state.global_step >= target else None
@@ -117,19 +117,19 @@ def finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerSta
 
 @contextlib.contextmanager
 def explain_full_disk(output_dir: Path) -> Iterator[None]:
-    """Where writing failed for want of space: removes the checkpoint that is torn, and says so in one line."""
+    """If writing fails because the disk is full: removes the incomplete checkpoint and says so in one line."""
     try:
         yield
-    except Exception as error:  # torch, safetensors and the operating system each have their own
-        if shutil.disk_usage(output_dir).free > DISK_FULL_BYTES and not _without_space(error):
+    except Exception as error:  # torch, safetensors and the operating system raise different types
+        if shutil.disk_usage(output_dir).free > DISK_FULL_BYTES and not _is_full(error):
             raise
         shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
         kept = next((folder for folder in checkpoints(output_dir) if check(folder) is None), None)
-        then = f"--resume goes on from {kept.name}" if kept else "no checkpoint had been written yet"
+        then = f"--resume continues from {kept.name}" if kept else "no checkpoint has been written yet"
         raise OSError(f"output-dir: the disk that holds {output_dir} is full; {then}") from error
 
 
-def _without_space(error: BaseException | None) -> bool:
+def _is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

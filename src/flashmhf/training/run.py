@@ -1,17 +1,14 @@
 """Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
 
 import contextlib
-import logging
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -22,16 +19,16 @@ from transformers.integrations import TensorBoardCallback
 
 from flashmhf.data.mixing import TrainingData, load_blocks
 from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_tokenizer
-from flashmhf.distributed.trainer import check_layout, split_heads
-from flashmhf.errors import InputError
+from flashmhf.distributed.tensor_parallel import check_tensor_parallel, configure_tensor_parallel
 from flashmhf.estimates.cost import model_cost
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import load_config, load_model
-from flashmhf.training.compilation import check_not_compiled_whole, compile_layers
+from flashmhf.training.callbacks import ProgressLines, StopOnSignal
+from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.learning_rates import check_base_width
-from flashmhf.training.non_finite_steps import check_limit, numbered
+from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
 from flashmhf.training.resuming import (
     explain_full_disk,
     finished_state,
@@ -40,77 +37,23 @@ from flashmhf.training.resuming import (
 )
 from flashmhf.training.run_files import TrainResult, write_result, write_run
 from flashmhf.training.run_log import LogLines
-from flashmhf.training.trainer import Progress, SpeedTrainer, StopOnSignal, median_speed, peak_memory_mib
+from flashmhf.training.throughput import median_tokens_per_second, peak_memory_mib
+from flashmhf.training.trainer import PretrainingTrainer
 from flashmhf.training.watchdog import Watchdog
-
-logger = logging.getLogger(__name__)
-
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-    "warmup_steps": 0.02,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.1,
-    "num_train_epochs": 1.0,
-    "train_sampling_strategy": "sequential",  # the blocks come shuffled
-    "logging_steps": 10,
-    "logging_first_step": True,
-    "eval_strategy": "steps",
-    "eval_steps": 500,
-    "save_steps": 500,
-    "save_total_limit": 2,
-    "report_to": ["tensorboard"],
-    "include_num_input_tokens_seen": True,
-    "remove_unused_columns": False,  # the numbers of the blocks come along
-    "ddp_find_unused_parameters": False,
-}
-
-
-def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
-    """`transformers.TrainingArguments` from command-line flags, on this package's defaults.
-
-    Raises:
-        InputError: an unknown flag or a value that does not fit.
-    """
-    parser = _Parser(cast(Any, TrainingArguments), prog="flashmhf train", add_help=False, allow_abbrev=False)
-    gpu = torch.cuda.is_available()
-    parser.set_defaults(
-        **DEFAULTS,
-        bf16=gpu and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=gpu,
-        use_cpu=not torch.accelerator.is_available(),  # else each process of torchrun would train for itself
-        output_dir=output_dir,
-    )
-    try:
-        arguments, unknown = parser.parse_args_into_dataclasses(
-            flags, look_for_args_file=False, return_remaining_strings=True
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
-    if unknown:
-        raise InputError(
-            f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
-        )
-    if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
-        raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
-    if arguments.fsdp and arguments.use_cpu:
-        raise InputError("fsdp: expected a GPU, got the CPU, on which accelerate would train with DDP instead")
-    return arguments
 
 
 def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = False) -> TrainResult:
     """Trains, validates and saves model and tokenizer into `arguments.output_dir`.
 
-    SIGINT and SIGTERM save a checkpoint after the step under way and end the run; the result then says so.
+    SIGINT and SIGTERM save a checkpoint after the current step and end the run; the result then says so.
 
     Args:
-        config: what is trained, on what; a resumed run must be about the same.
+        config: what is trained, and on what; the `identity` of a resumed run must stay the same.
         arguments: those of transformers, from `parse_arguments`.
-        resume: go on from the last checkpoint in the folder that is whole.
+        resume: continue from the last complete checkpoint in the folder.
 
     Returns:
-        The result, which result.json in the folder of a finished run holds, too.
+        The result, which is also in result.json if the run has finished.
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
@@ -118,9 +61,9 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     """
     check_limit(config.max_non_finite_steps)
     if config.regional_compilation:
-        check_not_compiled_whole(arguments)
+        check_no_other_compilation(arguments)
     check_base_width(config.mup_base_width, arguments)
-    split_heads(arguments, config.tensor_parallel)
+    configure_tensor_parallel(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))
     with only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext():
         return _train(config, arguments, output_dir, resume)
@@ -144,25 +87,24 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     if finished is None:
         with stop, explain_full_disk(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.check_finite()
+        trainer.guard.check_finite()
     else:
         trainer.state = finished
-        trainer.remove_callback(TensorBoardCallback)  # its folder is that of a training
+        trainer.remove_callback(TensorBoardCallback)  # it would start another event file
+    validation_loss = None
     if stop.signal is None:
         trainer.save_model()
-        validation = trainer.evaluate()
-    else:
-        validation = {}
+        validation_loss = trainer.evaluate().get("eval_loss")
     trainer.save_state()
-    result = _result(trainer, data, validation.get("eval_loss"), stop.signal, time.perf_counter() - started)
+    result = _result(trainer, model, data, validation_loss, stop.signal, time.perf_counter() - started)
     if stop.signal is None and arguments.process_index == 0:
         write_result(result)
     return result
 
 
 def _prepare_model(model: PreTrainedModel, config: TrainConfig, arguments: TrainingArguments) -> None:
-    """How the model computes, beside what it is: compiled, with a fused loss."""
-    check_layout(model, arguments, compiled=config.regional_compilation, fused_loss=config.fused_loss == "on")
+    """Sets how the model computes: compiled, with a fused loss."""
+    check_tensor_parallel(model, arguments, compiled=config.regional_compilation, fused_loss=config.fused_loss == "on")
     if config.regional_compilation:
         compile_layers(model)
     fused_loss = "off" if config.tensor_parallel > 1 else config.fused_loss
@@ -176,8 +118,8 @@ def _trainer(
     data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
     stop: StopOnSignal,
-) -> SpeedTrainer:
-    trainer = SpeedTrainer(
+) -> PretrainingTrainer:
+    trainer = PretrainingTrainer(
         model=model,
         args=arguments,
         train_dataset=numbered(data.train),
@@ -186,16 +128,17 @@ def _trainer(
         callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
         max_non_finite_steps=config.max_non_finite_steps,
         flops_per_token=model_cost(model.config, data.block_length).training_flops_per_token,
-        base_width=config.mup_base_width,
+        mup_base_width=config.mup_base_width,
     )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
-        trainer.add_callback(Progress)
+        trainer.add_callback(ProgressLines)
     return trainer
 
 
 def _result(
-    trainer: SpeedTrainer,
+    trainer: PretrainingTrainer,
+    model: PreTrainedModel,
     data: TrainingData,
     validation_loss: float | None,
     interrupted_by: int | None,
@@ -205,14 +148,14 @@ def _result(
     return TrainResult(
         steps=state.global_step,
         tokens=state.num_input_tokens_seen,
-        parameters=trainer.model.num_parameters(),
+        parameters=model.num_parameters(),
         train_loss=next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
         validation_loss=validation_loss,
         bits_per_byte=None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
-        tokens_per_second=median_speed(trainer),
+        tokens_per_second=median_tokens_per_second(state.log_history),
         peak_memory_mib=peak_memory_mib(),
         elapsed_s=elapsed_s,
-        skipped_steps=trainer.skipped_steps(),
+        skipped_steps=count_skipped(state.log_history),
         tokens_used=data.tokens_used(state.num_input_tokens_seen),
         bad_data=data.bad_summary(),
         interrupted_by=interrupted_by,
@@ -235,8 +178,3 @@ def _new_or_loaded_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     check_context_length(model.config, config.data.context_length)
     return model
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)

@@ -1,6 +1,6 @@
-"""A training run's log as lines of JSON, `log.jsonl` in its folder: every start, and every entry of the Trainer's log.
+"""A training run's log in its folder, `log.jsonl`: one line per start and one per entry of the Trainer's log.
 
-Lines are only ever added, so that a run that was killed and resumed shows what was lost, and how long all of it took.
+Lines are only appended, so that the log of a run that was killed and resumed shows what was lost and the time it took.
 """
 
 import json
@@ -43,18 +43,37 @@ class LogLines(TrainerCallback):
             _add(Path(args.output_dir), {"step": state.global_step, "time": time.time(), **logs})
 
 
-@dataclass(frozen=True)
-class RunLog:
-    """What a log says of the run as it stands.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A start of training: the first one or a resumed one.
 
     Attributes:
-        rows: one for each entry that was not lost, in the order of steps; "elapsed_s" is the time in training up to it.
-        starts: the step and the time of each process that trained, the first one included.
+        step: the last step before it.
+        time: seconds since 1970.
+        processes: their number.
+        machine: the GPU's name, or the CPU's architecture.
+        torch: its version.
+    """
+
+    step: int
+    time: float
+    processes: int | None
+    machine: str
+    torch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLog:
+    """The log of a run, without the entries that were lost.
+
+    Attributes:
+        rows: entries of the Trainer's log, in the order of steps; "elapsed_s" is the time spent training up to each.
+        starts: in the order of time.
         lost_steps: steps that were logged and then computed again.
     """
 
     rows: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    starts: list[Start]
     lost_steps: int
 
     def curve(self, name: str, against: str = "step") -> list[tuple[float, float]]:
@@ -63,9 +82,9 @@ class RunLog:
 
 
 def read_log(folder: Path) -> RunLog:
-    """Reads `log.jsonl`; a line that a kill cut short is passed over. Without the file there are no rows."""
+    """Reads `log.jsonl`; skips lines that a kill truncated. Without the file there are no rows."""
     rows: list[dict[str, Any]] = []
-    starts: list[dict[str, Any]] = []
+    starts: list[Start] = []
     lost = 0
     started = before = 0.0
     for line in _lines(folder / LOG_FILE):
@@ -75,21 +94,31 @@ def read_log(folder: Path) -> RunLog:
                 lost += rows[-1]["step"] - (kept[-1]["step"] if kept else 0)
             rows = kept
             started, before = line["time"], rows[-1]["elapsed_s"] if rows else 0.0
-            starts.append(line)
+            starts.append(_start(line))
         else:
             rows.append({**line, "elapsed_s": before + line["time"] - started})
-    return RunLog(rows, starts, lost)
+    return RunLog(rows=rows, starts=starts, lost_steps=lost)
+
+
+def _start(line: dict[str, Any]) -> Start:
+    return Start(
+        step=line["start"],
+        time=line["time"],
+        processes=line.get("processes"),
+        machine=line.get("machine", ""),
+        torch=line.get("torch", ""),
+    )
 
 
 def _add(folder: Path, entry: dict[str, Any]) -> None:
-    """One write for a whole line, after the end of one that a kill may have cut short."""
+    """Appends a line in one write, after ending one that a kill may have truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("a+b") as file:
-        torn = False
+        truncated = False
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write((b"\n" if torn else b"") + json.dumps(entry, default=str).encode() + b"\n")
+            truncated = file.read(1) != b"\n"
+        file.write((b"\n" if truncated else b"") + json.dumps(entry, default=str).encode() + b"\n")
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -1,185 +1,170 @@
-"""What the Trainer lacks: the speed of training alone, short progress lines, an orderly stop, peak memory."""
+"""transformers' Trainer with what long pretraining runs need: one training step from top to bottom."""
 
-import contextlib
-import logging
-import resource
-import signal
-import statistics
-import sys
-import time
-from collections.abc import Iterator
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
-from flashmhf.ops.roofline import peak_tflops
+from flashmhf.data.shuffling import ShuffledBlocks
+from flashmhf.distributed.evaluation import EvaluationBatches
+from flashmhf.distributed.sharded import (
+    SCHEDULER,
+    SHARDS,
+    full_state_dict,
+    is_sharded,
+    load_training_state,
+    load_weights,
+    save_sharded,
+)
+from flashmhf.distributed.tensor_parallel import parallelize, tensor_parallel_size
+from flashmhf.training.checkpoints import CheckpointWriter, replace_pickled_arguments
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
-from flashmhf.training.non_finite_steps import GuardedTrainer
-
-logger = logging.getLogger(__name__)
-
-PROGRESS = {
-    "loss": "loss {:.4g}",
-    "eval_loss": "validation loss {:.4g}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "tflops_per_second": "{:.3g} TFLOP/s",
-    "model_flops_utilisation": "MFU {:.1%}",
-    "memory_mib": "{:,.0f} MiB",
-    "data_wait_share": "data wait {:.1%}",
-}
+from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
+from flashmhf.training.throughput import ThroughputMeter
 
 
-class SpeedTrainer(GuardedTrainer):
-    """Logs how fast training is, and what it waits for, with every loss.
+class PretrainingTrainer(Trainer):
+    """Overrides of transformers' Trainer, in the order in which a run meets them; each delegates to a collaborator.
 
-    "tokens_per_second" (of all processes together), "tflops_per_second" (of one process), "model_flops_utilisation"
-    (on GPUs of known throughput), "data_wait_share" (of the time) and "memory_mib" (the most so far). The time is that
-    of training alone, without validation and saving.
+    `ThroughputMeter` times steps, `NonFiniteGuard` skips steps without a finite loss and gradient, `CheckpointWriter`
+    makes checkpoints complete or absent, `EvaluationBatches` averages validation losses over processes. With tensor
+    parallelism, `flashmhf.distributed` splits the model and reads and writes its checkpoints.
 
     Args:
+        max_non_finite_steps: this many in a row end training, see `NonFiniteGuard`.
         flops_per_token: of a training step, as `estimates.cost.model_cost` counts them.
-        base_width: scales learning rates by fan-in, see `flashmhf.training.learning_rates`.
+        mup_base_width: scales learning rates by fan-in, see `flashmhf.training.learning_rates`.
     """
 
-    def __init__(self, *args: Any, flops_per_token: float, base_width: int | None = None, **options: Any) -> None:
+    model: Any  # optional to transformers; set whenever these methods are called
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        max_non_finite_steps: int,
+        flops_per_token: float,
+        mup_base_width: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self._base_width = base_width
-        self.flops_per_token = flops_per_token
-        self._clock = _Clock()
-        self._tokens_logged = 0
+        self._mup_base_width = mup_base_width
+        self._tensor_parallel = tensor_parallel_size(self.args)
+        if self._tensor_parallel > 1:
+            parallelize(self.model, self.accelerator)
+        blocks = self.train_dataset
+        describe = blocks.describe if isinstance(blocks, ShuffledBlocks) else None
+        self.guard = NonFiniteGuard(self.accelerator, max_non_finite_steps, describe)
+        self._meter = ThroughputMeter(self.args, flops_per_token)
+        self._checkpoints = CheckpointWriter(self.args, self.accelerator)
+        self._evaluation = EvaluationBatches(self.args, self.accelerator)
+
+    # Before the first step: a new optimizer, then the state of the checkpoint that the run resumes from.
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
-        if new and self._base_width is not None:
-            scale_learning_rates(optimizer, learning_rate_factors(cast(nn.Module, self.model), self._base_width))
+        if new and self._mup_base_width is not None:
+            scale_learning_rates(optimizer, learning_rate_factors(self.model, self._mup_base_width))
         return optimizer
 
-    def get_batch_samples(self, *args: Any, **options: Any):
-        if not self._clock.running:
-            self._clock.start()
-            self._tokens_logged = self.state.num_input_tokens_seen  # of the run before it was resumed
-        with self._clock.waiting():
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._tensor_parallel > 1:
+            load_weights(Path(resume_from_checkpoint), self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
+            load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    # A step: its batches; forward, backward and counts per batch; the gradient norm; then the optimizer, which skips
+    # parameters without a gradient.
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        self._meter.start(self.state.num_input_tokens_seen)
+        with self._meter.waiting():
             return super().get_batch_samples(*args, **options)
 
-    def evaluate(self, *args: Any, **options: Any):
-        with self._clock.paused():
-            return super().evaluate(*args, **options)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+        blocks = inputs.pop(BLOCK, None)
+        loss = super().training_step(model, inputs, *args, **options)
+        self.guard.add(loss, blocks)
+        return loss
 
-    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        with self._clock.paused():
-            super()._save_checkpoint(*args, **options)
+    def floating_point_ops(self, inputs: Any) -> int:
+        return super().floating_point_ops(inputs) // self._tensor_parallel
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """The Trainer's, with the tokens that the processes of a tensor-parallel group share counted once."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._tensor_parallel
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.guard.check(model, norm, self.state, self.control)
+        return norm
+
+    # After the step, as often as the arguments say: log, evaluate, save. Their time is not that of training.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        tokens = self.state.num_input_tokens_seen
-        if "loss" in logs and tokens > self._tokens_logged:
-            seconds, waited = self._clock.lap()
-            logs |= self._speed(tokens - self._tokens_logged, seconds)
-            logs["data_wait_share"] = waited / seconds
-            logs["memory_mib"] = peak_memory_mib()
-            self._tokens_logged = tokens
-        super().log(logs)
+        if "loss" in logs:
+            logs |= self._meter.lap(self.state.num_input_tokens_seen)
+        super().log(logs)  # without start_time, from which the Trainer would log another throughput
 
-    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
-        speed = {"tokens_per_second": tokens / seconds}
-        speed["tflops_per_second"] = speed["tokens_per_second"] * self.flops_per_token / self.args.world_size / 1e12
-        peak = peak_tflops(self.args.device, half=self.args.bf16 or self.args.fp16)
-        if peak is not None:
-            speed["model_flops_utilisation"] = speed["tflops_per_second"] / peak
-        return speed
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            self.gather_function = self._evaluation.gather_losses
+        with self._meter.paused():
+            return super().evaluate(*args, **options)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        return super().prediction_step(model, self._evaluation.without_padding(inputs), *args, **options)
 
-class _Clock:
-    """Seconds since the last lap, without pauses, and those of them spent waiting."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._meter.paused(), self._checkpoints.writing(Path(self._get_output_dir(trial)), self.state):
+            super()._save_checkpoint(model, trial)
 
-    def __init__(self) -> None:
-        self.running = False
-        self._started_s = self._paused_s = self._waited_s = 0.0
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._checkpoints.redirect(super()._get_output_dir(trial))
 
-    def start(self) -> None:
-        self.running = True
-        self._started_s, self._paused_s, self._waited_s = time.perf_counter(), 0.0, 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - began
-
-    def lap(self) -> tuple[float, float]:
-        """(seconds, of these waited), and begins again."""
-        lap = time.perf_counter() - self._started_s - self._paused_s, self._waited_s
-        self.start()
-        return lap
-
-
-class Progress(ProgressCallback):
-    """The Trainer's progress bar with one short line a log entry."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.training_bar is None or not state.is_world_process_zero or not logs:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._tensor_parallel == 1:
+            super().save_model(output_dir, _internal_call)
             return
-        parts = [shown.format(logs[name]) for name, shown in PROGRESS.items() if name in logs]
-        if parts:
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
+        state = full_state_dict(self.model)  # a collective operation
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            replace_pickled_arguments(Path(str(output_dir or self.args.output_dir)), self.args)
 
-class StopOnSignal(TrainerCallback):
-    """Within its context SIGINT and SIGTERM end training after the step under way, with a checkpoint."""
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._tensor_parallel == 1:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_sharded(Path(output_dir) / SHARDS, self.model, self._plain_optimizer())  # a collective operation
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    # After the last step, with --load-best-model-at-end.
 
-    def __init__(self) -> None:
-        self.signal: int | None = None  # that ended training: the same in all processes
-        self._received = 0  # another may come at any moment, while the processes agree, too
-        self._handlers: dict[int, Any] = {}
+    def _load_best_model(self) -> None:
+        if self._tensor_parallel > 1:
+            load_weights(Path(str(self.state.best_model_checkpoint)), self.model)
+        else:
+            super()._load_best_model()
 
-    def __enter__(self) -> "StopOnSignal":
-        for number in self.SIGNALS:
-            self._handlers[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        number = self._received
-        if args.world_size > 1:  # signals reach processes at different steps, and all must save after the same one
-            received = torch.tensor(number, device=args.device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            number = int(received)
-        self.signal = number or None
-        if self.signal is not None:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def _receive(self, number: int, frame: object) -> None:
-        self._received = number
-        self._restore()
-        logger.warning("%s: saving a checkpoint after this step", signal.Signals(number).name)
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-
-def median_speed(trainer: Trainer) -> float | None:
-    speeds = [row["tokens_per_second"] for row in trainer.state.log_history if "tokens_per_second" in row]
-    return statistics.median(speeds) if speeds else None
-
-
-def peak_memory_mib() -> float:
-    """The most memory so far: allocated on the GPU where there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)

@@ -1,4 +1,4 @@
-"""Ends a run of many processes when one of them hangs, and says which: the others would wait for it in a collective."""
+"""Ends a distributed run when a process hangs, and says which one: the others would wait for it in a collective."""
 
 import logging
 import os
@@ -14,20 +14,20 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 BEATS_TO_JUDGE = 3
 
-Look = dict[int, tuple[int, int]]  # every rank's beat and position
+Snapshot = dict[int, tuple[int, int]]  # heartbeat and position of every rank
 
 
 class Watchdog(TrainerCallback):
-    """While training: where no step, validation batch or checkpoint has ended for `limit_s`, ends this process.
+    """While training: ends this process if no step, validation batch or checkpoint has finished for `limit_s`.
 
-    torchrun then ends the others. Each process tells the others through the store of the process group how far it has
-    come, from a thread that beats on while the training waits. The one to blame is the one whose thread has stopped
-    (a stopped process, a lost machine), else the one that is least far.
+    torchrun then ends the others. A thread in each process publishes a heartbeat and the process's progress in the
+    store of the process group, even while training is blocked. The culprit is a rank whose heartbeat has stopped (a
+    stopped process, a lost machine), otherwise the one with the least progress.
     """
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        self._position = 0  # counts what has begun and ended
+        self._position = 0  # counts steps, batches and checkpoints
         self._moved_at = time.monotonic()
         self._ended = threading.Event()
 
@@ -47,7 +47,7 @@ class Watchdog(TrainerCallback):
     def _watch(self) -> None:
         store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
         rank, beat, first_beat = dist.get_rank(), 0, 0
-        first: Look | None = None
+        first: Snapshot | None = None
         while not self._ended.wait(BEAT_S):
             beat += 1
             store.set(str(rank), f"{beat} {self._position}")
@@ -55,30 +55,30 @@ class Watchdog(TrainerCallback):
             if waited_s < self.limit_s:
                 first = None
             elif first is None:
-                first, first_beat = _look(store), beat
+                first, first_beat = _snapshot(store), beat
             elif beat >= first_beat + BEATS_TO_JUDGE:
                 logger.error(
-                    "rank %d has waited %.0f s for %s; the run ends", rank, waited_s, blamed(first, _look(store))
+                    "rank %d has waited %.0f s for %s; the run ends", rank, waited_s, culprit(first, _snapshot(store))
                 )
                 os._exit(1)
 
 
-def blamed(before: Look, after: Look) -> str:
-    """Who holds the others up."""
+def culprit(before: Snapshot, after: Snapshot) -> str:
+    """What the others wait for."""
     still = [rank for rank in after if after[rank][0] == before[rank][0]]
     if still:
         return f"rank {still[0]}, which has stopped"
     least = min(after, key=lambda rank: after[rank][1])
     if after[least][1] == max(position for _, position in after.values()):
-        return "what all ranks are in, none further than another"
-    return f"rank {least}, which is the least far"
+        return "an operation that all ranks are in, with equal progress"
+    return f"rank {least}, which has the least progress"
 
 
-def _look(store: dist.Store) -> Look:
-    """At every rank; one that has not beaten yet is at its beginning (the store would wait for it)."""
-    look = dict.fromkeys(range(dist.get_world_size()), (0, 0))
-    for rank in look:
+def _snapshot(store: dist.Store) -> Snapshot:
+    """Of every rank; zeros for one without a heartbeat yet (the store would wait for it)."""
+    snapshot = dict.fromkeys(range(dist.get_world_size()), (0, 0))
+    for rank in snapshot:
         if store.check([str(rank)]):
             beat, position = store.get(str(rank)).decode().split()
-            look[rank] = int(beat), int(position)
-    return look
+            snapshot[rank] = int(beat), int(position)
+    return snapshot

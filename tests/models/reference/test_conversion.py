@@ -1,4 +1,4 @@
-"""Conversion from the reference code's format and back, against an oracle built from the formulas alone."""
+"""Conversion from the reference code's format and back, against an independent implementation of it."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", ["mhffnmoe", "mhffn"])
 @pytest.mark.parametrize("flags", CASES.values(), ids=CASES.keys())
-def test_there_and_back(tmp_path, flags, family, shards):
+def test_round_trip_is_exact(tmp_path, flags, family, shards):
     if family == "mhffn":
         flags = {key: value for key, value in flags.items() if key not in ("num_experts", "init_router_gain")}
     oracle = make(tmp_path / "theirs", family, shards, **flags)
@@ -82,7 +82,7 @@ def test_there_and_back(tmp_path, flags, family, shards):
     assert all(after[file] == before[file] for file in before if file.endswith(".safetensors"))
 
 
-def test_low_precision_survives_bit_for_bit(tmp_path):
+def test_bfloat16_survives_bit_for_bit(tmp_path):
     make(tmp_path / "float32")
     (tmp_path / "theirs").mkdir()
     shutil.copy(tmp_path / "float32/config.json", tmp_path / "theirs")
@@ -93,7 +93,7 @@ def test_low_precision_survives_bit_for_bit(tmp_path):
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "theirs/model.safetensors").read_bytes()
 
 
-def test_what_the_model_does_not_use_is_kept_beside_it(tmp_path):
+def test_unused_tensors_are_kept_for_the_way_back(tmp_path):
     make(tmp_path / "theirs", tie_word_embeddings=True)
     file = tmp_path / "theirs/model.safetensors"
     tensors = load_file(file)
@@ -106,7 +106,7 @@ def test_what_the_model_does_not_use_is_kept_beside_it(tmp_path):
     assert (tmp_path / "back/model.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_tokenizer_files_come_along_and_nothing_else(tmp_path):
+def test_only_tokenizer_files_are_copied(tmp_path):
     make(tmp_path / "theirs")
     (tmp_path / "theirs/tokenizer.json").write_text("{}")
     (tmp_path / "theirs/modeling_mhffnmoe.py").write_text("raise SystemExit")
@@ -120,8 +120,8 @@ def test_tokenizer_files_come_along_and_nothing_else(tmp_path):
     ]
 
 
-def test_a_model_of_ours_goes_to_the_reference(tmp_path):
-    """Trained here, never converted: the reference's model computes the same."""
+def test_our_model_converts_to_the_reference(tmp_path):
+    """A model that never came from the reference: the reference's model computes the same."""
     config = FlashMHFConfig(
         vocab_size=90,
         hidden_size=32,
@@ -149,7 +149,7 @@ def test_a_model_of_ours_goes_to_the_reference(tmp_path):
         torch.testing.assert_close(oracle(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_converted_model_that_was_changed_goes_back_changed(tmp_path):
+def test_changes_after_conversion_are_converted_back(tmp_path):
     make(tmp_path / "theirs", apply_rmsnorm=True)
     convert(tmp_path / "theirs", tmp_path / "ours")
     model = load_model(str(tmp_path / "ours"))
@@ -199,9 +199,9 @@ BROKEN = {
     "num_ffn_heads: expected a multiple of num_ffn_kv_heads 3, got 4": lambda f: edit_config(
         f, mhffnmoe_num_kuv_heads=3
     ),
-    r"model.safetensors is torn: expected \d+ bytes, got 20000": lambda f: truncate(f, 20000),
-    r"model.safetensors is torn: expected a header of \d+ bytes, got 100": lambda f: truncate(f, 100),
-    r"model.safetensors is torn: expected a header, got 3 bytes": lambda f: truncate(f, 3),
+    r"model.safetensors is corrupt: expected \d+ bytes, got 20000": lambda f: truncate(f, 20000),
+    r"model.safetensors is corrupt: expected a header of \d+ bytes, got 100": lambda f: truncate(f, 100),
+    r"model.safetensors is corrupt: expected a header, got 3 bytes": lambda f: truncate(f, 3),
     "expected model.safetensors or model.safetensors.index.json": lambda f: (f / "model.safetensors").unlink(),
     "expected a JSON object in .*config.json": lambda f: (f / "config.json").write_text("{"),
     "SRC: expected a folder with config.json": lambda f: (f / "config.json").unlink(),
@@ -210,7 +210,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, message):
+def test_invalid_checkpoints_are_errors_and_nothing_is_written(tmp_path, message):
     make(tmp_path / "theirs")
     BROKEN[message](tmp_path / "theirs")
     with pytest.raises(InputError, match=message):
@@ -232,22 +232,22 @@ def test_a_shard_that_is_missing_or_incomplete(tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_full_destination_is_left_alone(tmp_path):
+def test_a_non_empty_destination_is_left_alone(tmp_path):
     make(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours/precious").write_text("mine")
+    (tmp_path / "ours/precious").write_text("kept")
     with pytest.raises(InputError, match="DST: expected a new or empty folder"):
         convert(tmp_path / "theirs", tmp_path / "ours")
-    assert (tmp_path / "ours/precious").read_text() == "mine"
+    assert (tmp_path / "ours/precious").read_text() == "kept"
 
 
 INEXPRESSIBLE = {
-    "gate_scale: the reference code can express 1.0, got 2.0": {"gate_scale": 2.0},
-    "gate_type: the reference code can express sigmoid, got 'softmax'": {"gate_type": "softmax"},
-    "ffn_type: the reference code can express flashmhf, mhffn, got 'pkv'": {"ffn_type": "pkv"},
-    "score_scale: the reference code can express .*, got 3.0": {"score_scale": 3.0},
-    "output_scale: the reference code can express .*, got 0.5": {"output_scale": 0.5},
-    "rope_parameters: the reference code can express rope_type default, got 'linear'": {
+    "gate_scale: expected 1.0, all that the reference code has, got 2.0": {"gate_scale": 2.0},
+    "gate_type: expected sigmoid, all that the reference code has, got 'softmax'": {"gate_type": "softmax"},
+    "ffn_type: expected flashmhf or mhffn, all that the reference code has, got 'pkv'": {"ffn_type": "pkv"},
+    "score_scale: expected .*, all that the reference code has, got 3.0": {"score_scale": 3.0},
+    "output_scale: expected .*, all that the reference code has, got 0.5": {"output_scale": 0.5},
+    "rope_parameters: expected rope_type default, all that the reference code has, got 'linear'": {
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     },
 }
@@ -271,7 +271,7 @@ def test_what_the_reference_cannot_express(tmp_path, message):
     assert not (tmp_path / "theirs").exists()
 
 
-def test_a_folder_of_another_kind_does_not_go_back(tmp_path):
+def test_only_our_checkpoints_convert_to_the_reference(tmp_path):
     make(tmp_path / "theirs")
     with pytest.raises(InputError, match="expected model_type 'flashmhf', got 'mhffnmoe'"):
         convert(tmp_path / "theirs", tmp_path / "back", to="reference")

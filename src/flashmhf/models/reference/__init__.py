@@ -1,1 +1,1 @@
-"""Checkpoints of the published reference code: their format, and conversion of folders both ways."""
+"""Checkpoints of the published reference code: their format, and conversion in both directions."""

@@ -1,14 +1,12 @@
-"""The two-way map between checkpoints of the reference code (`mhffnmoe`, `mhffn`) and this package's.
+"""Converts checkpoints of the reference code (`mhffnmoe`, `mhffn`) to this package's and back.
 
-Tensors are renamed and permuted, never computed with, shard by shard, so that a way there and back returns every bit.
-What the reference stores without using it (the per-head norm's weight where the norm is off, the output layer where it
-is tied) has no place in our models; it goes to `unused.safetensors` beside them.
-
-The format is described in reference_format.py.
+Tensors are renamed and permuted, shard by shard, and never computed with, so that a round trip is exact. What the
+reference stores without using it (the per-head norm's weight if the norm is off, the output layer if it is tied) has no
+place in our models and goes to `unused.safetensors`. format.py defines the format.
 """
 
+import contextlib
 import json
-import logging
 import math
 import shutil
 import tempfile
@@ -37,8 +35,6 @@ from flashmhf.models.reference.format import (
     to_reference_config,
 )
 
-logger = logging.getLogger(__name__)
-
 UNUSED = "unused.safetensors"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # tokenizer and generation settings
 
@@ -47,16 +43,16 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
     """Converts a checkpoint folder.
 
     Args:
-        source: with config.json and safetensors, whole or sharded.
-        destination: a folder that does not exist yet or is empty; nothing is left there on failure.
+        source: with config.json and safetensors, in one file or sharded.
+        destination: a new or empty folder; nothing is left there on failure.
         to: "flashmhf" or "reference".
 
     Returns:
         "to", "tensors", "parameters", "files".
 
     Raises:
-        InputError: a missing, extra or misshapen tensor, an unknown flag, a torn file, or a model that the reference
-            code cannot express; names it.
+        InputError: a tensor that is missing, unexpected or of the wrong shape, an unknown flag, a corrupt file, or a
+            model that the reference code cannot express.
     """
     if to not in ("flashmhf", "reference"):
         raise InputError(f"to: expected flashmhf or reference, got {to!r}")
@@ -72,22 +68,29 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
     unused = _read_unused(source) if to == "reference" else {}
     expected = _expected(ours, theirs=to == "flashmhf")
     _check_tensors(files, expected, _unused_names(ours) if to == "flashmhf" else set())
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
-        written = Path(folder) / "whole"
-        written.mkdir()
+    with _atomic_folder(destination) as written:
         _write_shards(source, written, files, ours, rename, unused)
         (written / "config.json").write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
-        _copy_rest(source, written)
-        if destination.exists():
-            destination.rmdir()
-        written.rename(destination)
+        _copy_tokenizer(source, written)
     parameters = sum(math.prod(shape) for shape in expected.values())
     return {"to": to, "tensors": len(files), "parameters": parameters, "files": len(set(files.values()))}
 
 
+@contextlib.contextmanager
+def _atomic_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write to, which is renamed to `destination` at the end and removed on failure."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as parent:
+        folder = Path(parent) / destination.name
+        folder.mkdir()
+        yield folder
+        if destination.exists():
+            destination.rmdir()
+        folder.rename(destination)
+
+
 def _expected(ours: FlashMHFConfig, theirs: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the checkpoint must hold, read off our model without its data."""
+    """Names and shapes of the tensors that the checkpoint must hold, from our model on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ours)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -132,7 +135,7 @@ def _shapes(files: dict[str, Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[str, Tensor]]) -> None:
-    """One file of the destination for each of the source, with the same name and metadata."""
+    """Writes one file for each file of the source, with the same name and metadata."""
     to_reference = rename is their_name
     unused_names = set() if to_reference else _unused_names(ours)
     kept_unused: dict[str, Tensor] = {}
@@ -166,7 +169,7 @@ def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[s
 
 
 def _add_missing_norms(written: Path, ours: FlashMHFConfig, weight_map: dict[str, str]) -> None:
-    """The reference always stores the per-head norm's weight; for a model that never had one, ones."""
+    """Adds per-head norm weights of one, which the reference always stores, for a model that has none."""
     H, _ = ours.ffn_heads
     by_file: dict[str, list[str]] = {}
     for layer in range(ours.num_hidden_layers):
@@ -184,7 +187,7 @@ def _add_missing_norms(written: Path, ours: FlashMHFConfig, weight_map: dict[str
 
 
 def _read_unused(source: Path) -> dict[str, dict[str, Tensor]]:
-    """What an earlier conversion laid aside, by the file that it came from."""
+    """The tensors that an earlier conversion set aside, by their original file."""
     by_file: dict[str, dict[str, Tensor]] = {}
     if (source / UNUSED).is_file():
         with safe_open(source / UNUSED, framework="pt") as tensors:
@@ -212,7 +215,7 @@ def _our_config(config: dict[str, Any], source: Path) -> FlashMHFConfig:
         raise InputError(f"config.json: {str(error).splitlines()[0]}") from error
 
 
-def _copy_rest(source: Path, written: Path) -> None:
+def _copy_tokenizer(source: Path, written: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in ("config.json", INDEX):
             shutil.copyfile(file, written / file.name)

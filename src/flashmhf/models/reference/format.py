@@ -1,4 +1,4 @@
-"""The format of the reference code's checkpoints: its configuration and its tensors' names and layouts, both ways.
+"""The reference code's checkpoint format: translation of configurations, tensor names and layouts, in both directions.
 
 Source: github.com/FoundationResearch/FlashMHF, models/flashmhf and configs, as of 2025-12.
 """
@@ -15,7 +15,7 @@ from flashmhf.models import FlashMHFConfig
 
 ARCHITECTURES = {"mhffnmoe": "MHFFNMoEForCausalLM", "mhffn": "MHFFNForCausalLM"}
 FFN_TYPES = {"mhffnmoe": "flashmhf", "mhffn": "mhffn"}
-OUTPUT_SCALE = math.sqrt(3 / 8)  # of the reference's apply_final_scaling
+OUTPUT_SCALE = math.sqrt(3 / 8)  # apply_final_scaling of the reference code
 
 FUNCTION_FLAGS = {
     "num_heads",
@@ -28,14 +28,14 @@ FUNCTION_FLAGS = {
     "apply_dot_scaling_theory",
     "apply_final_scaling",
 }
-OTHER_FLAGS = {  # of initialisation and of the choice of kernel: no trained model depends on them
+OTHER_FLAGS = {  # initialisation and kernel selection: no effect on a trained model
     "use_flash",
     "use_legacy_flash",
     "custom_init",
     "init_wself_identity",
     *(f"init_{name}_gain" for name in ("w_self", "w_self_2", "gate", "up", "down", "router")),
 }
-OLDER_KEYS = {  # that transformers 4 wrote and 5 knows by another name or not at all
+OLDER_KEYS = {  # written by transformers 4; renamed or removed in 5
     "rope_theta",
     "rope_scaling",
     "torch_dtype",
@@ -46,7 +46,7 @@ OLDER_KEYS = {  # that transformers 4 wrote and 5 knows by another name or not a
     "architectures",
     "dtype",
 }
-RENAMED = {  # theirs -> ours, below model.layers.N.mlp.; their gate_weight is K, ours is the gate's
+RENAMED = {  # theirs -> ours, under model.layers.N.mlp.; their gate_weight is K, ours is the gate's weight
     "w_self.weight": "in_proj.weight",
     "w_self.bias": "in_proj.bias",
     "w_self_2.weight": "out_proj.weight",
@@ -61,26 +61,12 @@ ROWS = ("k", "u", "v")  # stored by the reference as (d_ff, H_kv D)
 
 
 def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
-    """Our configuration of a reference checkpoint's function; keeps `theirs` whole for the way back.
+    """Our configuration of the same function; keeps `theirs` for the conversion back.
 
     Raises:
-        InputError: another model_type, a flag that neither the reference code nor transformers knows, or sizes that do
-            not fit.
+        InputError: another model_type, a flag that neither the reference code nor transformers has, or invalid sizes.
     """
-    family = theirs.get("model_type")
-    if family not in ARCHITECTURES:
-        raise InputError(f"config.json: expected model_type {' or '.join(ARCHITECTURES)}, got {family!r}")
-    flags = {key.removeprefix(f"{family}_"): value for key, value in theirs.items() if key.startswith(f"{family}_")}
-    backbone = {key: value for key, value in theirs.items() if not key.startswith(f"{family}_")}
-    known = set(LlamaConfig().to_dict()) | set(PreTrainedConfig().to_dict()) | OLDER_KEYS
-    unknown = [f"{family}_{flag}" for flag in flags.keys() - FUNCTION_FLAGS - OTHER_FLAGS]
-    unknown += [key for key in backbone if key not in known]
-    if unknown:
-        raise InputError(
-            f"config.json: expected flags of the reference code, got the unknown {', '.join(sorted(unknown))}"
-        )
-    if backbone.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: expected hidden_act 'silu', got {backbone['hidden_act']!r}")
+    family, flags, backbone = _split_config(theirs)
     heads = flags.get("num_heads", 1)
     score_scale = 1.0
     if flags.get("apply_dot_scaling", False):
@@ -108,16 +94,51 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
         raise InputError(f"config.json: {str(error).splitlines()[0]}") from error
 
 
+def _split_config(theirs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The family, its flags without their prefix, and the backbone's values, after checking that all are known."""
+    family = theirs.get("model_type")
+    if family not in ARCHITECTURES:
+        raise InputError(f"config.json: expected model_type {' or '.join(ARCHITECTURES)}, got {family!r}")
+    flags = {key.removeprefix(f"{family}_"): value for key, value in theirs.items() if key.startswith(f"{family}_")}
+    backbone = {key: value for key, value in theirs.items() if not key.startswith(f"{family}_")}
+    known = set(LlamaConfig().to_dict()) | set(PreTrainedConfig().to_dict()) | OLDER_KEYS
+    unknown = [f"{family}_{flag}" for flag in flags.keys() - FUNCTION_FLAGS - OTHER_FLAGS]
+    unknown += [key for key in backbone if key not in known]
+    if unknown:
+        raise InputError(
+            f"config.json: expected flags of the reference code, got the unknown {', '.join(sorted(unknown))}"
+        )
+    if backbone.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: expected hidden_act 'silu', got {backbone['hidden_act']!r}")
+    return family, flags, backbone
+
+
 def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
-    """The reference code's configuration of our model; the one it came from, where it still says the same.
+    """The reference code's configuration of our model: the original one if it still describes the same function.
 
     Raises:
         InputError: the reference code has no flag for what this model does.
     """
     if ours.reference_config is not None:
-        came_from = from_reference_config(ours.reference_config)
-        if _function(came_from) == _function(ours):
+        original = from_reference_config(ours.reference_config)
+        if _function(original) == _function(ours):
             return ours.reference_config
+    family, flags = _reference_flags(ours)
+    backbone = LlamaConfig(
+        **{key: value for key, value in ours.to_dict().items() if key in LlamaConfig().to_dict()}
+    ).to_dict()
+    rope = backbone.pop("rope_parameters")
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(
+            f"rope_parameters: expected rope_type default, all that the reference code has, got {rope['rope_type']!r}"
+        )
+    backbone |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": backbone.pop("dtype", None)}
+    backbone |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    return backbone | {f"{family}_{flag}": value for flag, value in flags.items()}
+
+
+def _reference_flags(ours: FlashMHFConfig) -> tuple[str, dict[str, Any]]:
+    """The family and its flags; raises InputError for what they cannot express."""
     (heads, kv_heads), scales = ours.ffn_heads, ours.ffn_scales
     score_flags = {1.0: (False, False), math.sqrt(heads): (True, False), float(heads): (True, True)}
     output_flags = {1.0: False, OUTPUT_SCALE: True}
@@ -129,7 +150,8 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
         ("output_scale", scales.output, tuple(output_flags)),
     ):
         if value not in choices:
-            raise InputError(f"{name}: the reference code can express {', '.join(map(str, choices))}, got {value!r}")
+            expected = " or ".join(map(str, choices))
+            raise InputError(f"{name}: expected {expected}, all that the reference code has, got {value!r}")
     family = next(family for family, ffn_type in FFN_TYPES.items() if ffn_type == ours.ffn_type)
     dot_scaling, theory = score_flags[scales.score]
     flags = {
@@ -144,40 +166,30 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
     }
     if family == "mhffnmoe":
         flags["num_experts"] = ours.num_subnetworks
-    backbone = LlamaConfig(
-        **{key: value for key, value in ours.to_dict().items() if key in LlamaConfig().to_dict()}
-    ).to_dict()
-    rope = backbone.pop("rope_parameters")
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(
-            f"rope_parameters: the reference code can express rope_type default, got {rope['rope_type']!r}"
-        )
-    backbone |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": backbone.pop("dtype", None)}
-    backbone |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
-    return backbone | {f"{family}_{flag}": value for flag, value in flags.items()}
+    return family, flags
 
 
 def our_name(name: str) -> str:
-    """Our name of a tensor of the reference code."""
+    """Our name for a tensor of the reference code."""
     prefix, rest = split_name(name)
     return name if prefix is None else prefix + RENAMED.get(rest, rest)
 
 
 def their_name(name: str) -> str:
-    """The reference code's name of a tensor of ours."""
+    """The reference code's name for one of our tensors."""
     prefix, rest = split_name(name)
     theirs = {ours: theirs for theirs, ours in RENAMED.items()}
     return name if prefix is None else prefix + theirs.get(rest, rest)
 
 
 def rows_from_reference(rows: Tensor, config: FlashMHFConfig) -> Tensor:
-    """K, U or V: (d_ff, H_kv D), column block h of head h, row block e of sub-network e, to (H_kv, E, F, D)."""
+    """K, U or V from (d_ff, H_kv D) to (H_kv, E, F, D); column block h is head h, row block e is sub-network e."""
     E, F = config.num_subnetworks, config.subnetwork_size
     return rows.view(E, F, config.ffn_heads[1], -1).permute(2, 0, 1, 3).contiguous()
 
 
 def rows_to_reference(rows: Tensor) -> Tensor:
-    """K, U or V: (H_kv, E, F, D) to (d_ff, H_kv D)."""
+    """K, U or V from (H_kv, E, F, D) to (d_ff, H_kv D)."""
     H_kv, E, F, D = rows.shape
     return rows.permute(1, 2, 0, 3).reshape(E * F, H_kv * D).contiguous()
 
@@ -188,6 +200,6 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 
 def _function(config: FlashMHFConfig) -> dict[str, Any]:
-    """The values of a configuration that decide what the model computes."""
+    """The values of a configuration that affect what the model computes."""
     ignored = {"reference_config", "architectures", "transformers_version", "init", "backend", "dtype", "use_cache"}
     return {name: value for name, value in config.to_dict().items() if name not in ignored}

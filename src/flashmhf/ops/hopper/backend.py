@@ -1,6 +1,6 @@
-"""The backend's interface, as `ops/backends.py` loads it: Hopper's own kernels, and the portable ones for the rest.
+"""The backend's interface, as `ops/backends.py` loads it.
 
-The rest is norm and gate, and the backward for head dims above 128.
+The prologue and the backward for head dims above 128 use the portable Triton kernels.
 """
 
 import torch
@@ -15,7 +15,7 @@ from flashmhf.ops.triton.prologue import prologue_backward, prologue_forward
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
-RECORDABLE = True  # what is launched follows from the metadata of the tensors (`ops/calls.py`)
+RECORDABLE = True  # launches follow from the metadata of the tensors (`ops/call_cache.py`)
 
 
 def backward(
@@ -23,16 +23,17 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, u, v and gate, None where `needs` says so.
 
-    One pass, eight products. Its dQ and dR differ in their last bits from run to run: where they must not, a kernel of
-    their own computes them, eleven products in all; where no weight wants a gradient, that kernel alone, five.
+    The fused kernel computes eight products; its dQ and dgate differ in their last bits from run to run. Under
+    deterministic algorithms a separate kernel computes those, eleven products in all. If no weight requires a gradient,
+    only that kernel runs, with five.
     """
     if backward_tile(q.shape[-1]) is None:
         return portable_backward(dout, q, k, u, v, gate, needs)
-    of_weights = any(needs[1:4])
-    if of_weights and not torch.are_deterministic_algorithms_enabled():
+    needs_weights = any(needs[1:4])
+    if needs_weights and not torch.are_deterministic_algorithms_enabled():
         return fused_backward(dout, q, k, u, v, gate, needs)
     dq, dgate = backward_dq(dout, q, k, u, v, gate, needs)
-    if not of_weights:
+    if not needs_weights:
         return dq, None, None, None, dgate
     _, dk, du, dv, _ = fused_backward(dout, q, k, u, v, gate, (False, *needs[1:4], False))
     return dq, dk, du, dv, dgate

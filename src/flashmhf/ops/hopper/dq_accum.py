@@ -1,13 +1,13 @@
-"""dQ as the programs of the fused backward add it up in float32 memory, and what is returned of it.
+"""The float32 accumulator of dQ in global memory, to which the programs of the fused backward add, and its conversion.
 
-The memory is in one of two orders. By rows it is (tokens, H, BLOCK_D): a thread adds two neighbours at a time, and the
-32 pairs of a warp lie in eight rows, 32 bytes in each. In fragments it is (tiles, H, BLOCK_T / 16, BLOCK_D / 8,
-8, 4, 2, 2): 16 tokens x 8 columns lie together as a warp holds them (token, pair of columns; token + 0 or 8,
-neighbour). A thread's four values are then neighbours, too, and a warp's reduction is 512 bytes on end: half as many
-reductions, and no cache line is met twice. What rounds dQ reads it in that order.
+Its layout is one of two. By "rows" it is (tokens, H, BLOCK_D): a thread adds pairs of neighbours, and the 32 pairs of a
+warp lie in eight rows, 32 bytes in each. By "fragments" it is (tiles, H, BLOCK_T / 16, BLOCK_D / 8, 8, 4, 2, 2):
+16 tokens x 8 columns are contiguous, in the order of a warp's accumulator fragment (token, pair of columns; token + 0
+or 8, neighbour). All four values of a thread are then neighbours, and a warp's reduction covers 512 contiguous bytes:
+half as many reductions, and no cache line is touched twice. `convert_dq` undoes the permutation.
 
-Or TMA adds a whole tile, by rows, from shared memory: no thread issues a reduction, but the tile is written to shared
-memory and read again, where it takes 32 KiB at head dim 64. At head dim 128 there is no room for its 64 KiB.
+Alternatively TMA adds a whole tile, by rows, from shared memory ("tma"). No thread issues reductions, but the tile goes
+through shared memory, 32 KiB at head dim 64; at head dim 128 there is no room for its 64 KiB.
 """
 
 import torch
@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashmhf.ops.hopper.launch import token_descriptor
-from flashmhf.ops.hopper.primitives import halves, matrix, multiply, multiply_add, zero
+from flashmhf.ops.hopper.primitives import as_matrix, mma, mma_add, opaque_zero, split_columns
 from flashmhf.ops.hopper.tiles import BackwardTile, block_d
 
 
 @gluon.jit
-def add_pairs(ptrs, values):
-    """Adds two neighbours at a time to float32 memory; the order among programs is open."""
+def red_add_v2(ptrs, values):
+    """Atomically adds pairs of neighbours to float32 memory, in no particular order among programs."""
     gl.inline_asm_elementwise(
         "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;",
         "=r,=r,l,l,f,f",
@@ -38,8 +38,8 @@ def add_pairs(ptrs, values):
 
 
 @gluon.jit
-def add_fours(ptrs, values):
-    """Adds four values of a thread at a time to four neighbours in float32 memory."""
+def red_add_v4(ptrs, values):
+    """Atomically adds groups of a thread's four values to four neighbours in float32 memory."""
     gl.inline_asm_elementwise(
         "red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
@@ -52,80 +52,80 @@ def add_fours(ptrs, values):
 
 
 @gluon.jit
-def add_columns(ptrs, values, FRAGMENTS: gl.constexpr):
-    """Adds values to memory eight columns at a time, so that all addresses are a few registers and constants.
+def red_add_columns(ptrs, values, FRAGMENTS: gl.constexpr):
+    """Adds values to memory eight columns at a time, so that the addresses are a few registers and constant offsets.
 
     ptrs (rows, 8) point at the first eight columns.
     """
     COLUMNS: gl.constexpr = values.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS // 2, 16])
     if COLUMNS > 8:
-        left, right = halves(values, layout)
-        add_columns(ptrs, left, FRAGMENTS)
-        add_columns(ptrs + COLUMNS // 2 * (16 if FRAGMENTS else 1), right, FRAGMENTS)
+        left, right = split_columns(values, layout)
+        red_add_columns(ptrs, left, FRAGMENTS)
+        red_add_columns(ptrs + COLUMNS // 2 * (16 if FRAGMENTS else 1), right, FRAGMENTS)
     elif FRAGMENTS:
-        add_fours(ptrs, values)
+        red_add_v4(ptrs, values)
     else:
-        add_pairs(ptrs, values)
+        red_add_v2(ptrs, values)
 
 
 @gluon.jit
-def add_tile(dq_ptr, dq, i, t, head, H, FRAGMENTS: gl.constexpr):
-    """Adds dq (BLOCK_T, BLOCK_D), of item i: the tokens from t on of one head."""
+def red_add_tile(dq_ptr, dq, i, t, head, H, FRAGMENTS: gl.constexpr):
+    """Adds dq (BLOCK_T, BLOCK_D) of item i: the tokens of one head from t on."""
     BLOCK_T: gl.constexpr = dq.shape[0]
     BLOCK_D: gl.constexpr = dq.shape[1]
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 16])
     rows = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, narrow))
     columns = gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
-    if FRAGMENTS:  # where a thread's first value goes, of an even column of the upper eight rows; the rest follow
+    if FRAGMENTS:  # the address of a thread's first value (upper eight rows, even column); its other three follow
         rows = rows // 16 * (16 * BLOCK_D) + rows % 8 * 16
         columns *= 2
         head *= BLOCK_T
     else:
         rows *= H * BLOCK_D
-    rows += zero(i)  # or a 64-bit address is kept in registers from tile to tile
-    add_columns(dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :]), dq, FRAGMENTS)
+    rows += opaque_zero(i)  # keeps 64-bit addresses from being held in registers across tiles
+    red_add_columns(dq_ptr + (t.to(gl.int64) * H + head) * BLOCK_D + (rows[:, None] + columns[None, :]), dq, FRAGMENTS)
 
 
 @builtin
-def reduce_add(desc, coord, source, _semantic=None):
-    """Asks TMA to add a tile of shared memory to global memory: an operation without a name in Gluon 3.6 and 3.7."""
+def tma_reduce_add(desc, coord, source, _semantic=None):
+    """Issues a TMA reduction that adds a tile of shared memory to global memory; not exposed by Gluon 3.6 and 3.7."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, source.handle)
 
 
 @gluon.jit
-def add_tile_by_tma(dq_desc, s_dq, dq, i, t, head):
-    """As `add_tile`, through shared memory (1, BLOCK_T, 1, BLOCK_D)."""
-    tma.store_wait(pendings=0)  # the tile before has left shared memory
-    s_tile = s_dq.index(zero(i))
-    matrix(s_tile).store(dq)
+def tma_add_tile(dq_desc, s_dq, dq, i, t, head):
+    """Like `red_add_tile`, through s_dq (1, BLOCK_T, 1, BLOCK_D)."""
+    tma.store_wait(pendings=0)  # the previous tile has been read from shared memory
+    s_tile = s_dq.index(opaque_zero(i))
+    as_matrix(s_tile).store(dq)
     fence_async_shared()
-    reduce_add(dq_desc, [t, head, 0], s_tile)
+    tma_reduce_add(dq_desc, [t, head, 0], s_tile)
 
 
 @gluon.jit
-def add_dq(
-    dm, dn, s_ku, s_dq, dq_accum, i, t, head, H, whole: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
+def accumulate_dq(
+    dm, dn, s_ku, s_dq, dq_accum, i, t, head, H, dku_layout: gl.constexpr, FRAGMENTS: gl.constexpr, BY_TMA: gl.constexpr
 ):  # fmt: skip
-    """dQ = dM K + dN U, added to float32 memory."""
+    """Computes dQ = dM K + dN U of tile i and adds it to the accumulator."""
     BLOCK_T: gl.constexpr = dm.shape[0]
     BLOCK_F: gl.constexpr = dm.shape[1]
     BLOCK_D: gl.constexpr = s_ku.shape[3]
-    operand: gl.constexpr = gl.DotOperandLayout(0, whole, 2)
-    s_k = matrix(s_ku.index(zero(i))).slice(0, BLOCK_F)
-    s_u = matrix(s_ku.index(zero(i))).slice(BLOCK_F, BLOCK_F)
-    dq = multiply(gl.convert_layout(dm, operand), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, whole))
-    dq = multiply_add(gl.convert_layout(dn, operand), s_u, dq)
+    lhs_layout: gl.constexpr = gl.DotOperandLayout(0, dku_layout, 2)
+    s_k = as_matrix(s_ku.index(opaque_zero(i))).slice(0, BLOCK_F)
+    s_u = as_matrix(s_ku.index(opaque_zero(i))).slice(BLOCK_F, BLOCK_F)
+    dq = mma(gl.convert_layout(dm, lhs_layout), s_k, gl.zeros([BLOCK_T, BLOCK_D], gl.float32, dku_layout))
+    dq = mma_add(gl.convert_layout(dn, lhs_layout), s_u, dq)
     dq = warpgroup_mma_wait(num_outstanding=0, deps=[dq])
     if BY_TMA:
-        add_tile_by_tma(dq_accum, s_dq, dq, i, t, head)
+        tma_add_tile(dq_accum, s_dq, dq, i, t, head)
     else:
-        add_tile(dq_accum, dq, i, t, head, H, FRAGMENTS)
+        red_add_tile(dq_accum, dq, i, t, head, H, FRAGMENTS)
 
 
-def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
-    """Zeros in float32 that whole tiles of q (T, H, D) can be added to, in the tile's order."""
+def allocate_dq_accum(q: Tensor, tile: BackwardTile) -> Tensor:
+    """The zeroed accumulator for q (T, H, D), padded to whole tiles, in the layout that tile.dq selects."""
     T, H, D = q.shape
     tiles, BLOCK_D = -(-T // tile.block_t), block_d(D)
     by_rows = (tiles * tile.block_t, H, BLOCK_D)
@@ -133,19 +133,19 @@ def dq_buffer(q: Tensor, tile: BackwardTile) -> Tensor:
     return torch.zeros(in_fragments if tile.dq == "fragments" else by_rows, dtype=torch.float32, device=q.device)
 
 
-def dq_argument(added: Tensor, tile: BackwardTile) -> Tensor | TensorDescriptor:
-    """The buffer as the kernel takes it."""
-    return token_descriptor(added, tile.block_t) if tile.dq == "tma" else added
+def dq_accum_argument(dq_accum: Tensor, tile: BackwardTile) -> Tensor | TensorDescriptor:
+    """The accumulator as the kernel's argument."""
+    return token_descriptor(dq_accum, tile.block_t) if tile.dq == "tma" else dq_accum
 
 
-def rounded_dq(added: Tensor, q: Tensor, tile: BackwardTile) -> Tensor:
-    """(T, H, D) in q's dtype, contiguous, of what has been added to `dq_buffer(q, tile)`."""
+def convert_dq(dq_accum: Tensor, q: Tensor, tile: BackwardTile) -> Tensor:
+    """dQ (T, H, D), contiguous in q's dtype, from the accumulator of `allocate_dq_accum(q, tile)`."""
     T, H, D = q.shape
     if tile.dq != "fragments":
-        return added[:T, :, :D].to(q.dtype)
-    token = H * D  # elements from one to the next
-    dq = torch.empty(len(added) * tile.block_t, H, D, dtype=q.dtype, device=q.device)
-    strides = (tile.block_t * token, D, 16 * token, 8, token, 2, 8 * token, 1)  # of the fragments' dims, see above
-    in_fragments = dq.as_strided((*added.shape[:3], D // 8, *added.shape[4:]), strides)
-    in_fragments.copy_(added[:, :, :, : D // 8])
+        return dq_accum[:T, :, :D].to(q.dtype)
+    token = H * D  # stride of a token
+    dq = torch.empty(len(dq_accum) * tile.block_t, H, D, dtype=q.dtype, device=q.device)
+    strides = (tile.block_t * token, D, 16 * token, 8, token, 2, 8 * token, 1)  # of the fragment layout's dimensions
+    in_fragments = dq.as_strided((*dq_accum.shape[:3], D // 8, *dq_accum.shape[4:]), strides)
+    in_fragments.copy_(dq_accum[:, :, :, : D // 8])
     return dq[:T]

@@ -6,4 +6,4 @@ from flashmhf.ops.triton.prologue import prologue_backward, prologue_forward
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
 
-RECORDABLE = True  # what is launched follows from the metadata of the tensors (`ops/calls.py`)
+RECORDABLE = True  # launches follow from the metadata of the tensors (`ops/call_cache.py`)

@@ -1,14 +1,14 @@
-"""The kernels in which one program owns rows of the parameters and walks over the tokens: dK, dU and dV.
+"""The kernels in which one program owns parameter rows and loops over the tokens: dK, dU and dV.
 
-`backward_dkuv_kernel` computes these alone, six products a tile. `backward_fused_kernel` also adds its share of
-dQ and of the gate's gradient to float32 buffers in memory, eight products a tile.
+`backward_dkuv_kernel` computes only these, six products per tile. `backward_fused_kernel` also accumulates dQ and dgate
+atomically in float32 buffers, eight products per tile.
 
-Scores (M, N, dA and what follows from them) are (rows, tokens) tiles, or (tokens, rows) with TOKENS_FIRST; the sums are
-(rows, D) or (D, rows). The products are the same. What differs is who computes them: Triton hands out the warps of a
-score tile along its first axis alone, and warps for which nothing is left there repeat what others do. Three sums
-leave registers for few rows, so Hopper, whose products want 64 of the first axis for each four warps, takes tokens
-first, and 128 of them. `mma.sync` holds its second operand in registers: there tokens first would have each warp hold
-all of K, U and V, and rows first, each warp its own rows of them.
+Scores (M, N, dA and what is computed from them) are (rows, tokens) tiles, or (tokens, rows) with TOKENS_FIRST, like
+swapAB in FlashAttention's backward; the accumulators are (rows, D) or (D, rows). The products are the same, but Triton
+distributes the warps of a score tile over its first dimension only, and warps that get no rows there duplicate the work
+of others. Three accumulators leave registers for few parameter rows, so Hopper, whose wgmma needs 64 rows of the first
+dimension per four warps, puts 128 tokens first. `mma.sync` holds its second operand in registers: with tokens first
+every warp would hold all of K, U and V, with rows first each warp holds only its own rows.
 """
 
 import triton
@@ -19,7 +19,7 @@ from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, load_tokens
 
 @triton.jit
 def scores_of(tokens, rows, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """tokens rows^T, or its transpose."""
+    """tokens @ rows^T, or its transpose with rows first."""
     if TOKENS_FIRST:
         return tl.dot(tokens, tl.trans(rows), input_precision=PRECISION)
     else:  # noqa: RET505 -- Triton compiles what follows a return in a branch, too
@@ -27,12 +27,12 @@ def scores_of(tokens, rows, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def add_products(scores, tokens, total, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """total + scores^T tokens, transposed as the scores are; no product reads the transpose of another's result."""
+def accumulate(acc, scores, tokens, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + scores^T @ tokens, in the orientation of the scores; no product reads the transpose of another's result."""
     if TOKENS_FIRST:
-        return tl.dot(tl.trans(tokens), scores, total, input_precision=PRECISION)
+        return tl.dot(tl.trans(tokens), scores, acc, input_precision=PRECISION)
     else:  # noqa: RET505
-        return tl.dot(scores, tokens, total, input_precision=PRECISION)
+        return tl.dot(scores, tokens, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -40,20 +40,20 @@ def load_gate(
     ptr, offs_t, mask_t, head, e, L, stride_b, stride_l, stride_h, stride_x,
     FLAT: tl.constexpr, TOKENS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One number for each token, shaped to multiply scores."""
+    """The gate of each token, shaped to multiply scores."""
     rows = token_offsets(offs_t, L, stride_b, stride_l, FLAT) + head * stride_h
-    r = tl.load(ptr + rows + e * stride_x, mask=mask_t, other=0.0).to(tl.float32)
+    gate = tl.load(ptr + rows + e * stride_x, mask=mask_t, other=0.0).to(tl.float32)
     if TOKENS_FIRST:
-        return r[:, None]
+        return gate[:, None]
     else:  # noqa: RET505
-        return r[None, :]
+        return gate[None, :]
 
 
 @triton.jit
 def store_gradient(
     ptr, gradient, first_row, offs_f, offs_d, F, D: tl.constexpr, TOKENS_FIRST: tl.constexpr
 ):  # fmt: skip
-    """Into the rows of a contiguous (H_kv, E, F, D)."""
+    """Stores an accumulator to rows of a contiguous (H_kv, E, F, D) tensor."""
     if TOKENS_FIRST:
         ptrs = ptr + (first_row + offs_f)[None, :] * D + offs_d[:, None]
         mask = (offs_f < F)[None, :] & (offs_d < D)[:, None]
@@ -64,8 +64,8 @@ def store_gradient(
 
 
 @triton.jit
-def zeros_of(BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
-    """The sum that one gradient starts with."""
+def zero_accumulator(BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """The initial accumulator of dK, dU or dV."""
     if TOKENS_FIRST:
         return tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     else:  # noqa: RET505
@@ -73,11 +73,11 @@ def zeros_of(BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS_FIRST: tl.cons
 
 
 @triton.jit
-def load_own_rows(
+def load_row_tile(
     k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd,
     E, F, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, EVEN_F: tl.constexpr,
 ):  # fmt: skip
-    """The program's parameter head, sub-network and rows, and K, U and V of these."""
+    """The parameter head, sub-network and rows that the program owns, and their K, U and V."""
     tiles_f = tl.cdiv(F, BLOCK_F)
     kv_head = (tl.program_id(0) // (E * tiles_f)).to(tl.int64)
     e = (tl.program_id(0) // tiles_f) % E
@@ -102,17 +102,17 @@ def backward_dkuv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     FAST_TANH: tl.constexpr, TOKENS_FIRST: tl.constexpr,
-    NEEDS_K: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_V: tl.constexpr,
+    NEEDS_DK: tl.constexpr, NEEDS_DU: tl.constexpr, NEEDS_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_F rows of one sub-network and walks over all tokens of the heads that share them."""
-    kv_head, e, offs_f, k, u, v = load_own_rows(
+    """One program owns BLOCK_F rows of one sub-network and loops over the tokens of all heads that share them."""
+    kv_head, e, offs_f, k, u, v = load_row_tile(
         k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd, E, F, D, BLOCK_D, BLOCK_F, EVEN_F
     )
     offs_t = tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
-    dk = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
-    du = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
-    dv = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
+    dk = zero_accumulator(BLOCK_F, BLOCK_D, TOKENS_FIRST)
+    du = zero_accumulator(BLOCK_F, BLOCK_D, TOKENS_FIRST)
+    dv = zero_accumulator(BLOCK_F, BLOCK_D, TOKENS_FIRST)
 
     tiles_t = tl.cdiv(T, BLOCK_T)
     for tile in tl.range(0, GROUP * tiles_t):
@@ -127,27 +127,27 @@ def backward_dkuv_kernel(
         da = scores_of(dout, v, TOKENS_FIRST, PRECISION)
         silu, slope = silu_and_slope_of(m, FAST_TANH)
         if HAS_GATE:
-            r = load_gate(
+            gate = load_gate(
                 gate_ptr, t, t < T, head, e, L, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
                 FLAT, TOKENS_FIRST,
             )  # fmt: skip
-            silu *= r
-            slope *= r
-        # What is not needed, the compiler leaves out.
+            silu *= gate
+            slope *= gate
+        # The compiler eliminates what is not needed.
         p, dm, dn = (silu * n).to(q.dtype), (da * n * slope).to(q.dtype), (da * silu).to(q.dtype)
-        if NEEDS_V:
-            dv = add_products(p, dout, dv, TOKENS_FIRST, PRECISION)
-        if NEEDS_U:
-            du = add_products(dn, q, du, TOKENS_FIRST, PRECISION)
-        if NEEDS_K:
-            dk = add_products(dm, q, dk, TOKENS_FIRST, PRECISION)
+        if NEEDS_DV:
+            dv = accumulate(dv, p, dout, TOKENS_FIRST, PRECISION)
+        if NEEDS_DU:
+            du = accumulate(du, dn, q, TOKENS_FIRST, PRECISION)
+        if NEEDS_DK:
+            dk = accumulate(dk, dm, q, TOKENS_FIRST, PRECISION)
 
     first_row = (kv_head * E + e) * F
-    if NEEDS_K:
+    if NEEDS_DK:
         store_gradient(dk_ptr, dk, first_row, offs_f, offs_d, F, D, TOKENS_FIRST)
-    if NEEDS_U:
+    if NEEDS_DU:
         store_gradient(du_ptr, du, first_row, offs_f, offs_d, F, D, TOKENS_FIRST)
-    if NEEDS_V:
+    if NEEDS_DV:
         store_gradient(dv_ptr, dv, first_row, offs_f, offs_d, F, D, TOKENS_FIRST)
 
 
@@ -163,17 +163,17 @@ def backward_fused_kernel(
     T, L, E, F, GROUP,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST_TANH: tl.constexpr, TOKENS_FIRST: tl.constexpr, ADDS_GATE: tl.constexpr,
+    FAST_TANH: tl.constexpr, TOKENS_FIRST: tl.constexpr, ACCUM_DGATE: tl.constexpr,
 ):  # fmt: skip
-    """As `backward_dkuv_kernel`; dq and dgate are float32 and get this program's share added."""
-    kv_head, e, offs_f, k, u, v = load_own_rows(
+    """Like `backward_dkuv_kernel`, and atomically accumulates float32 dq and dgate."""
+    kv_head, e, offs_f, k, u, v = load_row_tile(
         k_ptr, u_ptr, v_ptr, stride_wh, stride_we, stride_wf, stride_wd, E, F, D, BLOCK_D, BLOCK_F, EVEN_F
     )
     offs_t = tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
-    dk = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
-    du = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
-    dv = zeros_of(BLOCK_F, BLOCK_D, TOKENS_FIRST)
+    dk = zero_accumulator(BLOCK_F, BLOCK_D, TOKENS_FIRST)
+    du = zero_accumulator(BLOCK_F, BLOCK_D, TOKENS_FIRST)
+    dv = zero_accumulator(BLOCK_F, BLOCK_D, TOKENS_FIRST)
 
     tiles_t = tl.cdiv(T, BLOCK_T)
     for tile in tl.range(0, GROUP * tiles_t):
@@ -187,25 +187,25 @@ def backward_fused_kernel(
         n = scores_of(q, u, TOKENS_FIRST, PRECISION)
         da = scores_of(dout, v, TOKENS_FIRST, PRECISION)
         silu, slope = silu_and_slope_of(m, FAST_TANH)
-        if ADDS_GATE:
+        if ACCUM_DGATE:
             rows_dgate = token_offsets(t, L, stride_dgateb, stride_dgatel, FLAT) + head * stride_dgateh
-            dr = tl.sum(da * silu * n, axis=1 if TOKENS_FIRST else 0)
-            tl.atomic_add(dgate_ptr + rows_dgate + e * stride_dgatex, dr, mask=t < T, sem="relaxed")
+            dgate = tl.sum(da * silu * n, axis=1 if TOKENS_FIRST else 0)
+            tl.atomic_add(dgate_ptr + rows_dgate + e * stride_dgatex, dgate, mask=t < T, sem="relaxed")
         if HAS_GATE:
-            r = load_gate(
+            gate = load_gate(
                 gate_ptr, t, t < T, head, e, L, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
                 FLAT, TOKENS_FIRST,
             )  # fmt: skip
-            silu *= r
-            slope *= r
+            silu *= gate
+            slope *= gate
         p, dm, dn = (silu * n).to(q.dtype), (da * n * slope).to(q.dtype), (da * silu).to(q.dtype)
-        dv = add_products(p, dout, dv, TOKENS_FIRST, PRECISION)
-        du = add_products(dn, q, du, TOKENS_FIRST, PRECISION)
-        dk = add_products(dm, q, dk, TOKENS_FIRST, PRECISION)
+        dv = accumulate(dv, p, dout, TOKENS_FIRST, PRECISION)
+        du = accumulate(du, dn, q, TOKENS_FIRST, PRECISION)
+        dk = accumulate(dk, dm, q, TOKENS_FIRST, PRECISION)
         if TOKENS_FIRST:
             dq = tl.dot(dm, k, input_precision=PRECISION)
             dq = tl.dot(dn, u, dq, input_precision=PRECISION)
-        else:  # the transpose of another product's result: see `miscompiles_transposed_results`
+        else:  # reads the transpose of another product's result: see `miscompiles_transposed_results`
             dq = tl.dot(tl.trans(dm), k, input_precision=PRECISION)
             dq = tl.dot(tl.trans(dn), u, dq, input_precision=PRECISION)
         rows_dq = token_offsets(t, L, stride_dqb, stride_dql, FLAT) + head * stride_dqh

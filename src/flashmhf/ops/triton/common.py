@@ -1,15 +1,15 @@
-"""Device functions that the forward and backward kernels share."""
+"""Device functions shared by the forward and backward kernels."""
 
 import triton
 import triton.language as tl
 
-# Arguments that change with the number of tokens and make no better code: one compiled kernel serves every length.
+# Arguments that depend on the number of tokens and gain nothing from specialisation: one kernel serves every length.
 DO_NOT_SPECIALIZE = ("T", "L", "stride_gateb", "stride_dgateb", "tiles_per_split")
 
 
 @triton.jit
 def tanh(x):
-    """One special-function operation, off by up to 2^-11 relative: for 16-bit inputs on NVIDIA (`has_fast_tanh`)."""
+    """One special-function instruction, relative error up to 2^-11: for 16-bit inputs on NVIDIA (`has_fast_tanh`)."""
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -39,9 +39,9 @@ def token_offsets(offs_t, L, stride_b, stride_l, FLAT: tl.constexpr):
 
 
 @triton.jit
-def stacked_rows(rows, T, STACK: tl.constexpr):
-    """Token, and head among STACK heads, of each row: the heads lie behind one another, as more tokens of one head."""
-    if STACK == 1:
+def packed_rows(rows, T, PACK: tl.constexpr):
+    """Token and head of each row of PACK heads packed into the token dimension, one head after another."""
+    if PACK == 1:
         token, head = rows, 0
     else:
         token, head = rows % T, rows // T
@@ -50,7 +50,7 @@ def stacked_rows(rows, T, STACK: tl.constexpr):
 
 @triton.jit
 def load_tile(ptrs, mask_rows, mask_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr):
-    """A (rows, BLOCK_D) tile with zeros outside the masks; no mask where the sizes need none."""
+    """A (rows, BLOCK_D) tile with zeros outside the masks; unmasked where the sizes are even."""
     if EVEN_ROWS and EVEN_D:
         return tl.load(ptrs)
     if EVEN_ROWS:
@@ -64,6 +64,6 @@ def load_tile(ptrs, mask_rows, mask_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.const
 def load_tokens(
     ptr, offs_t, offs_d, mask_t, head, L, stride_b, stride_l, stride_h, stride_x, D: tl.constexpr, FLAT: tl.constexpr
 ):
-    """The (tokens, BLOCK_D) tile of one head, zeros outside the tokens and beyond D."""
+    """The (tokens, BLOCK_D) tile of one head, with zeros outside the tokens and beyond D."""
     rows = token_offsets(offs_t, L, stride_b, stride_l, FLAT) + head * stride_h
     return load_tile(ptr + rows[:, None] + offs_d[None, :] * stride_x, mask_t, offs_d < D, False, offs_d.shape[0] == D)

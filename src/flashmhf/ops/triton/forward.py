@@ -1,11 +1,11 @@
-"""The forward kernel: one program owns BLOCK_T tokens of one head and walks over the E x F parameter rows.
+"""The forward kernel: one program owns BLOCK_T tokens of one head and loops over the E x F parameter rows.
 
-The output stays in registers; M = Q K^T and N = Q U^T live for one tile of BLOCK_F rows. Programs are numbered head by
-head, so that one head's K, U and V stay in the L2 cache while all tokens pass by.
+O is accumulated in registers; M = Q K^T and N = Q U^T exist for one tile of BLOCK_F rows at a time. Programs are
+ordered head by head, so that one head's K, U and V stay in the L2 cache while its token tiles are processed.
 
-Few tokens make few programs, and reading the weights is then all the time. So the heads that share parameters are
-stacked, as so many more tokens of one head, and the rows are split over programs, whose float32 partial sums a second
-kernel adds in fixed order.
+With few tokens there are few programs, and the time goes into reading the weights. The heads that share parameters are
+then packed into the token dimension (like FlashAttention's PackGQA) and the rows are split over programs (like its
+split-KV); a second kernel adds their float32 partial sums in fixed order.
 """
 
 import torch
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, silu_of, stacked_rows, token_offsets
+from flashmhf.ops.triton.common import DO_NOT_SPECIALIZE, load_tile, packed_rows, silu_of, token_offsets
 from flashmhf.ops.triton.launch import Launch, Tokens, size_arguments, token_arguments, weight_arguments
-from flashmhf.ops.triton.tiles import FEW_TOKENS, Tile, programs_wanted, tile_for
+from flashmhf.ops.triton.tiles import DECODE_MAX_TOKENS, Tile, target_programs, tile_for
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -25,20 +25,20 @@ def forward_kernel(
     gate_ptr, stride_gateb, stride_gatel, stride_gateh, stride_gatex,
     out_ptr, stride_outs, stride_outb, stride_outl, stride_outh, stride_outx,
     T, L, E, F, GROUP, tiles_per_split,
-    STACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
     FLAT: tl.constexpr, EVEN_F: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     FAST_TANH: tl.constexpr,
 ):  # fmt: skip
     EVEN_D: tl.constexpr = D == BLOCK_D
-    tiles_t = tl.cdiv(T * STACK, BLOCK_T)
-    first_head = (tl.program_id(0) // tiles_t).to(tl.int64) * STACK
+    tiles_t = tl.cdiv(T * PACK, BLOCK_T)
+    first_head = (tl.program_id(0) // tiles_t).to(tl.int64) * PACK
     kv_head = first_head // GROUP
     rows = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_t, offs_h = stacked_rows(rows, T, STACK)
+    offs_t, offs_h = packed_rows(rows, T, PACK)
     head = first_head + offs_h
     offs_f = tl.arange(0, BLOCK_F)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_t = rows < T * STACK
+    mask_t = rows < T * PACK
     mask_d = offs_d < D
 
     rows_q = token_offsets(offs_t, L, stride_qb, stride_ql, FLAT) + head * stride_qh
@@ -60,8 +60,8 @@ def forward_kernel(
         n = tl.dot(q, tl.trans(u), input_precision=PRECISION)
         p = silu_of(m, FAST_TANH) * n
         if HAS_GATE:
-            r = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
-            p *= r[:, None]
+            gate = tl.load(gate_ptr + rows_gate + e * stride_gatex, mask=mask_t, other=0.0).to(tl.float32)
+            p *= gate[:, None]
         v = load_tile(v_ptr + first_row + offs_w, mask_f, mask_d, EVEN_F, EVEN_D)
         out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
 
@@ -97,9 +97,9 @@ def plan_forward(
     tile: Tile | None = None,
     splits: int = 1,
 ) -> Launch:
-    """The launch that writes `flash_mhf(q, k, u, v, gate)` into out.
+    """The launch that writes `flash_mhf(q, k, u, v, gate)` to out.
 
-    out has q's shape; with more than one split it is contiguous (splits, *q.shape) in float32 and gets partial sums.
+    out has q's shape; with more than one split it holds float32 partial sums, (splits, *q.shape), contiguous.
     """
     (H_kv, E, F, D), H = k.shape, q.shape[-2]
     stride_split = 0
@@ -116,15 +116,15 @@ def plan_forward(
         **token_arguments("gate", gate_view),
         **token_arguments("out", out_view), "stride_outs": stride_split,
         **size_arguments(tokens, q, k, gate, tile),
-        "STACK": stacked_heads(tokens.T, H, H_kv),
+        "PACK": packed_heads(tokens.T, H, H_kv),
         "tiles_per_split": triton.cdiv(E * triton.cdiv(F, tile.block_f), splits),
     }  # fmt: skip
-    grid = (token_tiles(tokens.T, H, H_kv, tile), splits)
+    grid = (num_token_tiles(tokens.T, H, H_kv, tile), splits)
     return Launch(forward_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def plan_combine(partial: Tensor, out: Tensor) -> Launch:
-    """The launch that adds partial (splits, *out.shape), both contiguous, into out."""
+    """The launch that sums partial (splits, *out.shape) into out, both contiguous."""
     arguments = {"partial_ptr": partial, "out_ptr": out, "size": out.numel(), "splits": len(partial), "BLOCK": 512}
     return Launch(combine_kernel, (triton.cdiv(out.numel(), 512),), arguments, 4, 1)
 
@@ -135,7 +135,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     if out.numel() == 0:
         return out
     tile = tile_for("forward", q.device, q.dtype, q.shape[-1], q.shape[:-2].numel())
-    splits = splits_for(q, k, tile)
+    splits = num_splits(q, k, tile)
     if splits == 1:
         plan_forward(q, k, u, v, gate, out, tile).run()
         return out
@@ -145,21 +145,21 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     return out
 
 
-def stacked_heads(T: int, H: int, H_kv: int) -> int:
-    """How many heads one program takes as more tokens of one head: with few tokens all that share parameters."""
-    return H // H_kv if T <= FEW_TOKENS else 1
+def packed_heads(T: int, H: int, H_kv: int) -> int:
+    """How many heads are packed into one program's token dimension: with few tokens all that share parameters."""
+    return H // H_kv if T <= DECODE_MAX_TOKENS else 1
 
 
-def token_tiles(T: int, H: int, H_kv: int, tile: Tile) -> int:
-    """Tiles of the tokens of all heads."""
-    stack = stacked_heads(T, H, H_kv)
-    return H // stack * triton.cdiv(T * stack, tile.block_t)
+def num_token_tiles(T: int, H: int, H_kv: int, tile: Tile) -> int:
+    """Token tiles of all heads."""
+    pack = packed_heads(T, H, H_kv)
+    return H // pack * triton.cdiv(T * pack, tile.block_t)
 
 
-def splits_for(q: Tensor, k: Tensor, tile: Tile) -> int:
-    """Over how many programs the rows of one head and token tile are split; no split is left without rows."""
+def num_splits(q: Tensor, k: Tensor, tile: Tile) -> int:
+    """Over how many programs the rows of one head and token tile are split; every split has rows."""
     (H_kv, E, F, D), H = k.shape, q.shape[-2]
     T = q.shape[:-2].numel()
     row_tiles = E * triton.cdiv(F, tile.block_f)
-    wanted = min(row_tiles, programs_wanted(q.device, q.dtype, D, T) // token_tiles(T, H, H_kv, tile))
-    return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(wanted, 1)))
+    splits = min(row_tiles, target_programs(q.device, q.dtype, D, T) // num_token_tiles(T, H, H_kv, tile))
+    return triton.cdiv(row_tiles, triton.cdiv(row_tiles, max(splits, 1)))

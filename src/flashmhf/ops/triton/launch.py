@@ -1,4 +1,4 @@
-"""What the kernels' launchers share: token strides, arguments, and a launch that can also be compiled without a GPU."""
+"""What the planners of all kernels share: token strides, arguments, and a launch that can be compiled without a GPU."""
 
 import math
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from flashmhf.ops.triton.tiles import Tile, has_fast_tanh
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, complete: `run()` it, or compile it for another device (benchmarks/compile_kernels.py).
+    """A kernel launch with all its arguments: `run()` it, or compile it for another device (compile_kernels.py).
 
-    Where an operator's call is being recorded, a launch that runs becomes one of its steps.
+    While an operator's call is being recorded, a launch that runs is added to the recording.
     """
 
     kernel: Any
@@ -31,8 +31,8 @@ class Launch:
         if recording is None:
             self.start()
         else:
-            again = Relaunch(self, recording.launch(self.start), recording)
-            recording.add_launch(again.run, again.reads)
+            relaunch = Relaunch(self, recording.launch(self.start), recording)
+            recording.add_launch(relaunch.run, relaunch.reads)
 
     def start(self) -> Any:
         """Returns Triton's compiled kernel, or None in the interpreter."""
@@ -43,9 +43,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The leading dimensions of several tensors as one or two token dimensions that they share.
+    """The leading dimensions of several tensors, merged to one or two common token dimensions.
 
-    Tokens are independent, so two strides are enough for every layout met in practice, and nothing is copied.
+    Tokens are independent, so two strides describe every layout met in practice without a copy.
     """
 
     T: int
@@ -55,7 +55,7 @@ class Tokens:
 
     @classmethod
     def of(cls, *tensors: Tensor | None) -> "Tokens":
-        """Each tensor is (..., H, X) or None; the views are (B, L, H, X). Three or more strides are copied to one."""
+        """Each tensor is (..., H, X) or None; the views are (B, L, H, X). Copies what needs three or more strides."""
         present = [x for x in tensors if x is not None]
         sizes = _merged_sizes(present)
         if len(sizes) > 2:
@@ -66,7 +66,7 @@ class Tokens:
 
 
 def _merged_sizes(tensors: list[Tensor]) -> list[int]:
-    """The fewest leading sizes that every tensor can be viewed with."""
+    """The fewest leading sizes with which every tensor can be viewed."""
     merged: list[int] = []
     strides: list[tuple[int, ...]] = []
     for dim, size in enumerate(tensors[0].shape[:-2]):
@@ -86,16 +86,13 @@ def token_arguments(name: str, x: Tensor | None) -> dict[str, Any]:
     """The pointer and the strides of a (B, L, H, X) view."""
     strides = (0, 0, 0, 0) if x is None else x.stride()
     if x is not None and x.shape[0] == 1:
-        strides = (
-            0,
-            *strides[1:],
-        )  # unused; with T in it, it would have kernels compiled for some T and again for others
-    letters = f"{name}b {name}l {name}h {name}x".split()
-    return {f"{name}_ptr": x, **{f"stride_{letter}": stride for letter, stride in zip(letters, strides, strict=True)}}
+        strides = (0, *strides[1:])  # unused, but it depends on T: Triton would specialise on its divisibility
+    names = (f"stride_{name}{dim}" for dim in "blhx")
+    return {f"{name}_ptr": x, **dict(zip(names, strides, strict=True))}
 
 
 def weight_arguments(k: Tensor, u: Tensor, v: Tensor) -> dict[str, Any]:
-    """Pointers and the one set of strides of K, U and V. Parameters share it; anything else is copied to it."""
+    """Pointers and common strides of K, U and V. Parameters share their strides; anything else is copied."""
     if not k.stride() == u.stride() == v.stride():
         k, u, v = k.contiguous(), u.contiguous(), v.contiguous()
     strides = zip(("stride_wh", "stride_we", "stride_wf", "stride_wd"), k.stride(), strict=True)
@@ -115,12 +112,12 @@ def size_arguments(tokens: Tokens, q: Tensor, k: Tensor, gate: Tensor | None, ti
 
 
 def block_d(D: int) -> int:
-    """The head dim as the kernels see it: a power of two, and at least the 16 that a matrix instruction wants."""
+    """The padded head dim: a power of two, and at least the 16 that a matrix instruction requires."""
     return max(16, triton.next_power_of_2(D))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: exactly, unless torch's own matmul setting allows TF32."""
+    """`input_precision` of tl.dot: exact float32 unless torch's float32 matmul precision allows TF32."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"

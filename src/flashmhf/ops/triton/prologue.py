@@ -1,7 +1,7 @@
-"""The small kernels beside the operator: per-head RMSNorm and gate from the projected Q, and their backward.
+"""The prologue's kernels: per-head RMSNorm and gate from the projected Q, and their backward.
 
-Each touches Q once. The backward kernel takes dQ and the gate's gradient from the operator and writes the gradient of
-the projected Q over dQ; the weights' gradients are summed over tokens in registers, then over programs in fixed order.
+Each reads Q once. The backward kernel takes dQ and dgate from the operator and overwrites dQ with the gradient of the
+projected Q; the weights' gradients are summed over tokens in registers, then over programs in fixed order.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from flashmhf.ops.triton.launch import Launch, Tokens, block_d, token_arguments
 
 NUM_WARPS = 8
 NUM_STAGES = 1
-WEIGHT_PROGRAMS = 512  # about: of the backward, all heads together
+BACKWARD_PROGRAMS = 512  # of the backward kernel, approximately, over all heads
 
 
 @triton.jit
 def logits_of(q, w):
-    """Products exact in float32: matrix instructions where q and w are of one 16-bit dtype."""
+    """q @ w with exact products: on matrix units where both have the same 16-bit dtype, otherwise in float32."""
     if q.dtype == w.dtype:
         return tl.dot(q, w, input_precision="ieee")
     return tl.dot(q.to(tl.float32), w.to(tl.float32), input_precision="ieee")
@@ -30,7 +30,7 @@ def logits_of(q, w):
 
 @triton.jit
 def gate_of(logits, mask_e, SOFTMAX: tl.constexpr, MIN_SUM: tl.constexpr):
-    """Scores, and their sum, clamped: a share is their quotient."""
+    """Scores and their clamped sum; the normalised gate is their quotient."""
     if SOFTMAX:
         logits = tl.where(mask_e[None, :], logits, float("-inf"))
         scores = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -96,7 +96,7 @@ def prologue_backward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     FLAT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, SOFTMAX: tl.constexpr, MIN_SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program walks over every num_programs(1)-th tile of one head's tokens and keeps the weights' gradients."""
+    """One program loops over every num_programs(1)-th token tile of one head and accumulates weight gradients."""
     EVEN_D: tl.constexpr = D == BLOCK_D
     head = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -140,9 +140,9 @@ def prologue_backward_kernel(
             if SOFTMAX:
                 dlogits = share * (dshare - through_sum[:, None])
             else:
-                through_sum = tl.where(score_sum > MIN_SUM, through_sum, 0.0)  # where it is clamped it is a constant
+                through_sum = tl.where(score_sum > MIN_SUM, through_sum, 0.0)  # no gradient where it is clamped
                 dlogits = (dshare - through_sum[:, None]) * share * (1.0 - scores)
-            # Like the operator's own gradients, these meet the inputs' dtype in the matrix units.
+            # Rounded to the inputs' dtype for the matrix units, like the operator's gradients.
             low = dlogits.to(q.dtype)
             dw = tl.dot(tl.trans(normed), low, dw, input_precision="ieee")
             dx = tl.dot(low, tl.trans(w.to(q.dtype)), dx, input_precision="ieee")
@@ -167,7 +167,7 @@ def plan_prologue_forward(
     normed: Tensor | None,
     gate: Tensor | None,
 ) -> Launch:
-    """The launch that writes the normed q and the gate, of which one may be None."""
+    """The launch that writes the normed q and the gate, either of which may be None."""
     tokens = Tokens.of(q, normed, gate)
     q_view, normed_view, gate_view = tokens.tensors
     arguments = {
@@ -190,7 +190,7 @@ def plan_prologue_backward(
     dgate_weights: Tensor | None,
     dnorm_weights: Tensor | None,
 ) -> Launch:
-    """The launch that turns dq into the gradient of the projected q; weights' gradients are (programs, H, D[, E])."""
+    """The launch that turns dq into the gradient of the projected q; partial weight gradients (programs, H, D[, E])."""
     H = q.shape[-2]
     tokens = Tokens.of(q, dq, dgate)
     q_view, dq_view, dgate_view = tokens.tensors
@@ -207,19 +207,19 @@ def plan_prologue_backward(
 
 
 def programs_per_head(T: int, H: int, D: int) -> int:
-    """Programs that share one head's tokens in the backward kernel."""
-    return max(1, min(triton.cdiv(T, block_t(D)), triton.cdiv(WEIGHT_PROGRAMS, H)))
+    """Programs among which the backward kernel divides one head's tokens."""
+    return max(1, min(triton.cdiv(T, block_t(D)), triton.cdiv(BACKWARD_PROGRAMS, H)))
 
 
 def block_t(D: int) -> int:
-    """Tokens of a tile: as many as registers hold (docs/kernels.md)."""
+    """Tokens per tile: as many as fit the registers."""
     return 32 if D <= 128 else 16
 
 
 def prologue_forward(
     q: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None, prologue: Prologue
 ) -> tuple[Tensor, Tensor | None]:
-    """As `flashmhf.ops.prologue.forward`."""
+    """See `flashmhf.ops.prologue.forward`."""
     normed = gate = None
     if norm_weight is not None:
         normed = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -238,18 +238,18 @@ def prologue_backward(
     dnormed: Tensor,
     dgate: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `flashmhf.ops.prologue.backward`; dq is written over `dnormed`."""
+    """See `flashmhf.ops.prologue.backward`; dq overwrites `dnormed`."""
     if gate_weight is None and norm_weight is None:
         return dnormed, None, None
-    some = q.numel() > 0
+    has_tokens = q.numel() > 0
     H, D = q.shape[-2:]
     programs = programs_per_head(q.shape[:-2].numel(), H, D)
-    make = q.new_empty if some else q.new_zeros
+    allocate = q.new_empty if has_tokens else q.new_zeros
     dgate_weights, dnorm_weights = (
-        None if weight is None else make((programs, *weight.shape), dtype=torch.float32)
+        None if weight is None else allocate((programs, *weight.shape), dtype=torch.float32)
         for weight in (gate_weight, norm_weight)
     )
-    if some:
+    if has_tokens:
         plan_prologue_backward(
             q, gate_weight, norm_weight, prologue, dnormed, dgate, dgate_weights, dnorm_weights
         ).run()
@@ -268,8 +268,8 @@ def _common_arguments(
     return {
         "gate_weight_ptr": None if gate_weight is None else gate_weight.contiguous(),
         "norm_weight_ptr": None if norm_weight is None else norm_weight.contiguous(),
-        "total": prologue.total, "eps": prologue.eps, "T": tokens.T, "L": tokens.L, "E": E,
+        "total": prologue.gate_total, "eps": prologue.norm_eps, "T": tokens.T, "L": tokens.L, "E": E,
         "D": D, "BLOCK_D": block_d(D), "BLOCK_T": block_t(D), "BLOCK_E": max(16, triton.next_power_of_2(E)),
         "FLAT": tokens.flat, "HAS_GATE": gate_weight is not None, "HAS_NORM": norm_weight is not None,
-        "SOFTMAX": prologue.kind == "softmax", "MIN_SUM": MIN_GATE_SUM,
+        "SOFTMAX": prologue.gate_type == "softmax", "MIN_SUM": MIN_GATE_SUM,
     }  # fmt: skip

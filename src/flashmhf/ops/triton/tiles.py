@@ -1,7 +1,7 @@
-"""Tile sizes: a pure function over a committed table. Nothing is tuned when a kernel runs.
+"""Tile sizes: a lookup in a committed table. Nothing is autotuned at run time.
 
-Each row compiles without a spill on its device, with Triton 3.6.0 and 3.7.1. `benchmarks/compile_kernels.py` prints
-registers, shared memory and matrix instructions into docs/kernels.csv. Which rows are fastest is unmeasured so far.
+Every tile compiles without spills for its device with Triton 3.6.0 and 3.7.1; docs/kernels.csv lists registers, shared
+memory and matrix instructions. Which tiles are fastest has not been measured yet.
 """
 
 import copy
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("decode", "forward", "backward_dq", "backward_dkuv", "backward_fused")
 BLOCK_DS = (32, 64, 128, 256)
-FEW_TOKENS = 16  # up to here the forward kernel takes the row named `decode`
-SPLIT_TOKENS = 128  # up to here the forward splits the parameter rows over programs
-# Processors (multiprocessors, compute units) of the largest device of a class: where no device is there to ask.
-PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
+DECODE_MAX_TOKENS = 16  # up to here the forward kernel uses the tile named `decode`
+SPLIT_MAX_TOKENS = 128  # up to here the forward splits the parameter rows over programs
+# SMs (AMD: compute units) of the largest device of a class, for planning without a device.
+NUM_SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
 
 
 class Tile(NamedTuple):
-    """Tokens and parameter rows of one tile, warps of a program, stages of the software pipeline.
+    """Tokens and parameter rows per tile, warps per program, stages of the software pipeline.
 
-    tokens_first: which way the scores of `backward_dkuv` and `backward_fused` lie (backward_dkuv.py says why).
+    tokens_first: the orientation of score tiles in `backward_dkuv` and `backward_fused`, see backward_dkuv.py.
     """
 
     block_t: int
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
     tokens_first: bool = False
 
 
-# Device class -> bytes of an element -> kernel -> one tile for each of BLOCK_DS; smaller head dims use the first.
+# Device class -> bytes per element -> kernel -> one tile for each of BLOCK_DS; smaller head dims use the first.
 TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
     "sm_80": {
         2: {
@@ -143,7 +143,7 @@ TABLE: dict[str, dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]]] = {
 }
 
 
-# Device class -> one tile for each of BLOCK_DS of the fused backward with 2-byte elements; None: all of them spill.
+# Device class -> one tile of the fused backward for each of BLOCK_DS, 2-byte elements; None: every candidate spills.
 FUSED: dict[str, tuple[Tile | None, ...]] = {
     "sm_80": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 1), None),
     "sm_86": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), None),
@@ -152,9 +152,9 @@ FUSED: dict[str, tuple[Tile | None, ...]] = {
     "sm_120": (Tile(32, 32, 2, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), None),
     "gfx942": (Tile(32, 32, 1, 1), Tile(64, 32, 2, 1, True), Tile(64, 16, 4, 1, True), None),
 }
-# Programs of the forward that one processor holds at once: `benchmarks/occupancy.py` computes them from registers and
-# shared memory of the rows above, the fewer of what Triton 3.6.0 and 3.7.1 give.
-RESIDENT: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
+# Occupancy of the forward: resident programs per SM, which `benchmarks/occupancy.py` computes from registers and shared
+# memory of the tiles above; the smaller value of Triton 3.6.0 and 3.7.1.
+OCCUPANCY: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
     "sm_80": {
         2: {"decode": (6, 5, 2, 2), "forward": (1, 1, 1, 1)},
         4: {"decode": (7, 5, 2, 3), "forward": (1, 3, 2, 1)},
@@ -180,14 +180,14 @@ RESIDENT: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
         4: {"decode": (16, 16, 8, 4), "forward": (3, 2, 1, 1)},
     },
 }
-# As much shared memory and as many registers as sm_86, but measured tiles of its own.
-TABLE["sm_89"], FUSED["sm_89"], RESIDENT["sm_89"] = copy.deepcopy((TABLE["sm_86"], FUSED["sm_86"], RESIDENT["sm_86"]))
-# (device class, one of BLOCK_DS) where one pass measured faster than the two kernels.
+# Same shared memory and registers as sm_86, but measured tiles of its own.
+TABLE["sm_89"], FUSED["sm_89"], OCCUPANCY["sm_89"] = copy.deepcopy((TABLE["sm_86"], FUSED["sm_86"], OCCUPANCY["sm_86"]))
+# (device class, one of BLOCK_DS) where the fused backward measured faster than two kernels.
 FUSED_FASTER = measured.fused_faster()
 
 
 def _put_measured_tiles() -> None:
-    """A tile that measured faster takes the place of the table's."""
+    """Replaces tiles of the table by tiles that measured faster."""
     sizes: Any
     for (device, element_bytes, kernel, block_d), sizes in measured.triton_tiles().items():
         tiles: dict[str, Any] = FUSED if kernel == "backward_fused" else TABLE[device][element_bytes]
@@ -201,7 +201,7 @@ _put_measured_tiles()
 
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: int) -> Tile:
     """The tile of `kernel` ("forward", "backward_dq" or "backward_dkuv") at head dim D and T tokens."""
-    if kernel == "forward" and T <= FEW_TOKENS:
+    if kernel == "forward" and T <= DECODE_MAX_TOKENS:
         kernel = "decode"
     return TABLE[device_class(device)][dtype.itemsize][kernel][_column(D)]
 
@@ -211,7 +211,7 @@ def _column(D: int) -> int:
 
 
 def fused_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | None:
-    """The tile of the fused backward, or None where the two kernels are to run."""
+    """The tile of the fused backward, or None where the two separate kernels are used."""
     name, column = device_class(device), _column(D)
     if dtype.itemsize != 2 or (name, BLOCK_DS[column]) not in FUSED_FASTER:
         return None
@@ -223,52 +223,51 @@ def fused_tile(device: torch.device, dtype: torch.dtype, D: int) -> Tile | None:
 
 @functools.cache
 def miscompiles_transposed_results(name: str) -> bool:
-    """Whether this Triton may compile the fused kernel with rows first wrongly; says so once if it does.
+    """Whether this Triton may miscompile the fused kernel with rows first; logged once if so.
 
-    It multiplies the transpose of another product's result (fla-org/flash-linear-attention issue 640, pull 983), which
-    no other kernel here does, nor it itself with tokens first.
+    That kernel multiplies the transpose of another product's result (fla-org/flash-linear-attention issue 640, pull
+    983). No other kernel here does, and neither does the fused one with tokens first.
     """
     affected = name == "sm_90a" and (3, 4, 0) <= triton_version() < (3, 7, 1)
     if affected:
         logger.warning(
-            "Triton %s can miscompile the fused backward for Hopper: two kernels run in its place. Triton 3.7.1 or "
-            "later mends it.",
+            "Triton %s can miscompile the fused backward on Hopper; using two kernels instead. Fixed in Triton 3.7.1.",
             triton.__version__,
         )
     return affected
 
 
 def triton_version() -> tuple[int, ...]:
-    """Of the installed Triton, as numbers."""
+    """The installed Triton's version as numbers."""
     return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 
 
 def has_fast_tanh(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether SiLU goes through NVIDIA's `tanh.approx.f32`: its error, 2^-11, is no more than float16's rounding.
+    """Whether SiLU uses NVIDIA's `tanh.approx.f32`, whose error of 2^-11 does not exceed float16's rounding.
 
-    Triton's interpreter, which runs on CPU tensors, has no such instruction.
+    Triton's interpreter, which runs on CPU tensors, does not have the instruction.
     """
     return dtype.itemsize == 2 and device.type != "cpu" and device_class(device) != "gfx942"
 
 
-def programs_wanted(device: torch.device, dtype: torch.dtype, D: int, T: int) -> int:
-    """How many programs the forward should start with T tokens: as many as run at once, all of them in one wave."""
-    if T > SPLIT_TOKENS:
+def target_programs(device: torch.device, dtype: torch.dtype, D: int, T: int) -> int:
+    """How many programs the forward should launch for T tokens: one full wave if it can split the rows."""
+    if T > SPLIT_MAX_TOKENS:
         return 1
-    kernel = "decode" if T <= FEW_TOKENS else "forward"
-    return processors(device) * RESIDENT[device_class(device)][dtype.itemsize][kernel][_column(D)]
+    kernel = "decode" if T <= DECODE_MAX_TOKENS else "forward"
+    return num_sms(device) * OCCUPANCY[device_class(device)][dtype.itemsize][kernel][_column(D)]
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors or compute units of a device."""
+def num_sms(device: torch.device) -> int:
+    """SMs (AMD: compute units) of a device."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return PROCESSORS[device_class(device)]
+    return NUM_SMS[device_class(device)]
 
 
 def table_rows(device: str, element_bytes: int) -> Iterator[tuple[str, int, Tile]]:
-    """Every (kernel, head dim, tile) that ships for a device class."""
+    """Every (kernel, head dim, tile) of a device class."""
     kernels: dict[str, tuple[Tile | None, ...]] = {**TABLE[device][element_bytes]}
     if element_bytes == 2:
         kernels["backward_fused"] = FUSED[device]
@@ -280,7 +279,7 @@ def table_rows(device: str, element_bytes: int) -> Iterator[tuple[str, int, Tile
 
 @functools.cache
 def device_class(device: torch.device) -> str:
-    """The key of a device's rows in the table. Devices without rows of their own take those of a smaller one."""
+    """The key of a device's tiles in the table. Devices without tiles of their own use those of a smaller one."""
     if device.type != "cuda":
         return "sm_80"  # Triton's interpreter and tensors without data
     if torch.version.hip is not None:

@@ -1,0 +1,66 @@
+"""transformers.TrainingArguments from flags, with this package's defaults for pretraining."""
+
+from typing import Any, NoReturn, cast
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from flashmhf.errors import InputError
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 0.02,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "num_train_epochs": 1.0,
+    "train_sampling_strategy": "sequential",  # the blocks come shuffled
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+    "include_num_input_tokens_seen": True,
+    "remove_unused_columns": False,  # keeps the numbers of the blocks
+    "ddp_find_unused_parameters": False,
+}
+
+
+def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
+    """`transformers.TrainingArguments` from command-line flags, with this package's defaults.
+
+    Raises:
+        InputError: an unknown flag or a value that does not fit.
+    """
+    parser = _Parser(cast(Any, TrainingArguments), prog="flashmhf train", add_help=False, allow_abbrev=False)
+    gpu = torch.cuda.is_available()
+    parser.set_defaults(
+        **DEFAULTS,
+        bf16=gpu and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=gpu,
+        use_cpu=not torch.accelerator.is_available(),  # otherwise each process of torchrun would train on its own
+        output_dir=output_dir,
+    )
+    try:
+        arguments, unknown = parser.parse_args_into_dataclasses(
+            flags, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    if unknown:
+        raise InputError(
+            f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
+        )
+    if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
+        raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
+    if arguments.fsdp and arguments.use_cpu:
+        raise InputError("fsdp: expected a GPU, got the CPU, on which accelerate would train with DDP instead")
+    return arguments
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)

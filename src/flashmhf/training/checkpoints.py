@@ -1,0 +1,116 @@
+"""Checkpoints of the Trainer that are complete or absent: written elsewhere, listed in a manifest, renamed."""
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
+
+from flashmhf.files import atomic_rename, atomic_write
+from flashmhf.training.manifest import check, write_manifest
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"  # the folder in which checkpoints are written
+TRAINER_STATE = "trainer_state.json"
+PICKLED_ARGUMENTS = "training_args.bin"
+ARGUMENTS = "training_args.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointWriter:
+    """Has the Trainer write each checkpoint into another folder, and renames it once all of it is on the disk.
+
+    `save_total_limit` counts complete checkpoints only.
+    """
+
+    def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
+        self._arguments = arguments
+        self._accelerator = accelerator
+        self._writing = False
+
+    def redirect(self, output_dir: str) -> str:
+        """The folder that gets a checkpoint: within `writing` not the run's."""
+        return str(Path(output_dir) / UNFINISHED) if self._writing else output_dir
+
+    @contextlib.contextmanager
+    def writing(self, output_dir: Path, state: TrainerState) -> Iterator[None]:
+        """Within the context the Trainer writes the checkpoint of `state`; it gets its name at the end."""
+        if self._arguments.should_save:
+            shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+        self._accelerator.wait_for_everyone()
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+        best = state.best_model_checkpoint
+        if best is not None and Path(best).parent.name == UNFINISHED:  # the Trainer found it where it was written
+            state.best_model_checkpoint = str(output_dir / Path(best).name)
+        self._accelerator.wait_for_everyone()
+        if self._arguments.should_save:
+            self._finish(output_dir, state)
+        self._accelerator.wait_for_everyone()
+
+    def _finish(self, output_dir: Path, state: TrainerState) -> None:
+        name = f"checkpoint-{state.global_step}"
+        unfinished = output_dir / UNFINISHED / name
+        state.save_to_json(str(unfinished / TRAINER_STATE))
+        write_manifest(unfinished)
+        give_name(unfinished, output_dir / name)
+        best = state.best_model_checkpoint
+        rotate(output_dir, self._arguments.save_total_limit, None if best is None else Path(best))
+
+
+def replace_pickled_arguments(folder: Path, arguments: TrainingArguments) -> None:
+    """Writes the training arguments as JSON in place of the pickle that the Trainer wrote next to a model."""
+    (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+    atomic_write(folder / ARGUMENTS, arguments.to_json_string() + "\n")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of checkpoints by name, newest first, complete or not."""
+    found = {int(match[1]): path for path in output_dir.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
+    return [found[step] for step in sorted(found, reverse=True) if found[step].is_dir()]
+
+
+def give_name(unfinished: Path, named: Path) -> None:
+    """Moves a complete checkpoint into its place, after deleting an older one of that name."""
+    if named.exists():
+        shutil.rmtree(named)
+    atomic_rename(unfinished, named)
+    unfinished.parent.rmdir()
+
+
+def recover(output_dir: Path) -> None:
+    """After a kill: names a checkpoint that was complete already, and removes one that was not."""
+    if not (output_dir / UNFINISHED).is_dir():
+        return
+    for unfinished in checkpoints(output_dir / UNFINISHED):
+        if check(unfinished) is None:
+            give_name(unfinished, output_dir / unfinished.name)
+            return
+        logger.warning("%s was not finished when the run ended; removed", unfinished.name)
+    shutil.rmtree(output_dir / UNFINISHED)
+
+
+def rotate(output_dir: Path, limit: int | None, best: Path | None) -> None:
+    """Deletes what is older than the newest `limit` complete checkpoints, except `best`.
+
+    Corrupt ones do not count, so that they never displace a good one.
+    """
+    if limit is None or limit < 1:
+        return
+    kept = 0
+    for folder in checkpoints(output_dir):
+        if kept >= limit:
+            if best is None or folder.name != best.name:
+                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    logger.warning("%s could not be removed", folder)
+        elif check(folder, contents=False) is None:
+            kept += 1

@@ -1,0 +1,18 @@
+"""Runs a script that compiles kernels, in a process of its own, because the tests switch Triton to its interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: object) -> list:
+    """The parsed JSON lines that a script prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
