@@ -15,6 +15,7 @@ from flashmhf import cli
 from flashmhf.data.tokenizer import byte_tokenizer, train_bpe
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import Evaluation, evaluate, split_windows
+from flashmhf.evaluation.onednn import onednn_linear
 from flashmhf.models.fused_loss import IGNORED
 
 DOCUMENTS = datasets.Dataset.from_dict({"text": ["a short one", "x", "a longer one: " + "abc" * 30]})
@@ -68,6 +69,18 @@ def test_batches_change_nothing(model, monkeypatch):
     monkeypatch.setattr("flashmhf.evaluation.loss.CPU_LOGIT_ELEMENTS", 1)
     alone = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=16)
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
+
+
+def test_linear_layers_by_onednn_agree_and_are_put_back(model):
+    ids = torch.randint(0, 320, (2, 32))
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with onednn_linear(model):
+            assert "forward" in vars(model.lm_head)
+            assert torch.allclose(model(ids).logits, plain, rtol=1e-5, atol=1e-6)
+        assert not any("forward" in vars(module) for module in model.modules())
+        with onednn_linear(model.to(torch.bfloat16)):
+            assert "forward" not in vars(model.lm_head)
 
 
 def test_a_uniform_model_gives_the_logarithm_of_the_vocabulary(model):
