@@ -237,8 +237,8 @@ def test_from_the_command_line(model, folder, monkeypatch, capsys):
 def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
     other, books = folder / "other", folder / "books"
     train_bpe(["some text"] * 3, 270).save_pretrained(other)
-    shutil.copytree(folder / "model", folder / "torn")
-    (folder / "torn/model.safetensors").write_bytes(b"{}")
+    shutil.copytree(folder / "model", folder / "truncated")
+    (folder / "truncated/model.safetensors").write_bytes(b"{}")
     (folder / "empty").mkdir()
     for arguments, message in (
         (["--split", "tset"], f"split: expected validation, train or all, got 'tset', which {books} lacks"),
@@ -252,7 +252,7 @@ def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
         code, printed = run(monkeypatch, capsys, folder, *arguments)
         assert (code, printed.out) == (2, "")
         assert printed.err.splitlines()[-1].startswith(f"flashmhf: {message}")
-    for name, message in (("empty", "model: expected a folder with config.json"), ("torn", "checkpoint: ")):
+    for name, message in (("empty", "model: expected a folder with config.json"), ("truncated", "checkpoint: ")):
         monkeypatch.setattr("sys.argv", ["flashmhf", "eval", str(folder / name), "--data", str(books)])
         with pytest.raises(SystemExit, match="2"):
             cli.main()
