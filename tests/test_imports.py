@@ -11,7 +11,7 @@ import pytest
 import flashmhf
 
 ROOT = Path(flashmhf.__file__).parent
-# What each folder or loose module may import of the package, beside itself. From the bottom to the top.
+# What each folder or loose module may import of the package, besides itself. From the bottom to the top.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -44,7 +44,7 @@ def modules() -> list[Path]:
 
 
 def imported(file: Path) -> set[str]:
-    """Dotted names of all imports in a file, wherever they stand."""
+    """Dotted names of all imports in a file, inside functions, too."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -60,13 +60,13 @@ def area(file: Path) -> str:
 
 @pytest.mark.parametrize("file", modules(), ids=lambda f: str(f.relative_to(ROOT)))
 def test_one_way_flow(file):
-    """Wherever an import stands: one inside a function hides no circle."""
+    """Imports inside functions count, too, so that they cannot hide a circle."""
     homes = {area(module) for module in modules()}
     own = {name.split(".")[1] for name in imported(file) if name.startswith("flashmhf.")} & homes
     assert own <= ALLOWED[area(file)] | {area(file)}
 
 
-def test_the_table_is_of_what_there_is():
+def test_the_table_names_every_folder_and_allows_only_what_is_used():
     assert {area(file) for file in modules()} == set(ALLOWED)
     for name, allowed in ALLOWED.items():
         used = set().union(
@@ -79,7 +79,7 @@ def test_no_circle():
     tuple(graphlib.TopologicalSorter(ALLOWED).static_order())
 
 
-def test_ops_and_layers_need_torch_alone():
+def test_ops_and_layers_require_only_torch():
     heavy = {"transformers", "datasets", "tokenizers", "accelerate", "typer", "rich", "matplotlib", "numpy"}
     for file in modules():
         if area(file) in ("ops", "layers"):
@@ -115,7 +115,7 @@ def test_public_names():
         flashmhf.nothing  # noqa: B018
 
 
-def test_environment_variables_are_read_in_cli_alone():
+def test_only_cli_reads_environment_variables():
     for file in modules():
         if area(file) != "cli":
             assert "os.environ" not in file.read_text(), file

@@ -15,6 +15,7 @@ from flashmhf import cli
 from flashmhf.data.tokenizer import byte_tokenizer, train_bpe
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import Evaluation, evaluate, split_windows
+from flashmhf.evaluation.onednn import onednn_linear
 from flashmhf.models.fused_loss import IGNORED
 
 DOCUMENTS = datasets.Dataset.from_dict({"text": ["a short one", "x", "a longer one: " + "abc" * 30]})
@@ -68,6 +69,18 @@ def test_batches_change_nothing(model, monkeypatch):
     monkeypatch.setattr("flashmhf.evaluation.loss.CPU_LOGIT_ELEMENTS", 1)
     alone = evaluate(model, byte_tokenizer(), DOCUMENTS, context_length=16)
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
+
+
+def test_linear_layers_by_onednn_agree_and_are_put_back(model):
+    ids = torch.randint(0, 320, (2, 32))
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with onednn_linear(model):
+            assert "forward" in vars(model.lm_head)
+            assert torch.allclose(model(ids).logits, plain, rtol=1e-5, atol=1e-6)
+        assert not any("forward" in vars(module) for module in model.modules())
+        with onednn_linear(model.to(torch.bfloat16)):
+            assert "forward" not in vars(model.lm_head)
 
 
 def test_a_uniform_model_gives_the_logarithm_of_the_vocabulary(model):
@@ -224,8 +237,8 @@ def test_from_the_command_line(model, folder, monkeypatch, capsys):
 def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
     other, books = folder / "other", folder / "books"
     train_bpe(["some text"] * 3, 270).save_pretrained(other)
-    shutil.copytree(folder / "model", folder / "torn")
-    (folder / "torn/model.safetensors").write_bytes(b"{}")
+    shutil.copytree(folder / "model", folder / "truncated")
+    (folder / "truncated/model.safetensors").write_bytes(b"{}")
     (folder / "empty").mkdir()
     for arguments, message in (
         (["--split", "tset"], f"split: expected validation, train or all, got 'tset', which {books} lacks"),
@@ -239,7 +252,7 @@ def test_bad_usage_is_one_line(folder, monkeypatch, capsys):
         code, printed = run(monkeypatch, capsys, folder, *arguments)
         assert (code, printed.out) == (2, "")
         assert printed.err.splitlines()[-1].startswith(f"flashmhf: {message}")
-    for name, message in (("empty", "model: expected a folder with config.json"), ("torn", "checkpoint: ")):
+    for name, message in (("empty", "model: expected a folder with config.json"), ("truncated", "checkpoint: ")):
         monkeypatch.setattr("sys.argv", ["flashmhf", "eval", str(folder / name), "--data", str(books)])
         with pytest.raises(SystemExit, match="2"):
             cli.main()

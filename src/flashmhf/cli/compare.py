@@ -50,7 +50,7 @@ Jobs = Annotated[int, typer.Option(help="Runs at a time.")]
 DocumentBytes = Annotated[int, typer.Option(help="Score this many bytes of each held-out document, from its start.")]
 
 ABLATIONS = ("gate_type", "q_norm", "projections", "head_dim", "subnetworks")
-DECIDED = ("streaming", "resume", "config")  # options of `flashmhf train` that a comparison decides
+DECIDED = ("streaming", "resume", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
 VALIDATION_TOKENS = DataConfig.validation_tokens // 4  # for each of many short runs
 
 

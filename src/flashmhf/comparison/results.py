@@ -26,7 +26,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One training run. The measures of a run that failed are None.
+    """One training run. The measures are None if it failed.
 
     Attributes:
         variant: name of the `VariantResult` that it belongs to.
@@ -97,7 +97,7 @@ class VariantResult:
         ablation: option and value, or None.
         learning_rate: None for that of the flags.
         failed_seeds: seeds whose runs failed; they are in no mean.
-        difference: to the first variant on the same backbone; None of that variant.
+        difference: to the first variant on the same backbone; None for that variant.
         effect: of an ablation, to the layer that it changes.
     """
 

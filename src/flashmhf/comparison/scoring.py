@@ -84,7 +84,7 @@ def _first_of_each_variant(runs: Sequence[Run]) -> list[Run]:
 
 @contextmanager
 def _processes(held_out: HeldOut, number: int) -> Iterator[ScoreFolders]:
-    """A function that scores folders; with more than one process they end with this context, however it is left."""
+    """A function that scores folders. Its processes, if there are several, end with this context."""
     if number == 1:
         scorer = Scorer(held_out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         yield lambda folders, observed: map(scorer.score, folders, observed)
@@ -109,7 +109,7 @@ _scorer: Scorer | None = None  # of a process
 
 
 def _start(held_out: HeldOut, slots: "SimpleQueue[int]", threads: int, alive: Connection) -> None:
-    """Prepares a process. It ends when the other end of `alive` is closed, and ignores the signals that close it."""
+    """Prepares a process. It ignores signals, and ends when the parent closes `alive` or dies."""
     global _scorer
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -120,7 +120,6 @@ def _start(held_out: HeldOut, slots: "SimpleQueue[int]", threads: int, alive: Co
 
 
 def _end_with(alive: Connection) -> None:
-    """Waits for the other end, which the parent closes, or its death."""
     alive.poll(None)
     os._exit(1)
 

@@ -177,7 +177,7 @@ def _documents(evaluations: BySeed) -> DocumentsResult:
 
 
 def _differences(evaluations: Mapping[str, BySeed], name: str, baseline: str) -> Differences | None:
-    """None of a variant to itself, and without a seed that both have."""
+    """None for a variant and itself, and without a seed that both have."""
     these, those = evaluations.get(name, {}), evaluations.get(baseline, {})
     seeds = sorted(these.keys() & those.keys())
     if not seeds or name == baseline:

@@ -1,4 +1,4 @@
-"""Language-model loss over whole documents: nats/token, perplexity, bits/byte."""
+"""Language-model loss over documents: nats/token, perplexity, bits/byte."""
 
 import math
 from collections.abc import Callable

@@ -74,8 +74,7 @@ def loss_against(result: ComparisonResult, size: Size, label: str) -> Figure:
             exponent, log_scale = np.polyfit(np.log(sizes), np.log(losses), 1)
             fitted = np.exp(log_scale) * sizes**exponent
             axes.plot(sizes, fitted, color=colour, label=f"{ffn_type}: size^{exponent:.3f}")
-    if len({point[2] for point in points}) >= MIN_SIZES:
-        axes.set(xscale="log", yscale="log")
+            axes.set(xscale="log", yscale="log")
     axes.margins(0.1)
     axes.legend(frameon=False, fontsize=9)
     return figure

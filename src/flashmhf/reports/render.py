@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this file, with figures as SVG in them."""
+"""HTML pages from the templates in this package, with figures as inline SVG."""
 
 import io
 import re
