@@ -11,15 +11,15 @@ from flashmhf.cli import app
 from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.evaluation.inspection import FIGURES, inspect
-from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+from flashmhf.models import FlashMHFForCausalLM
+from tiny import tiny_model
 
 DOCUMENTS = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog. " * 9, "and again, " * 40]})
 
 
 def small(**options) -> FlashMHFForCausalLM:
-    values = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 60}
-    values |= {"num_subnetworks": 3, "num_ffn_heads": 2, "max_position_embeddings": 64, "vocab_size": 320}
-    return FlashMHFForCausalLM(FlashMHFConfig(**(values | options), init="scaled")).eval()
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 60, "num_subnetworks": 3, "max_position_embeddings": 64}
+    return tiny_model(**(sizes | options)).eval()
 
 
 def test_figures_are_those_of_the_layer():

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import flashmhf.training.run
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
-from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.fused_loss import choose_linear_loss, fuse_loss, use_fused_loss
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import train
+from tiny import tiny_model
 
 called_in: list[torch.dtype] = []
 
@@ -74,9 +74,7 @@ def installed(request, monkeypatch):
 
 @pytest.fixture
 def model() -> nn.Module:
-    values = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    values |= {"intermediate_size": 48, "num_subnetworks": 3, "init": "scaled"}
-    return AutoModelForCausalLM.from_config(FlashMHFConfig(**values), dtype=torch.float32)
+    return tiny_model(num_hidden_layers=2, num_subnetworks=3)
 
 
 def loss_and_gradients(model, labels, **options):
