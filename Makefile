@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# SwiGLU against FlashMHF on the text of the Python standard library: eight minutes on two cores.
+# SwiGLU against FlashMHF on the text of the Python standard library: about six minutes on two cores.
 demo: setup
 	$(BIN)/flashmhf compare --variants swiglu,flashmhf --data stdlib --output-dir $(DEMO) \
 	  --context-length 256 --per-device-train-batch-size 8 --max-steps 350 --learning-rate 1e-3 \
