@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 # Before anything imports triton: kernels run on the CPU, through Triton's interpreter. Offline compilation, which needs
 # the real compiler, runs in separate processes.
@@ -12,6 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with SIGINT ignored, and processes under test would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
