@@ -4,7 +4,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashmhf.cli.output import BadData, Data, Device, Json, TextColumn, check_file, emit, pick_device, results_only
+from flashmhf.cli.output import (
+    BadData,
+    Data,
+    Device,
+    Json,
+    TextColumn,
+    check_file,
+    emit,
+    pick_device,
+    progress_bar,
+    results_only,
+)
 from flashmhf.data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -74,9 +85,6 @@ def _tasks(model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[dict[st
 
 
 def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from flashmhf.data.splits import load_documents, truncate_documents
     from flashmhf.evaluation import evaluate as run_evaluation
 
@@ -84,15 +92,14 @@ def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
     documents = load_documents(source, split=split, text_column=options["text_column"], bad_data=options["bad_data"])
     if options["document_bytes"] is not None:
         documents = truncate_documents(documents, options["document_bytes"])
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("evaluating", total=None)
+    with progress_bar("evaluating") as progress:
         result = run_evaluation(
             model,
             tokenizer,
             documents,
             context_length=options["context_length"],
             stride=options["stride"],
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     return {"data": source, "split": split, **result.as_dict()}, _text(result)
 

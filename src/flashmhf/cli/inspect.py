@@ -1,15 +1,22 @@
 """flashmhf inspect: what a trained model's heads do."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Data, Device, Json, TextColumn, check_file, emit, pick_device, results_only
+from flashmhf.cli.output import (
+    Data,
+    Device,
+    Json,
+    TextColumn,
+    check_file,
+    emit,
+    pick_device,
+    progress_bar,
+    results_only,
+)
 from flashmhf.data.config import DataConfig
-
-if TYPE_CHECKING:
-    from flashmhf.evaluation.inspection import HeadReport
 
 
 def inspect(
@@ -27,7 +34,7 @@ def inspect(
         from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.errors import InputError
-        from flashmhf.evaluation.inspection import as_dicts
+        from flashmhf.evaluation import inspection
         from flashmhf.models.loading import load_model
         from flashmhf.reports.heads import draw_heads, heads_table
 
@@ -38,21 +45,9 @@ def inspect(
         loaded = load_model(model).to(pick_device(device))
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
-        reports = _inspect(loaded, own_tokenizer, load_corpus(data, text_column=text_column).validation, tokens)
+        documents = load_corpus(data, text_column=text_column).validation
+        with progress_bar("inspecting") as progress:
+            reports = inspection.inspect(loaded, own_tokenizer, documents, tokens=tokens, progress=progress)
         if output is not None:
             draw_heads(reports, Path(output))
-    emit({"model": model, "heads": as_dicts(reports)}, heads_table(reports).markdown(), json)
-
-
-def _inspect(model: Any, tokenizer: Any, documents: Any, tokens: int) -> "list[HeadReport]":
-    """With a progress bar."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from flashmhf.evaluation import inspection
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("inspecting", total=tokens)
-        return inspection.inspect(
-            model, tokenizer, documents, tokens=tokens, progress=lambda passed, _: bar.update(task, completed=passed)
-        )
+    emit({"model": model, "heads": inspection.as_dicts(reports)}, heads_table(reports).markdown(), json)

@@ -21,9 +21,10 @@ def report(
 
         from flashmhf.comparison.results import RESULTS_FILE, read_comparison
         from flashmhf.reports.comparison import markdown_table, write_report
+        from flashmhf.reports.render import PAGE_FILE
         from flashmhf.reports.run import write_run_report
 
-        file = Path(folder) / "report.html" if output is None else Path(output)
+        file = Path(folder) / PAGE_FILE if output is None else Path(output)
         results = Path(folder) / RESULTS_FILE
         if results.is_file():
             comparison = read_comparison(results)

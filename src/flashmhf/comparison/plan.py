@@ -124,8 +124,9 @@ class Plan:
         """
         plain = [variant for variant in self.variants if variant.variant.ablation is None]
         ablated = [variant for variant in self.variants if variant.variant.ablation is not None]
+        best_rates = {variant.name: self._best_rate(variant) for variant in self.variants}
         return [
-            self._run(variant, seed, self._best_rate(variant))
+            self._run(variant, seed, best_rates[variant.name])
             for variants in (plain, ablated)
             for seed in self.settings.seeds
             for variant in variants

@@ -122,11 +122,12 @@ def _curve(rows: Sequence[dict[str, Any]], name: str) -> Curve:
 
 def _sweep_result(run: Run, chosen: bool) -> SweepResult:
     assert run.learning_rate is not None
+    result = run.result
     return SweepResult(
         variant=run.variant.name,
         seed=run.seed,
         learning_rate=run.learning_rate,
-        validation_loss=None if run.result is None else run.result.validation_loss,
+        validation_loss=None if result is None else result.validation_loss,
         chosen=chosen,
     )
 

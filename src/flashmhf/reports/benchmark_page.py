@@ -11,8 +11,8 @@ from flashmhf.benchmarking.results import BenchmarkResult
 from flashmhf.errors import InputError
 from flashmhf.files import atomic_write
 from flashmhf.reports.benchmark_figures import draw_panel, grid, panels, png
-from flashmhf.reports.render import render
-from flashmhf.reports.table import Table, cell
+from flashmhf.reports.render import PAGE_FILE, render
+from flashmhf.reports.table import Table
 
 
 def check_folder(folder: Path) -> None:
@@ -27,7 +27,7 @@ def write_results(result: BenchmarkResult, folder: Path) -> None:
         "results.json": json.dumps(result.to_json(), indent=2) + "\n",
         "results.csv": Table.of(result.records(), empty_columns=True).csv(),
         "results.png": png(grid(panels(result.kind, result.rows))),
-        "report.html": webpage(result),
+        PAGE_FILE: webpage(result),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -46,7 +46,7 @@ def webpage(result: BenchmarkResult) -> str:
         comparison_lines=[] if result.comparison is None else comparison_summary(result.comparison),
         panels=[(draw_panel(panel), f"{panel.title}: {panel.label}") for panel in panels(result.kind, result.rows)],
         rows=_spaced(Table.of(result.rows)),
-        facts=Table(("", ""), [(name.replace("_", " "), cell(value)) for name, value in facts.items()]),
+        facts=Table(("", ""), [(name.replace("_", " "), value) for name, value in facts.items()]),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from flashmhf.comparison.results import ComparisonResult, Differences, GateUsage, Spread, SweepResult, VariantResult
 from flashmhf.files import atomic_write
 from flashmhf.reports.curves import bars, curves, gate_maps, loss_against
-from flashmhf.reports.render import write_page
+from flashmhf.reports.render import PAGE_FILE, write_page
 from flashmhf.reports.table import Table
 
 COLUMNS = (
@@ -27,7 +27,7 @@ EFFECT_COLUMNS = ("ablation", "held-out documents, to flashmhf (95 %)", "verdict
 RATE_COLUMNS = ("FFN", "learning rate", "validation loss, first seed", "")
 GATE_COLUMNS = ("FFN", "gate entropy by head", "evenness of the load by head")
 DEPTHS = {"same": "the same depth", "paper": "the paper's depths, 5 layers with several heads for 6 without"}
-PAGE_FILE, TABLE_FILE = "report.html", "table.md"
+TABLE_FILE = "table.md"
 
 
 def write_files(result: ComparisonResult, folder: Path) -> Path:

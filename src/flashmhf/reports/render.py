@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from flashmhf.files import atomic_write
 
+PAGE_FILE = "report.html"
+
 
 def render(template: str, **values: Any) -> str:
     """The page that `templates/<template>` makes of the values. Text is escaped, a `Figure` is drawn and closed."""
