@@ -21,6 +21,7 @@ from flashmhf.layers.initialisation import (
     default_scales,
     init_projections,
 )
+from flashmhf.ops.autograd import is_transformed
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.prologue import GATES
@@ -70,7 +71,8 @@ class FlashMHF(nn.Module):
         gate_scale: multiplies the gate's logits. Default: 1, or num_heads with init="scaled".
         output_scale: multiplies the gated sum over sub-networks. Default: 1, or num_subnetworks for a gated
             layer with init="scaled".
-        recompute_q: save only x and the output for the backward, and project x again there.
+        recompute_q: save only x and the output for the backward, and project x again there. Without effect under the
+            transforms of torch.func and in forward mode, which activation checkpointing does not support.
         backend: of the operator, see `flash_mhf`.
         device, dtype: of the parameters.
 
@@ -162,7 +164,7 @@ class FlashMHF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
-        if self.recompute_q and torch.is_grad_enabled():
+        if self.recompute_q and torch.is_grad_enabled() and not is_transformed():
             out = checkpoint(self._sub_networks, x, use_reentrant=False, context_fn=_save_operator_output)
         else:
             out = self._sub_networks(x)
