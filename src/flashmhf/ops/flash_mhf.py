@@ -36,9 +36,10 @@ def flash_mhf(
 
     The T x (E F) activations are never written to memory, forward or backward (except by `backend="reference"`).
     Differentiable twice in every tensor; works under torch.compile(fullgraph=True), activation checkpointing and
-    autocast (q, k, u and v are then cast to the autocast dtype, the gate is not). Works under `torch.func`: `vmap` is one
-    call (ops/batching.py), and reverse mode runs on the backend. Forward mode (`jvp`, `jacfwd`, dual numbers) and second
-    derivatives compute the reference's formula on every backend, in its time and memory.
+    autocast (q, k, u and v are then cast to the autocast dtype, the gate is not).
+
+    Works under the transforms of `torch.func`. Reverse mode runs on the backend; so does `vmap`, in one call. Forward
+    mode (`jvp`, `jacfwd`, dual numbers) and second derivatives compute the reference's formula, in its time and memory.
 
     Args:
         q: (..., H, D). Any leading dimensions, any strides; float64, float32, float16 or bfloat16.
