@@ -218,8 +218,8 @@ def test_bad_arguments(message):
 
 
 def test_a_named_backend_reaches_the_operator():
-    layer = FlashMHF(32, 4, 1, 8, backend="triton")
-    with pytest.raises(ValueError, match="backend: 'triton' cannot run here"):
+    layer = FlashMHF(32, 4, 1, 8, backend="hopper")
+    with pytest.raises(ValueError, match="backend: 'hopper' cannot run here"):
         layer(torch.randn(3, 32))
 
 
