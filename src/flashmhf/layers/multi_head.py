@@ -185,7 +185,7 @@ class FlashMHF(nn.Module):
             self._gate_weight(),
             norm_weight,
             gate_type=self.gate_type or "sigmoid",
-            gate_total=self.output_scale,
+            gate_total=1.0 if self.gate_type is None else self.output_scale,
             norm_eps=norm_eps,
             backend=self.backend,
         )
