@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.former_shapes import register_former_shapes
 from flashmhf.models.modeling import (
     FlashMHFForCausalLM,
     FlashMHFForQuestionAnswering,
@@ -31,6 +32,7 @@ __all__ = [
     "preset_names",
 ]
 
+register_former_shapes(FlashMHFModel.__name__)
 AutoConfig.register(FlashMHFConfig.model_type, FlashMHFConfig)
 for _auto, _model in (
     (AutoModel, FlashMHFModel),

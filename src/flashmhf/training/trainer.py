@@ -20,6 +20,7 @@ from flashmhf.distributed.sharded import (
     save_sharded,
 )
 from flashmhf.distributed.tensor_parallel import parallelize, tensor_parallel_size
+from flashmhf.layers.former_shapes import accept_former_shapes
 from flashmhf.training.checkpoints import CheckpointWriter, replace_pickled_arguments
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
@@ -68,6 +69,8 @@ class PretrainingTrainer(Trainer):
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
+        if new and isinstance(optimizer, torch.optim.Optimizer):
+            accept_former_shapes(optimizer, self.model)
         if new and self._mup_base_width is not None:
             scale_learning_rates(optimizer, learning_rate_factors(self.model, self._mup_base_width))
         return optimizer
