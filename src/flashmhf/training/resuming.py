@@ -8,14 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import TrainerState, TrainingArguments
-
 from flashmhf.errors import InputError
-from flashmhf.training.checkpoints import TRAINER_STATE, UNFINISHED, checkpoints, recover
+from flashmhf.training.checkpoints import UNFINISHED, checkpoints, recover
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.run_files import RUN_FILE, read_run
+from flashmhf.training.run_log import LOG_FILE, read_log
 
 if sys.platform != "win32":
     import fcntl
@@ -23,6 +22,7 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+CURVES = "runs"  # TensorBoard's
 DISK_FULL_BYTES = 2**20
 
 
@@ -60,7 +60,7 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
     """The checkpoint to resume from, or None if the run starts at its first step.
 
     Args:
-        output_dir: new or empty, or the folder of a run to resume.
+        output_dir: new or empty, or the folder of a run to resume, or of one that ended before its first step.
         config: its `identity` must equal that of the run in the folder.
         resume: whether to resume.
 
@@ -71,6 +71,8 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
     content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
     content = [name for name in content if name not in (RUN_FILE + ".tmp", LOCK_FILE)]  # of a run killed at its start
+    if _failed_at_its_start(output_dir, content):
+        return None
     if not resume:
         if content:
             held = ", ".join(content[:3])
@@ -84,6 +86,13 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
             raise InputError(f"resume: expected the {name} of the earlier run, {earlier[name]!r}, got {value!r}")
     recover(output_dir)
     return last_good_checkpoint(output_dir)
+
+
+def _failed_at_its_start(output_dir: Path, content: list[str]) -> bool:
+    """Whether the folder holds a run that ended before its first step: nothing of it is worth a refusal."""
+    if RUN_FILE not in content or not set(content) <= {RUN_FILE, LOG_FILE, CURVES}:
+        return False
+    return all(row["step"] == 0 for row in read_log(output_dir).rows)
 
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:
@@ -106,13 +115,6 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
             + ", ".join(passed_over[:3])
         )
     return None
-
-
-def finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
-    """The state of a run that has taken all its steps, otherwise None; the Trainer would take one step too many."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-    target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
-    return state if state.global_step >= target else None
 
 
 @contextlib.contextmanager
