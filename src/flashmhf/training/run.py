@@ -161,7 +161,7 @@ def _result(
         steps=state.global_step,
         tokens=state.num_input_tokens_seen,
         parameters=model.num_parameters(),
-        train_loss=next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
+        train_loss=next((row["loss"] for row in reversed(state.log_history) if row.get("loss") is not None), None),
         validation_loss=validation_loss,
         bits_per_byte=None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
         tokens_per_second=median_tokens_per_second(state.log_history),

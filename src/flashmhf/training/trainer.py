@@ -176,6 +176,7 @@ class PretrainingTrainer(Trainer):
         if self._finished and "train_runtime" in logs:
             return
         if "loss" in logs:
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN after an infinite loss
             logs |= self._meter.lap(self.state.num_input_tokens_seen)
         if "eval_runtime" in logs:
             blocks, batch = len(self.eval_dataset), self.args.eval_batch_size * self.args.world_size
