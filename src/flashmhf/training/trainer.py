@@ -1,5 +1,6 @@
 """transformers' Trainer with what long pretraining runs need: one training step from top to bottom."""
 
+import dataclasses
 import logging
 import math
 import time
@@ -25,7 +26,9 @@ from flashmhf.distributed.sharded import (
 )
 from flashmhf.distributed.tensor_parallel import parallelize, tensor_parallel_size
 from flashmhf.errors import RunError
+from flashmhf.files import only_finite, write_json
 from flashmhf.training.checkpoints import (
+    TRAINER_STATE,
     CheckpointWriter,
     check_resumable,
     find_best_checkpoint,
@@ -36,7 +39,6 @@ from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
-from flashmhf.training.run_log import json_safe
 from flashmhf.training.throughput import ThroughputMeter, speed
 from flashmhf.training.validation import losses_unfiltered, weights_kept
 
@@ -183,7 +185,7 @@ class PretrainingTrainer(Trainer):
             seconds = time.monotonic() - self._evaluating_since_s  # the Trainer reads a clock that may be set
             logs |= speed("eval", seconds, samples=blocks, steps=math.ceil(blocks / batch))
         super().log(logs)  # without start_time, from which the Trainer would log another throughput
-        self.state.log_history[-1] = json_safe(self.state.log_history[-1])
+        self.state.log_history[-1] = only_finite(self.state.log_history[-1])
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
@@ -220,9 +222,14 @@ class PretrainingTrainer(Trainer):
             self._save(output_dir, state_dict=state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            replace_pickled_arguments(Path(str(output_dir or self.args.output_dir)), self.args)
+        with self._checkpoints.placing(Path(str(output_dir or self.args.output_dir))) as folder:
+            super()._save(str(folder), state_dict)
+            if self.args.should_save:
+                replace_pickled_arguments(folder, self.args)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            write_json(Path(str(self.args.output_dir)) / TRAINER_STATE, dataclasses.asdict(self.state))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._tensor_parallel == 1:
