@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from flashmhf.data.corrupt_records import REFUSE, SKIP, CorruptRecords
-from flashmhf.data.files import PART_BYTES, content_key, document_row, list_files, missing_column, read_rows
+from flashmhf.data.files import PART_BYTES, content_key, document_row, list_files, missing_column, read_rows, stream_key
 from flashmhf.data.workers import MAX_ROWS, count_rows, count_workers, rows_at_once
 from flashmhf.errors import InputError
 
@@ -36,12 +36,19 @@ DOCUMENT = ["text", "origin"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents for training and for validation: datasets with the columns "text" and "origin" (a file, a line)."""
+    """Documents for training and for validation: datasets with the columns "text" and "origin" (a file, a line).
+
+    Attributes:
+        fingerprint: a hash of what is read, wherever it lies: of files their names in the folder and their contents;
+            of a stream of files the size and beginning of each; of a dataset on the Hub its version and subset, of a
+            stream from the Hub the documents that are held out.
+    """
 
     train: Dataset | IterableDataset
     validation: Dataset
     description: str
     bad_data: CorruptRecords
+    fingerprint: str
 
 
 def load_corpus(source: str, *, text_column: str = "text", streaming: bool = False, bad_data: str = REFUSE) -> Corpus:
@@ -64,57 +71,66 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     bad = CorruptRecords(bad_data)
     if source == STDLIB:
         bad.policy = SKIP  # the user cannot fix it
-        train, validation = read_files(_stdlib_files(), STDLIB, "text", streaming), None
+        (train, key), validation = read_files(_stdlib_files(), _stdlib(), STDLIB, "text", streaming), None
         where = f"standard library in {sysconfig.get_path('stdlib')}"
     elif Path(source).exists():
-        train, validation = _read_path(Path(source), text_column, streaming)
+        train, validation, key = _read_path(Path(source), text_column, streaming)
         where = source
     else:
-        train, validation = _read_hub(source, text_column, streaming)
+        train, validation, key = _read_hub(source, text_column, streaming)
         where = f"{source} on the Hub"
     train = keep_documents(train, source, bad)
     validation = None if validation is None else keep_documents(validation, source, bad)
     if validation is None:
         train, validation = _hold_out(train)
-    corpus = Corpus(
-        train, validation, f"{where}: {_describe(train)} for training, {_describe(validation)} for validation", bad
-    )
+    description = f"{where}: {_describe(train)} for training, {_describe(validation)} for validation"
+    corpus = Corpus(train, validation, description, bad, key or _texts_key(validation))
     logger.info("data: %s", corpus.description)
     if bad.counts:
         logger.warning("data: %s", bad.summary())
     return corpus
 
 
+def _stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def _stdlib_files() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
+    root = _stdlib()
     files = (p for p in sorted(root.rglob("*.py")) if STDLIB_EXCLUDED.isdisjoint(p.relative_to(root).parts))
     return [p for p in files if p.stat().st_size > 0]
 
 
-def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def _read_path(
+    path: Path, text_column: str, streaming: bool
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None, str]:
+    """Rows for training and for validation, and a hash of what was read."""
     known = list_files(path)
     validation_files = [p for p in known if has_name(p, path, VALIDATION_NAMES)]
     left_out = {*validation_files, *(p for p in known if has_name(p, path, TEST_NAMES))}
     train_files = [p for p in known if p not in left_out]
     if not train_files:
         train_files, validation_files = known, []
-    train = read_files(train_files, str(path), text_column, streaming)
-    validation = read_files(validation_files, str(path), text_column, False) if validation_files else None
-    return train, validation
+    train, key = read_files(train_files, path, str(path), text_column, streaming)
+    if not validation_files:
+        return train, None, key
+    validation, validation_key = read_files(validation_files, path, str(path), text_column, False)
+    return train, validation, f"{key}-{validation_key}"
 
 
-def read_files(files: list[Path], where: str, text_column: str, streaming: bool) -> Dataset | IterableDataset:
-    """Rows of `read_rows`, from a cache keyed by the files' contents."""
+def read_files(
+    files: list[Path], root: Path, where: str, text_column: str, streaming: bool
+) -> tuple[Dataset | IterableDataset, str]:
+    """Rows of `read_rows`, from a cache keyed by the files' contents, and a hash of these."""
     arguments = {"files": [str(p) for p in files], "text_column": text_column}
     if streaming:
-        return IterableDataset.from_generator(read_rows, features=ROW, gen_kwargs=arguments)
+        return IterableDataset.from_generator(read_rows, features=ROW, gen_kwargs=arguments), stream_key(files, root)
     num_bytes = sum(stamp[1] for stamp in _stamps(files))
     workers = count_workers(num_bytes, len(files))
     for _ in range(READ_ATTEMPTS):
         before = _stamps(files)
-        key = hashlib.blake2b(
-            f"{content_key(files)} {where} {text_column} {list(ROW)}".encode(), digest_size=16
-        ).hexdigest()
+        content = content_key(files, root)
+        key = hashlib.blake2b(f"{content} {where} {text_column} {list(ROW)}".encode(), digest_size=16).hexdigest()
         rows = Dataset.from_generator(
             read_rows,
             features=ROW,
@@ -125,7 +141,7 @@ def read_files(files: list[Path], where: str, text_column: str, streaming: bool)
             writer_batch_size=count_rows(min(max(size for _, size in before), PART_BYTES)),
         )
         if _stamps(files) == before:
-            return rows
+            return rows, content
         shutil.rmtree(Path(rows.cache_files[0]["filename"]).parent)  # keyed by what was there before
     raise InputError(f"data: expected files that do not change while they are read, got changing ones in {where}")
 
@@ -142,17 +158,21 @@ def _stamps(files: list[Path]) -> list[tuple[int, int]]:
     return stamps
 
 
-def _read_hub(source: str, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def _read_hub(
+    source: str, text_column: str, streaming: bool
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None, str | None]:
+    """Like `_read_path`; no hash for a stream."""
     splits = hub_splits(source, streaming)
     train_split = next((s for s in TRAIN_NAMES if s in splits), None) or next(iter(splits))
     validation_split = next((s for s in VALIDATION_NAMES if s in splits and s != train_split), None)
     train = hub_rows(splits[train_split], source, text_column)
+    key = splits[train_split]._fingerprint if isinstance(splits[train_split], Dataset) else None
     if validation_split is None:
-        return train, None
+        return train, None, key
     validation = splits[validation_split]
     if isinstance(validation, IterableDataset):
         validation = Dataset.from_list(list(validation.take(STREAMED_HOLD_OUT)))
-    return train, hub_rows(validation, source, text_column)
+    return train, hub_rows(validation, source, text_column), key
 
 
 def hub_splits(source: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
@@ -252,6 +272,13 @@ def _split_each(documents: Dataset) -> tuple[Dataset, Dataset]:
         count = sum(map(len, documents["text"]))
         raise InputError(f"data: expected enough text to hold some out for validation, got {count} characters")
     return front, back
+
+
+def _texts_key(documents: Dataset) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for text in _texts(documents):
+        total.update(text_hash(text).to_bytes(8))
+    return total.hexdigest()
 
 
 def _describe(documents: Dataset | IterableDataset) -> str:

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import lzma
+import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SNIFF_BYTES = 8192
 PARQUET_ROWS = 256
 READ_BYTES = 2**20
+HEAD_BYTES = 2**16
 PART_BYTES = 2**23  # longer text files become several documents, to bound memory
 UNREADABLE_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
@@ -50,18 +53,34 @@ def file_format(path: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def content_key(files: Iterable[Path]) -> str:
-    """A hash of the files' names and contents, in order; only of the name if a file cannot be read."""
+def content_key(files: Iterable[Path], root: Path) -> str:
+    """A hash of the files' names below `root` and of their contents, in order, wherever the folder lies.
+
+    Of a file that cannot be read, only the name counts; of `root` itself, if it is a file, only the content.
+    """
+    return _key_of(files, root, sys.maxsize)
+
+
+def stream_key(files: Iterable[Path], root: Path) -> str:
+    """Like `content_key`, but only of each file's size and its first `HEAD_BYTES`."""
+    return _key_of(files, root, HEAD_BYTES)
+
+
+def _key_of(files: Iterable[Path], root: Path, most_bytes: int) -> str:
     total = hashlib.blake2b(digest_size=16)
     for path in files:
         content = hashlib.blake2b(digest_size=16)
         try:
             with path.open("rb") as file:
-                while part := file.read(READ_BYTES):
+                content.update(f"{os.fstat(file.fileno()).st_size} ".encode())
+                left = most_bytes
+                while part := file.read(min(READ_BYTES, left)):
                     content.update(part)
+                    left -= len(part)
         except OSError:
             content.update(b"unreadable")
-        total.update(f"{path.name}\0{content.hexdigest()}\0".encode())
+        name = path.relative_to(root).as_posix() if path != root else ""
+        total.update(os.fsencode(name) + b"\0" + content.digest())
     return total.hexdigest()
 
 

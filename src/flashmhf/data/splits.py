@@ -83,7 +83,7 @@ def _folder_split(source: str, split: str, text_column: str) -> Dataset | Iterab
     if split == VALIDATION:
         return None
     files = [file for file in list_files(Path(source)) if has_name(file, Path(source), _synonyms(split))]
-    return read_files(files, source, text_column, False) if files else None
+    return read_files(files, Path(source), source, text_column, False)[0] if files else None
 
 
 def _hub_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
