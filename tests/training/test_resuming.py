@@ -114,8 +114,9 @@ def test_only_tensors_of_a_run_are_pickled(folder):
 
 
 def test_a_run_killed_at_its_start_starts_again(tmp_path):
-    (tmp_path / "run.json.tmp").write_text("{")
-    assert prepare_output_dir(tmp_path, TrainConfig(model="small"), resume=False) is None
+    (tmp_path / ".flashmhf-0123456789abcdef.tmp").write_text("{")  # while it wrote run.json
+    with only_writer(tmp_path):
+        assert prepare_output_dir(tmp_path, TrainConfig(model="small"), resume=False) is None
 
 
 class Malicious:

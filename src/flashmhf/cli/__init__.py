@@ -10,6 +10,7 @@ from typer.exceptions import TyperException
 
 from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, tokenizer, train
 from flashmhf.errors import InputError, Interrupted, RunError
+from flashmhf.lifeline import end_with_parent
 
 app = typer.Typer(
     name="flashmhf",
@@ -32,6 +33,7 @@ app.command("bench", no_args_is_help=True)(bench.bench)
 
 def main() -> None:
     """Runs the command line; exits with 0, 1 (failed), 2 (bad usage) or 128 + a signal's number, and one line."""
+    end_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
     logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)

@@ -25,6 +25,7 @@ from flashmhf.cli.output import (
     results_only,
 )
 from flashmhf.data.config import DataConfig
+from flashmhf.lifeline import has_parent
 from flashmhf.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def train(
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
         result = run_training(TrainConfig.from_options(context.params), arguments, resume=resume)
     number = result.interrupted_by
-    if number is not None and arguments.process_index == 0:
+    if number is not None and arguments.process_index == 0 and not has_parent():
         typer.echo(
             f"flashmhf: {signal.Signals(number).name} after step {result.steps}; the checkpoint is in "
             f"{output_dir}, continue with --resume",

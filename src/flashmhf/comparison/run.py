@@ -22,6 +22,7 @@ from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
 from flashmhf.files import read_json, write_json
+from flashmhf.training.resuming import LOCK_FILE, only_writer
 
 SETTINGS_FILE = "compare.json"
 VERSION = 1  # of its format; folders from before it had one are refused
@@ -50,13 +51,20 @@ def compare(
         environment: variables of the runs' processes, see `comparison.launcher`.
 
     Raises:
-        InputError: the settings do not fit, or the folder holds something else.
+        InputError: the settings do not fit, the folder holds something else, or another process compares in it.
         RunError: every run failed. If only some did, the result names them and leaves them out of every mean.
     """
     if jobs < 1:
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = Plan(settings, output_dir)
-    variants = plan.variants
+    with only_writer(output_dir):
+        return _compare(plan, progress, jobs, environment)
+
+
+def _compare(
+    plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None
+) -> ComparisonResult:
+    settings, output_dir, variants = plan.settings, plan.output_dir, plan.variants
     tokenizer = load_tokenizer(settings.data.tokenizer)
     documents = _held_out_documents(settings, tokenizer)
     _claim(output_dir, settings)
@@ -78,7 +86,7 @@ def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: 
     train_runs(runs, jobs, environment, progress)
     if not any(run.finished for run in runs):
         where = "their standard error" if jobs == 1 else runs[0].log
-        raise RunError(f"training failed in every run; {where} has the reason")
+        raise RunError(f"training failed in every run; {where} has the reason; the same command tries again")
     return runs
 
 
@@ -94,7 +102,7 @@ def _claim(output_dir: Path, settings: Comparison) -> None:
     """Writes compare.json, if the folder is free or holds this comparison."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
-    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+    content = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK_FILE)
     if content and SETTINGS_FILE not in content:
         raise InputError(f"output-dir: expected a new or empty folder, got {output_dir} with {', '.join(content[:3])}")
     mine = json.loads(json.dumps(asdict(settings)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.files import exclusive_lock, remove_leftovers
 from flashmhf.training.checkpoints import TRAINER_STATE, UNFINISHED, checkpoints, recover
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
@@ -18,7 +19,7 @@ from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.run_files import RUN_FILE, read_run
 
 if sys.platform != "win32":
-    import fcntl
+    from flashmhf.files import fcntl as fcntl  # the lock of `only_writer`
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +34,23 @@ def only_writer(output_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another process trains into the folder.
     """
-    if sys.platform == "win32" or (output_dir.exists() and not output_dir.is_dir()):
+    if output_dir.exists() and not output_dir.is_dir():
         yield  # a file is refused later
         return
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit it
-        except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"output-dir: expected a folder that no other process trains into, got {output_dir}"
-            ) from None
-        except OSError:
-            logger.warning("%s cannot be locked: make sure that no other process trains into it", output_dir)
-        try:
+    try:
+        with exclusive_lock(output_dir / LOCK_FILE):
+            remove_leftovers(output_dir)
             yield
-        finally:
-            (output_dir / LOCK_FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a refused run leaves nothing behind
-                for folder in missing:
-                    folder.rmdir()
+    except BlockingIOError as error:
+        if error.filename != str(output_dir / LOCK_FILE):
+            raise
+        raise InputError(f"output-dir: expected a folder that no other process trains into, got {output_dir}") from None
+    finally:
+        with contextlib.suppress(OSError):  # a refused run leaves nothing behind
+            for folder in missing:
+                folder.rmdir()
 
 
 def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> Path | None:
@@ -70,7 +67,7 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
     content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    content = [name for name in content if name not in (RUN_FILE + ".tmp", LOCK_FILE)]  # of a run killed at its start
+    content = [name for name in content if name != LOCK_FILE]
     if not resume:
         if content:
             held = ", ".join(content[:3])
