@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": set(),
     "layers": {"ops"},
     "models": {"ops", "layers", "errors", "files"},
-    "data": {"errors", "printable"},
+    "data": {"errors", "files", "printable"},
     "distributed": {"layers", "models", "errors"},
     "estimates": {"ops", "layers", "models", "errors"},
     "serialization": set(),

@@ -9,10 +9,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
-import sys
+import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import datasets
@@ -21,15 +21,15 @@ from datasets.exceptions import DatasetGenerationError
 
 from flashmhf.data.corrupt_records import reason
 from flashmhf.errors import InputError, RunError
-
-if sys.platform != "win32":
-    import fcntl
+from flashmhf.files import exclusive_lock
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "flashmhf"
 SEAL = "seal.json"
 BUILDING = ".building"  # ends the names of folders that are not sealed yet
+LOCK = ".lock"
+WAIT_S = 0.2
 
 
 def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
@@ -45,7 +45,7 @@ def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
         return dataset
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        with _waiting_for(folder.with_suffix(LOCK)):
             _remove_leftovers(folder)
             dataset = _open(folder)  # another process may have built it meanwhile
             return _build(folder, build) if dataset is None else dataset
@@ -75,7 +75,7 @@ def _build(folder: Path, build: Callable[[Path], Dataset]) -> Dataset:
         del dataset
         seal = {str(file.relative_to(building)): [file.stat().st_size, _digest(file)] for file in files}
         (building / SEAL).write_text(json.dumps(seal))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        _remove(folder)  # a damaged one
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -105,6 +105,13 @@ def _open(folder: Path) -> Dataset | None:
     return dataset
 
 
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "blake2b").hexdigest()
@@ -116,19 +123,20 @@ def _remove_leftovers(folder: Path) -> None:
         if left.stem == folder.name:
             shutil.rmtree(left)
             continue
-        with contextlib.suppress(OSError), _locked(left.with_suffix(".lock"), wait=False):
+        with contextlib.suppress(OSError, InputError), exclusive_lock(left.with_suffix(LOCK)):
             shutil.rmtree(left)
 
 
 @contextlib.contextmanager
-def _locked(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Within the context, no other process is in one with the same file. Child processes do not inherit the lock."""
-    if sys.platform == "win32":
+def _waiting_for(lock: Path) -> Iterator[None]:
+    """`exclusive_lock` once other processes have released it."""
+    with contextlib.ExitStack() as stack:
+        for attempt in count():
+            try:
+                stack.enter_context(exclusive_lock(lock))
+                break
+            except BlockingIOError:
+                if attempt == 0:
+                    logger.info("data: waiting for another process that writes the cache in %s", lock.parent)
+                time.sleep(WAIT_S)
         yield
-        return
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
