@@ -51,7 +51,7 @@ class Listing:
         parts = []
         for reason, names in sorted(self.passed_over.items()):
             more = ", ..." if len(names) > NAMED else ""
-            parts.append(f"{len(names):,} {reason} ({', '.join(map(one_line, names[:NAMED]))}{more})")
+            parts.append(f"{len(names):,} {reason} ({', '.join(map(one_line, sorted(names)[:NAMED]))}{more})")
         return f"passed over {sum(map(len, self.passed_over.values())):,}: {', '.join(parts)}"
 
 
