@@ -13,10 +13,11 @@ from transformers import TrainerState, TrainingArguments
 from flashmhf.errors import InputError
 from flashmhf.files import exclusive_lock, remove_leftovers
 from flashmhf.training.checkpoints import TRAINER_STATE, UNFINISHED, checkpoints, recover
-from flashmhf.training.config import TrainConfig
+from flashmhf.training.config import NAMES, TrainConfig
+from flashmhf.training.fingerprints import Fingerprints, changes, refused_difference
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
-from flashmhf.training.run_files import RUN_FILE, read_run
+from flashmhf.training.run_files import RUN_FILE, read_fingerprints, read_run
 
 if sys.platform != "win32":
     from flashmhf.files import fcntl as fcntl  # the lock of `only_writer`
@@ -76,11 +77,28 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
     if RUN_FILE not in content:
         raise InputError(f"resume: expected a run's folder with {RUN_FILE}, got {output_dir} without")
     earlier = read_run(output_dir).identity()
+    by_content = NAMES if read_fingerprints(output_dir) is not None else ()
     for name, value in config.identity().items():
-        if earlier[name] != value:
+        if earlier[name] != value and name not in by_content:
             raise InputError(f"resume: expected the {name} of the earlier run, {earlier[name]!r}, got {value!r}")
     recover(output_dir)
     return last_good_checkpoint(output_dir)
+
+
+def check_same_inputs(output_dir: Path, now: Fingerprints) -> None:
+    """Compares the inputs of a run to resume with those of its earlier process, wherever they are.
+
+    Raises:
+        InputError: the run would not be the same one; names the difference.
+    """
+    earlier = read_fingerprints(output_dir)
+    if earlier is None:
+        logger.warning("%s is of an older version: make sure that data and seed are those of then", RUN_FILE)
+        return
+    if difference := refused_difference(earlier, now):
+        raise InputError(f"resume: {difference}")
+    for name, before, after in changes(earlier.arguments, now.arguments):
+        logger.warning("%s was %r before, and is %r from here on", name, before, after)
 
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:

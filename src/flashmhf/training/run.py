@@ -27,9 +27,11 @@ from flashmhf.models.loading import load_config, load_model
 from flashmhf.training.callbacks import ProgressLines, StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
+from flashmhf.training.fingerprints import fingerprints
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
 from flashmhf.training.resuming import (
+    check_same_inputs,
     explain_full_disk,
     finished_state,
     only_writer,
@@ -81,7 +83,10 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     with arguments.main_process_first(desc="data"):
         data = load_blocks(config.data, tokenizer, seed=_data_seed(arguments))
     if arguments.process_index == 0:
-        write_run(output_dir, config)
+        inputs = fingerprints(config, arguments, tokenizer, data)
+        if resume:
+            check_same_inputs(output_dir, inputs)
+        write_run(output_dir, config, inputs)
     stop = StopOnSignal()
     trainer = _trainer(model, config, arguments, data, tokenizer, stop)
     if finished is None:
