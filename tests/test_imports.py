@@ -30,10 +30,10 @@ ALLOWED: dict[str, set[str]] = {
         *("ops", "models", "data", "estimates", "evaluation", "training"),
         *("errors", "files", "serialization"),
     },
-    "reports": {"benchmarking", "comparison", "evaluation", "training", "errors", "files"},
+    "reports": {"benchmarking", "comparison", "evaluation", "training", "errors", "files", "printable"},
     "cli": {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
-        *("reports", "comparison", "errors", "files"),
+        *("reports", "comparison", "errors", "files", "printable"),
     },
     "__init__": {"ops", "layers", "models"},
     "__main__": {"cli"},
