@@ -1,16 +1,19 @@
 """transformers.TrainingArguments from flags, with this package's defaults for pretraining."""
 
+import argparse
 from typing import Any, NoReturn, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.training.argument_checks import check_flags, check_together
+from flashmhf.training.argument_trials import try_arguments
 
+MIN_LR_RATE = 0.1  # of a schedule that ends at a share of the learning rate
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     "warmup_steps": 0.02,
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
@@ -45,20 +48,33 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
         output_dir=output_dir,
     )
     try:
-        arguments, unknown = parser.parse_args_into_dataclasses(
-            flags, look_for_args_file=False, return_remaining_strings=True
-        )
-    except (ValueError, ImportError) as error:
+        values, unknown = parser.parse_known_args(flags)
+        if unknown:
+            raise InputError(
+                f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
+            )
+        _complete(values)
+        check_flags(values)
+        if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():
+            raise InputError(f"ddp-backend: expected none without torchrun, got {values.ddp_backend}")
+        arguments = TrainingArguments(**vars(values))
+    except (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
         raise InputError(str(error).splitlines()[0]) from error
-    if unknown:
-        raise InputError(
-            f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
-        )
     if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
         raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
     if arguments.fsdp and arguments.use_cpu:
         raise InputError("fsdp: expected a GPU, got the CPU, on which accelerate would train with DDP instead")
+    check_together(arguments)
+    try_arguments(arguments)
     return arguments
+
+
+def _complete(values: argparse.Namespace) -> None:
+    """Defaults that depend on other values."""
+    if values.lr_scheduler_kwargs is None and str(values.lr_scheduler_type).endswith("with_min_lr"):
+        values.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
+    if values.save_strategy == "best" and values.metric_for_best_model is None:
+        values.metric_for_best_model = "loss"
 
 
 class _Parser(HfArgumentParser):

@@ -10,7 +10,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 
-from flashmhf.files import atomic_rename, atomic_write
+from flashmhf.distributed.sharded import SCHEDULER
+from flashmhf.errors import InputError
+from flashmhf.files import atomic_rename, atomic_write, read_json
 from flashmhf.training.manifest import check, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,37 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Folders of checkpoints by name, newest first, complete or not."""
     found = {int(match[1]): path for path in output_dir.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
     return [found[step] for step in sorted(found, reverse=True) if found[step].is_dir()]
+
+
+def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
+    """Raises InputError if a run with these arguments cannot load the state of the checkpoint's optimizer."""
+    if not (checkpoint / SCHEDULER).is_file():  # the Trainer would go on with a new optimizer
+        raise InputError(
+            f"resume: expected a checkpoint with the optimizer's state, got {checkpoint.name}, "
+            "which was written with --save-only-model"
+        )
+    earlier = read_json(checkpoint / ARGUMENTS) if (checkpoint / ARGUMENTS).is_file() else {}
+    for name in ("optim", "lr_scheduler_type"):
+        value = str(getattr(arguments, name).value)
+        if earlier.get(name, value) != value:
+            raise InputError(
+                f"resume: expected --{name.replace('_', '-')} {earlier[name]}, whose state {checkpoint.name} holds, "
+                f"got {value}"
+            )
+
+
+def find_best_checkpoint(state: TrainerState, arguments: TrainingArguments) -> None:
+    """Gives the best checkpoint of a resumed run the path that it has now: the folder may have been moved.
+
+    Raises:
+        InputError: it is not in the folder, and the run is to end with its weights.
+    """
+    if state.best_global_step is None:
+        return
+    best = Path(str(arguments.output_dir)) / f"checkpoint-{state.best_global_step}"
+    state.best_model_checkpoint = str(best) if best.is_dir() else None
+    if arguments.load_best_model_at_end and not best.is_dir():
+        raise InputError(f"load-best-model-at-end: expected {best.name}, the best so far, in {best.parent}, got none")
 
 
 def give_name(unfinished: Path, named: Path) -> None:

@@ -16,12 +16,19 @@ from flashmhf.models.loading import load_config
 from flashmhf.training.config import TrainConfig
 
 # Arguments whose new values a checkpoint would override without a word, since the optimizer's state holds the old ones.
-OF_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+OF_OPTIMIZER = (
+    "optim",
+    "lr_scheduler_type",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
 # Those that hold from the checkpoint on.
 MAY_CHANGE = (
     "max_steps",
     "num_train_epochs",
-    "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
     "max_grad_norm",

@@ -8,16 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import TrainerState, TrainingArguments
-
 from flashmhf.errors import InputError
 from flashmhf.files import exclusive_lock, remove_leftovers
-from flashmhf.training.checkpoints import TRAINER_STATE, UNFINISHED, checkpoints, recover
+from flashmhf.training.checkpoints import UNFINISHED, checkpoints, recover
 from flashmhf.training.config import NAMES, TrainConfig
 from flashmhf.training.fingerprints import Fingerprints, changes, refused_difference
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
 from flashmhf.training.run_files import RUN_FILE, read_fingerprints, read_run
+from flashmhf.training.run_log import LOG_FILE, read_log
 
 if sys.platform != "win32":
     from flashmhf.files import fcntl as fcntl  # the lock of `only_writer`
@@ -25,6 +24,7 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+CURVES = "runs"  # TensorBoard's
 DISK_FULL_BYTES = 2**20
 
 
@@ -58,7 +58,7 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
     """The checkpoint to resume from, or None if the run starts at its first step.
 
     Args:
-        output_dir: new or empty, or the folder of a run to resume.
+        output_dir: new or empty, or the folder of a run to resume, or of one that ended before its first step.
         config: its `identity` must equal that of the run in the folder.
         resume: whether to resume.
 
@@ -67,8 +67,9 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig, resume: bool) -> P
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
-    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    content = [name for name in content if name != LOCK_FILE]
+    content = _content(output_dir)
+    if _failed_at_its_start(output_dir, content):
+        return None
     if not resume:
         if content:
             held = ", ".join(content[:3])
@@ -91,6 +92,8 @@ def check_same_inputs(output_dir: Path, now: Fingerprints) -> None:
     Raises:
         InputError: the run would not be the same one; names the difference.
     """
+    if _failed_at_its_start(output_dir, _content(output_dir)):
+        return
     earlier = read_fingerprints(output_dir)
     if earlier is None:
         logger.warning("%s is of an older version: make sure that data and seed are those of then", RUN_FILE)
@@ -99,6 +102,19 @@ def check_same_inputs(output_dir: Path, now: Fingerprints) -> None:
         raise InputError(f"resume: {difference}")
     for name, before, after in changes(earlier.arguments, now.arguments):
         logger.warning("%s was %r before, and is %r from here on", name, before, after)
+
+
+def _content(output_dir: Path) -> list[str]:
+    if not output_dir.exists():
+        return []
+    return sorted(path.name for path in output_dir.iterdir() if path.name != LOCK_FILE)
+
+
+def _failed_at_its_start(output_dir: Path, content: list[str]) -> bool:
+    """Whether the folder holds a run that ended before its first step: nothing of it is worth a refusal."""
+    if RUN_FILE not in content or not set(content) <= {RUN_FILE, LOG_FILE, CURVES}:
+        return False
+    return all(row["step"] == 0 for row in read_log(output_dir).rows)
 
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:
@@ -121,13 +137,6 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
             + ", ".join(passed_over[:3])
         )
     return None
-
-
-def finished_state(checkpoint: Path, arguments: TrainingArguments) -> TrainerState | None:
-    """The state of a run that has taken all its steps, otherwise None; the Trainer would take one step too many."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-    target = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
-    return state if state.global_step >= target else None
 
 
 @contextlib.contextmanager

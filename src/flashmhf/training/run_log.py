@@ -1,9 +1,12 @@
 """A training run's log in its folder, `log.jsonl`: one line per start and one per entry of the Trainer's log.
 
+Numbers that are not finite become null: JSON has no other word for them.
+
 Lines are only appended, so that the log of a run that was killed and resumed shows what was lost and the time it took.
 """
 
 import json
+import math
 import os
 import platform
 import time
@@ -21,10 +24,14 @@ LOG_FILE = "log.jsonl"
 class LogLines(TrainerCallback):
     """Writes the file: {"start": step, "time", "processes", ...} when training starts, then {"step", "time", ...}.
 
-    "time" is seconds since 1970.
+    "time" is seconds since 1970, by a clock that may be set; "since_start_s" is by one that nobody sets.
     """
 
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._started_s = time.monotonic()
         if state.is_world_process_zero:
             _add(
                 Path(args.output_dir),
@@ -40,7 +47,8 @@ class LogLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs:
-            _add(Path(args.output_dir), {"step": state.global_step, "time": time.time(), **logs})
+            times = {"time": time.time(), "since_start_s": time.monotonic() - self._started_s}
+            _add(Path(args.output_dir), {"step": state.global_step, **times, **logs})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +85,8 @@ class RunLog:
     lost_steps: int
 
     def curve(self, name: str, against: str = "step") -> list[tuple[float, float]]:
-        """(x, y) of the rows that have `name`."""
-        return [(row[against], row[name]) for row in self.rows if name in row]
+        """(x, y) of the rows that have a finite `name`."""
+        return [(row[against], row[name]) for row in self.rows if row.get(name) is not None]
 
 
 def read_log(folder: Path) -> RunLog:
@@ -96,8 +104,18 @@ def read_log(folder: Path) -> RunLog:
             started, before = line["time"], rows[-1]["elapsed_s"] if rows else 0.0
             starts.append(_start(line))
         else:
-            rows.append({**line, "elapsed_s": before + line["time"] - started})
+            since_start_s = line.get("since_start_s", line["time"] - started)  # older logs have the wall clock alone
+            rows.append({**line, "elapsed_s": before + since_start_s})
     return RunLog(rows=rows, starts=starts, lost_steps=lost)
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with None for every float that is not finite, in lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {name: json_safe(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [json_safe(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _start(line: dict[str, Any]) -> Start:
@@ -118,7 +136,8 @@ def _add(folder: Path, entry: dict[str, Any]) -> None:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             truncated = file.read(1) != b"\n"
-        file.write((b"\n" if truncated else b"") + json.dumps(entry, default=str).encode() + b"\n")
+        text = json.dumps(json_safe(entry), default=str, allow_nan=False)
+        file.write((b"\n" if truncated else b"") + text.encode() + b"\n")
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,8 @@
 """transformers' Trainer with what long pretraining runs need: one training step from top to bottom."""
 
+import logging
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 
 from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.distributed.evaluation import EvaluationBatches
@@ -20,10 +24,23 @@ from flashmhf.distributed.sharded import (
     save_sharded,
 )
 from flashmhf.distributed.tensor_parallel import parallelize, tensor_parallel_size
-from flashmhf.training.checkpoints import CheckpointWriter, replace_pickled_arguments
+from flashmhf.errors import RunError
+from flashmhf.training.checkpoints import (
+    CheckpointWriter,
+    check_resumable,
+    find_best_checkpoint,
+    replace_pickled_arguments,
+)
+from flashmhf.training.finite_weights import check_weights
+from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
+from flashmhf.training.manifest import check
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
-from flashmhf.training.throughput import ThroughputMeter
+from flashmhf.training.run_log import json_safe
+from flashmhf.training.throughput import ThroughputMeter, speed
+from flashmhf.training.validation import losses_unfiltered, weights_kept
+
+logger = logging.getLogger(__name__)
 
 
 class PretrainingTrainer(Trainer):
@@ -42,6 +59,7 @@ class PretrainingTrainer(Trainer):
     model: Any  # optional to transformers; set whenever these methods are called
     optimizer: Any
     lr_scheduler: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -62,8 +80,28 @@ class PretrainingTrainer(Trainer):
         self._meter = ThroughputMeter(self.args, flops_per_token)
         self._checkpoints = CheckpointWriter(self.args, self.accelerator)
         self._evaluation = EvaluationBatches(self.args, self.accelerator)
+        self._finished = False  # whether training resumed at its last step
+        self._started_s = self._evaluating_since_s = time.monotonic()
+        if self.args.label_smoothing_factor:
+            self.label_smoother, self.compute_loss_func = None, SmoothedLoss(self.args.label_smoothing_factor)
 
     # Before the first step: a new optimizer, then the state of the checkpoint that the run resumes from.
+
+    def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
+        self._started_s = time.monotonic()
+        self.guard.reset()  # --auto-find-batch-size starts again within a step
+        trained = super()._init_training_state(max_steps, *args, **options)
+        find_best_checkpoint(self.state, self.args)
+        self._finished = self.state.global_step >= max_steps
+        if self._finished:  # they would start another file or run
+            for callback in get_reporting_integration_callbacks(self.args.report_to):
+                self.remove_callback(callback)
+        return trained
+
+    def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **options)
+        self.check_weights()
+        return prepared
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
@@ -79,10 +117,18 @@ class PretrainingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self._finished:
+            check_resumable(Path(checkpoint), self.args)
         if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
             load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        if self._finished:  # the Trainer would take one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **options)
 
     # A step: its batches; forward, backward and counts per batch; the gradient norm; then the optimizer, which skips
     # parameters without a gradient.
@@ -98,6 +144,15 @@ class PretrainingTrainer(Trainer):
         self.guard.add(loss, blocks)
         return loss
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        smoothed = self.compute_loss_func
+        if not model.training:
+            self.compute_loss_func = None  # validation losses are the model's own
+        try:
+            return super().compute_loss(model, inputs, *args, **options)
+        finally:
+            self.compute_loss_func = smoothed
+
     def floating_point_ops(self, inputs: Any) -> int:
         return super().floating_point_ops(inputs) // self._tensor_parallel
 
@@ -111,25 +166,45 @@ class PretrainingTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.guard.check(model, norm, self.state, self.control)
+        if self.guard.in_a_row == 1:
+            self.check_weights()
         return norm
 
     # After the step, as often as the arguments say: log, evaluate, save. Their time is not that of training.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._finished and "train_runtime" in logs:
+            return
         if "loss" in logs:
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN after an infinite loss
             logs |= self._meter.lap(self.state.num_input_tokens_seen)
+        if "eval_runtime" in logs:
+            blocks, batch = len(self.eval_dataset), self.args.eval_batch_size * self.args.world_size
+            seconds = time.monotonic() - self._evaluating_since_s  # the Trainer reads a clock that may be set
+            logs |= speed("eval", seconds, samples=blocks, steps=math.ceil(blocks / batch))
         super().log(logs)  # without start_time, from which the Trainer would log another throughput
+        self.state.log_history[-1] = json_safe(self.state.log_history[-1])
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             self.gather_function = self._evaluation.gather_losses
-        with self._meter.paused():
-            return super().evaluate(*args, **options)
+        self._evaluating_since_s = time.monotonic()
+        with self._meter.paused(), losses_unfiltered(self.args), weights_kept(self.model, self.args):
+            metrics = super().evaluate(*args, **options)
+        if not math.isfinite(metrics["eval_loss"]):
+            logger.warning("validation loss at step %d is %s", self.state.global_step, metrics["eval_loss"])
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        asked_for = self.control.should_save  # by a signal, say; the Trainer forgets it with --save-strategy best
+        better = math.isfinite(metrics["eval_loss"]) and super()._determine_best_metric(metrics, trial)
+        return better or asked_for
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         return super().prediction_step(model, self._evaluation.without_padding(inputs), *args, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights()
         with self._meter.paused(), self._checkpoints.writing(Path(self._get_output_dir(trial)), self.state):
             super()._save_checkpoint(model, trial)
 
@@ -157,13 +232,25 @@ class PretrainingTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
-    # After the last step, with --load-best-model-at-end.
+    # After the last step: the times, and with --load-best-model-at-end the best model.
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        since_start_s = time.monotonic() - self._started_s  # the wall clock may have been set meanwhile
+        return super()._finalize_training(trial, num_train_samples, time.time() - since_start_s)
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        reason = check(best)
+        if reason is not None:
+            raise RunError(f"load-best-model-at-end: expected the files that were written to {best}, got {reason}")
         if self._tensor_parallel > 1:
-            load_weights(Path(str(self.state.best_model_checkpoint)), self.model)
+            load_weights(best, self.model)
         else:
             super()._load_best_model()
+
+    def check_weights(self) -> None:
+        """Raises RunError if the weights are not finite."""
+        check_weights(self.model, self.accelerator, self.state.global_step, Path(str(self.args.output_dir)))
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         """Without accelerate's wrapper."""
