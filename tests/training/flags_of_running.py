@@ -119,9 +119,13 @@ RUNNING: Table = {
     "hub_revision": [Refused("--hub-revision x", NO_HUB)],
     "load_best_model_at_end": [
         Runs(BEST, lambda run: run.trainer.state.best_global_step == 3),
-        Refused("--load-best-model-at-end true", "requires the save and eval strategy to match"),
-        Refused("--load-best-model-at-end true --save-strategy no", "every evaluated model to be saved"),
-        Refused(f"{EVALUATED} --save-steps 2 --load-best-model-at-end true", "every evaluated model to be saved"),
+        Refused("--load-best-model-at-end true", "expected --eval-strategy steps or epoch with it"),
+        Refused(
+            f"{EVALUATED} --load-best-model-at-end true --save-strategy epoch",
+            "requires the save and eval strategy to match",
+        ),
+        Refused(f"{EVALUATED} --load-best-model-at-end true --save-strategy no", "strategy to match"),
+        Refused(f"{EVALUATED} --save-steps 2 --load-best-model-at-end true", "equal --save-steps and --eval-steps"),
     ],
     "metric_for_best_model": [
         Runs(f"{EVALUATED} --metric-for-best-model loss", lambda run: run.trainer.state.best_metric < 9),
