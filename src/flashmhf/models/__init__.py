@@ -19,6 +19,7 @@ from flashmhf.models.modeling import (
     FlashMHFModel,
     FlashMHFPreTrainedModel,
 )
+from flashmhf.models.replaced import ReplacedConfig
 from flashmhf.ops import flops  # noqa: F401  (model FLOPs are counted by Trainer and profilers)
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
 
 register_former_shapes(FlashMHFModel.__name__)
 AutoConfig.register(FlashMHFConfig.model_type, FlashMHFConfig)
+AutoConfig.register(ReplacedConfig.model_type, ReplacedConfig)
 for _auto, _model in (
     (AutoModel, FlashMHFModel),
     (AutoModelForCausalLM, FlashMHFForCausalLM),
