@@ -19,9 +19,6 @@ MAX_SETTINGS_MIB = 256  # the largest tokenizer.json of a published model has 35
 MAX_DEPTH = 64
 RUST_PANIC = "pyo3_runtime"  # module of the exception's type, which is no Exception
 OUR_BUGS = (AssertionError, NameError)
-IMPLEMENTATION = "_implementation"  # attn_implementation and its kin: a value with a "/" is a kernel on the Hub
-# Settings that make transformers read another file than the one that was checked, or download code.
-REFUSED = ("configuration_files", "transformers_weights", "use_kernels", "kernel_config", "custom_generate")
 
 
 @contextlib.contextmanager
@@ -45,7 +42,8 @@ def reading(what: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line: the first, with those that it announces by a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # not its repr
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[0] if lines else ""
     for line in lines[1:]:
         if not said.endswith(":"):
@@ -70,8 +68,8 @@ def check_regular(file: Path) -> int:
     return status.st_size
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object that was written elsewhere.
+def read_settings(file: Path, *, strict: bool = True) -> dict[str, Any]:
+    """A JSON object that was written elsewhere; `strict` as in `files.read_json`.
 
     Raises:
         InputError: the file is missing, too large, too deeply nested or no JSON object.
@@ -79,31 +77,14 @@ def read_settings(file: Path) -> dict[str, Any]:
     size = check_regular(file)
     if size > MAX_SETTINGS_MIB * 2**20:
         raise InputError(f"expected at most {MAX_SETTINGS_MIB} MiB of settings in {file}, got {size // 2**20}")
-    values = read_json(file)
-    for _, _, depth in _entries(values):
+    values = read_json(file, strict=strict)
+    for _, _, depth in entries(values):
         if depth > MAX_DEPTH:
             raise InputError(f"expected at most {MAX_DEPTH} levels of JSON in {file}, got more")
     return values
 
 
-def refuse_code(config: dict[str, Any], file: Path) -> None:
-    """Refuses a model's configuration with a value, nested ones too, that makes transformers download or run code.
-
-    `auto_map` is not among them: it has no effect without trust_remote_code.
-    """
-    for name, value, _ in _entries(config):
-        if name in REFUSED and value:
-            raise InputError(f"{file}: expected no {name}, which selects other files or code, got {value!r:.80}")
-        if name is not None and IMPLEMENTATION in name:
-            for _, kernel, _ in _entries({name: value}):
-                if isinstance(kernel, str) and "/" in kernel:
-                    raise InputError(
-                        f"{file}: {name}: expected an implementation that is installed, got {kernel!r:.80}, "
-                        "a kernel on the Hub, which is not downloaded"
-                    )
-
-
-def _entries(values: dict[str, Any]) -> Iterator[tuple[str | None, Any, int]]:
+def entries(values: dict[str, Any]) -> Iterator[tuple[str | None, Any, int]]:
     """The name (None in a list), value and depth of every entry of a JSON object, without recursion."""
     waiting: list[tuple[str | None, Any, int]] = [(name, value, 1) for name, value in values.items()]
     while waiting:

@@ -74,20 +74,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     folder = Path(name)
     if folder.is_dir():
-        for file in sorted(TOKENIZER_FILES):
-            if (folder / file).is_symlink() or (folder / file).exists():
-                with reading(f"tokenizer: {folder / file}"):
-                    settings = read_settings(folder / file)
-                    if file == TOKENIZER_CONFIG:
-                        _check_class(settings, folder / file)
-                    elif file == TOKENIZER:
-                        Tokenizer.from_file(str(folder / file))
+        _check_files(folder)
     with reading(f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("text", add_special_tokens=False)  # some values fail only in use
+    if not isinstance(tokenizer.eos_token_id, int):
         raise InputError(f"tokenizer: expected one with an EOS token, got {name!r} without")
     _make_deterministic(tokenizer, name)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raises InputError that names the file at fault; transformers names none, or goes on without the file."""
+    for file in sorted(folder / name for name in TOKENIZER_FILES):
+        if file.is_symlink() or file.exists():
+            with reading(f"tokenizer: {file}"):
+                settings = read_settings(file, strict=False)
+                if file.name == TOKENIZER_CONFIG:
+                    _check_class(settings, file)
+                elif file.name == TOKENIZER:
+                    Tokenizer.from_file(str(file))
 
 
 def _check_class(settings: dict[str, Any], file: Path) -> None:

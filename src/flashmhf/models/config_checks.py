@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from flashmhf.models.remote_code import ATTENTION, check_attention
 
 WHOLE = {  # name: smallest and largest value; the largest are far beyond any model, but end before memory does
     "vocab_size": (1, 2**26),
@@ -29,6 +29,7 @@ WHOLE = {  # name: smallest and largest value; the largest are far beyond any mo
 }
 POSITIVE = ("rms_norm_eps", "score_scale", "gate_scale", "output_scale")
 FLAGS = ("q_norm", "ffn_projections", "ffn_norm", "recompute_q", "mlp_bias", "attention_bias", "tie_word_embeddings")
+OPTIONAL_FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
 FIXED = {  # of LlamaConfig and its base, but without effect on this model: the only value that is taken
     "hidden_act": "silu",
     "pretraining_tp": 1,
@@ -96,6 +97,12 @@ def check_values(values: dict[str, Any]) -> None:
     for name in FLAGS:
         if not isinstance(values.get(name, False), bool):
             raise ValueError(f"{name}: expected true or false, got {values[name]!r:.80}")
+    for name in OPTIONAL_FLAGS:
+        if not isinstance(values.get(name), bool | None):
+            raise ValueError(f"{name}: expected true or false, got {values[name]!r:.80}")
+    architectures = values.get("architectures")
+    if not isinstance(architectures, list | tuple | None) or not all(isinstance(a, str) for a in architectures or ()):
+        raise ValueError(f"architectures: expected a list of names, got {architectures!r:.80}")
     for name, only in FIXED.items():
         if values.get(name) not in (only, None):
             raise ValueError(f"{name}: expected {only!r}, all that this model has, got {values[name]!r:.80}")
@@ -117,9 +124,8 @@ def check_others(values: dict[str, Any]) -> None:
         known = value.is_floating_point if isinstance(value, torch.dtype) else value in (*DTYPES, None)
         if not known:
             raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {value!r:.80}")
-    for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        if values.get(name) is not None:
-            check_attention(name, values[name])
+    for name in ATTENTION:
+        check_attention(name, values.get(name))
     quantization = values.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(quantization, dict) and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, None):
@@ -129,19 +135,6 @@ def check_others(values: dict[str, Any]) -> None:
     labels = values.get("num_labels")
     if labels is not None and (type(labels) is not int or not 1 <= labels <= MAX_LABELS):
         raise ValueError(f"num_labels: expected a whole number from 1 to {MAX_LABELS}, got {labels!r:.80}")
-
-
-def check_attention(name: str, value: Any) -> None:
-    """Refuses an attention implementation that is not installed: transformers would download a kernel from the Hub."""
-    installed = {key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "flash" not in key and "/" not in key} | {
-        "eager"
-    }
-    installed |= {"flash_attention_2"} if is_flash_attn_2_available() else set()
-    installed |= {"flash_attention_3"} if is_flash_attn_3_available() else set()
-    if not isinstance(value, str) or value not in installed:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(sorted(installed))}, which are installed, got {value!r:.80}"
-        )
 
 
 def check_rope(parameters: Any) -> None:

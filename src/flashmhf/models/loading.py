@@ -4,6 +4,7 @@ Code that comes with a model is never run: neither its Python files nor pickles 
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 from flashmhf.errors import InputError, RunError
 from flashmhf.layers.former_shapes import former_shapes
 from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.remote_code import refuse_code
 from flashmhf.models.weights import (
     check_floating_point,
     check_number_of_layers,
     check_safetensors,
     stored_tensors,
 )
-from flashmhf.untrusted import read_settings, reading, refuse_code
+from flashmhf.untrusted import read_settings, reading
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -90,6 +92,18 @@ def new_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
     with reading(f"model: {config.name_or_path or config.model_type}"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model
+
+
+def check_memory(config: PreTrainedConfig) -> None:
+    """Raises InputError if the model's parameters in float32 are larger than this machine's memory."""
+    with torch.device("meta"):
+        size = 4 * new_model(config).num_parameters()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if size > memory:
+        raise InputError(
+            f"model: expected one that fits into the memory of {memory / 2**30:.0f} GiB, got {size / 2**30:,.0f} GiB "
+            "of parameters"
+        )
 
 
 def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

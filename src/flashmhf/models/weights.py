@@ -33,9 +33,9 @@ def check_safetensors(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: a file is missing or truncated, or its tensors are not those listed in the index.
     """
-    if (folder / WEIGHTS).is_file():  # the one that transformers prefers
+    if (folder / WEIGHTS).exists():  # the one that transformers prefers
         return dict.fromkeys(tensor_names(folder / WEIGHTS), folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
         raise InputError(f"checkpoint: expected {WEIGHTS} or {INDEX} in {folder}, got neither{_pickles(folder)}")
     tensors = _indexed(folder)
     for file in sorted(set(tensors.values())):

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -23,7 +22,7 @@ from flashmhf.errors import InputError, RunError
 from flashmhf.estimates.cost import model_cost
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
-from flashmhf.models.loading import load_config, load_model
+from flashmhf.models.loading import check_memory, load_config, load_model, new_model
 from flashmhf.training.callbacks import ProgressLines, StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
@@ -198,6 +197,7 @@ def _new_or_loaded_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase
     else:
         model_config = load_config(config.model)
         fit_vocabulary(model_config, tokenizer)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        check_memory(model_config)
+        model = new_model(model_config, torch.float32)
     check_context_length(model.config, config.data.context_length)
     return model

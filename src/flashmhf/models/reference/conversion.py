@@ -154,7 +154,7 @@ def _write_shards(
         _add_missing_norms(written, ours, weight_map)
     if kept_unused:
         save_file(kept_unused, written / UNUSED, metadata=places)
-    if not (source / WEIGHTS).is_file():
+    if not (source / WEIGHTS).exists():
         index = read_settings(source / INDEX)
         (written / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
 
@@ -214,10 +214,9 @@ def _copied(source: Path) -> list[Path]:
 
 def _check_settings(source: Path) -> None:
     """Raises InputError for a file of settings that is corrupt, instead of copying it."""
-    for file in _copied(source):
-        if file.suffix == ".json":
-            with reading(str(file)):
-                read_settings(file)
+    for file in sorted(source.glob("*.json")):
+        with reading(str(file)):
+            read_settings(file, strict=False)
 
 
 def _copy_tokenizer(source: Path, written: Path) -> None:
