@@ -102,7 +102,7 @@ def test_several_processes_give_the_same(books, own_cache, monkeypatch):
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", own_cache / "other")
     assert ids_of(books, byte_tokenizer()) == expected
-    assert len(list((own_cache / "other").rglob("cache-*_of_00002.arrow"))) == 2
+    assert len(list((own_cache / "other").rglob("tokens_*_of_00002.arrow"))) == 2
 
 
 def test_workers_are_bounded(monkeypatch):

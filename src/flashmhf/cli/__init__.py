@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, tokenizer, train
+from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, terminal, tokenizer, train
 from flashmhf.errors import InputError, Interrupted, RunError
 from flashmhf.lifeline import end_with_parent
 from flashmhf.system_errors import system_error
@@ -38,6 +38,7 @@ app.command("bench", no_args_is_help=True)(bench.bench)
 def main() -> None:
     """Runs the command line; exits with 0, 1 (failed), 2 (bad usage) or 128 + a signal's number, and one line."""
     end_with_parent()
+    terminal.protect()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
     logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
@@ -82,5 +83,5 @@ def _output_is_closed() -> bool:
 
 def _fail(message: str, code: int) -> NoReturn:
     if message:  # empty where help was printed instead
-        print(f"flashmhf: {' '.join(message.split())}", file=sys.stderr)
+        terminal.say(f"flashmhf: {' '.join(message.split())}")
     sys.exit(code)

@@ -23,6 +23,7 @@ from flashmhf.cli.output import (
     emit,
     results_only,
 )
+from flashmhf.cli.terminal import say
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import Interrupted
 from flashmhf.training.config import TrainConfig
@@ -102,7 +103,7 @@ def compare(
 
 
 def _progress(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line)
 
 
 def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":

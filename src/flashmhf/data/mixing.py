@@ -30,6 +30,7 @@ class TrainingData:
     Attributes:
         bytes_per_token: of the validation blocks.
         fingerprints: of the sources, see `Corpus`.
+        files: one line for each source, see `Corpus`.
     """
 
     train: ShuffledBlocks | IterableDataset
@@ -40,6 +41,7 @@ class TrainingData:
     block_length: int
     bad_data: tuple[CorruptRecords, ...]
     fingerprints: tuple[str, ...]
+    files: tuple[str, ...]
 
     def tokens_used(self, tokens: int) -> dict[str, int]:
         """How many of the first `tokens` tokens of training come from each source."""
@@ -52,6 +54,10 @@ class TrainingData:
         for source, count in zip(self.sources, counts, strict=True):
             used[source] += count * self.block_length
         return used
+
+    def read_summary(self) -> str:
+        """One line on what was read and what was passed over."""
+        return "; ".join(f"{source}: {files}" for source, files in zip(self.sources, self.files, strict=True))
 
     def bad_summary(self) -> str:
         """One line on corrupt records that were skipped; empty if none were."""
@@ -119,6 +125,7 @@ def load_blocks(
         config.context_length,
         tuple(corpus.bad_data for corpus in corpora),
         tuple(corpus.fingerprint for corpus in corpora),
+        tuple(corpus.files for corpus in corpora),
     )
 
 
