@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
         *("reports", "comparison", "errors", "files"),
     },
-    "__init__": {"ops", "layers", "models"},
+    "auto_classes": set(),
+    "__init__": {"ops", "layers", "models", "auto_classes"},
     "__main__": {"cli"},
 }
 
