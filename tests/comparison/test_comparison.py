@@ -91,7 +91,9 @@ def test_a_comparison_is_complete_and_can_be_resumed_and_extended(settings, tmp_
 
     before = (tmp_path / "out/runs/swiglu-seed0/model.safetensors").stat().st_mtime_ns
     (tmp_path / "out/runs/flashmhf-seed0/result.json").unlink()
-    again = compare(settings(), tmp_path / "out", lines.append)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = compare(settings(), tmp_path / "moved", lines.append)
+    (tmp_path / "moved").rename(tmp_path / "out")
     assert (tmp_path / "out/runs/swiglu-seed0/model.safetensors").stat().st_mtime_ns == before
     assert again.runs[1].validation_loss == pytest.approx(result.runs[1].validation_loss)
 

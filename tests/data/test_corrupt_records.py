@@ -9,7 +9,7 @@ from flashmhf.data import corpus as corpus_module
 from flashmhf.data import files
 from flashmhf.data.config import DataConfig
 from flashmhf.data.corpus import load_corpus
-from flashmhf.data.corrupt_records import CorruptRecords
+from flashmhf.data.corrupt_records import PLURALS, CorruptRecords
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
@@ -89,7 +89,7 @@ def test_refused_or_skipped(folder, make, kind, count, message, streaming):
         texts = [one["text"] for one in [*corpus.train, *corpus.validation]]
         assert sorted(texts) == sorted(GOOD)
         assert corpus.bad_data.counts == {kind: count}
-        assert kind in corpus.bad_data.summary()
+        assert f"{count} {PLURALS[kind] if count > 1 else kind}" in corpus.bad_data.summary()
 
 
 def test_empty_documents_are_skipped_and_counted_either_way(folder, caplog):
@@ -107,9 +107,9 @@ def test_a_file_that_vanishes_between_listing_and_reading(folder, monkeypatch):
     listed = corpus_module.list_files
 
     def vanishing(path):
-        files = listed(path)
-        files[3].unlink(missing_ok=True)
-        return files
+        listing = listed(path)
+        listing.files[3].unlink(missing_ok=True)
+        return listing
 
     monkeypatch.setattr(corpus_module, "list_files", vanishing)
     with pytest.raises(InputError, match=r"could not read .*03.txt: No such file"):

@@ -10,6 +10,7 @@ import typer
 
 from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
+from flashmhf.cli.terminal import say
 from flashmhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _measure(kind: str, runs: Runs) -> "list[Row]":
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=1) as bar:
         task = bar.add_task(f"bench {kind}", total=len(chosen))
         for title, run in chosen:
-            typer.echo(f"{kind}: {title}", err=True)
+            say(f"{kind}: {title}")
             try:
                 rows += run()
             except ValueError as error:

@@ -1,6 +1,7 @@
 """flashmhf compare: feed-forward layers at matched parameters or FLOPs."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,9 @@ from flashmhf.cli.output import (
     emit,
     results_only,
 )
+from flashmhf.cli.terminal import say
 from flashmhf.data.config import DataConfig
+from flashmhf.errors import Interrupted
 from flashmhf.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -89,14 +92,18 @@ def compare(
         from flashmhf.reports.comparison import write_files
 
         settings = _settings(context.params, tuple(context.args))
-        result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+        try:
+            result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+        except (KeyboardInterrupt, Interrupted) as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            raise Interrupted(number, "the same command again continues the comparison") from None
         report = write_files(result, Path(output_dir))
     emit({**result.as_dict(), "report": str(report)}, _text(result, report), json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 
 
 def _progress(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line)
 
 
 def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":

@@ -1,7 +1,6 @@
 """What the commands share: options, and a standard output that holds only the result."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from flashmhf.cli.terminal import show
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 SOURCE = "stdlib, a file or folder of .txt, .json, .jsonl or .parquet (compressed too), or a Hub dataset"
@@ -64,13 +65,15 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
-    """Prints a command's result, and writes it as JSON into the file `output`."""
-    if output is not None:
-        from flashmhf.files import write_json
+def emit(
+    result: dict[str, Any], text: str, as_json: bool, output: str | None = None, *, verbatim: bool = False
+) -> None:
+    """Prints a command's result, and writes it as JSON into the file `output`. For `verbatim` see `terminal.show`."""
+    from flashmhf.files import json_text, write_json
 
+    if output is not None:
         write_json(Path(output), result)
-    print(json.dumps(result) if as_json else text)
+    show(json_text(result) if as_json else text, verbatim=verbatim)
 
 
 def check_file(output: str) -> None:

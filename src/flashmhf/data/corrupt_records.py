@@ -1,19 +1,31 @@
 """Corrupt records: counted, named, and skipped or refused."""
 
-import logging
+import contextlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 from flashmhf.data.config import REFUSE, SKIP
 from flashmhf.errors import InputError
-
-logger = logging.getLogger(__name__)
+from flashmhf.printable import one_line
 
 EMPTY = "empty document"  # always skipped, since nothing is lost
 BINARY = "binary file"
 ENCODING = "file not in UTF-8"
 UNREADABLE = "unreadable file"
 BROKEN_LINE = "broken line"
+BROKEN_ROWS = "unreadable group of rows"
 NO_TEXT = "row without text column"
+INVALID_TEXT = "text with invalid characters"
+PLURALS = {
+    EMPTY: "empty documents",
+    BINARY: "binary files",
+    ENCODING: "files not in UTF-8",
+    UNREADABLE: "unreadable files",
+    BROKEN_LINE: "broken lines",
+    BROKEN_ROWS: "unreadable groups of rows",
+    NO_TEXT: "rows without text column",
+    INVALID_TEXT: "texts with invalid characters",
+}
 NAMED = 3  # per kind
 
 
@@ -50,5 +62,27 @@ class CorruptRecords:
         parts = []
         for kind, count in sorted(self.counts.items()):
             more = ", ..." if count > NAMED else ""
-            parts.append(f"{count:,} {kind}{'s' if count > 1 else ''} ({', '.join(self._named[kind])}{more})")
+            name = PLURALS[kind] if count > 1 else kind
+            parts.append(f"{count:,} {name} ({', '.join(self._named[kind])}{more})")
         return f"bad data skipped: {'; '.join(parts)}"
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be read, in one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+    return one_line(said) or type(error).__name__
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Whatever a library raises while it reads `where` becomes an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # readers and decoders raise dozens of unrelated types
+        raise InputError(f"data: could not read {where}: {reason(error)}") from error

@@ -93,8 +93,7 @@ def new_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
 
 def check_memory(config: PreTrainedConfig) -> None:
     """Raises InputError if the model's parameters in float32 are larger than this machine's memory."""
-    with torch.device("meta"):
-        size = 4 * new_model(config).num_parameters()
+    size = 4 * empty_model(config).num_parameters()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if size > memory:
         raise InputError(
@@ -180,7 +179,7 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
     tensors = stored_tensors(check_safetensors(folder).values())
     check_floating_point(tensors)
     check_number_of_layers(tensors, config.num_hidden_layers)
-    for name, shape in expected_shapes(config).items():
+    for name, shape in stored_shapes(empty_model(config)).items():
         if name in tensors and math.prod(tensors[name].shape) != math.prod(shape):
             raise InputError(
                 f"model: expected {name} of shape {shape}, as {folder / CONFIG} says, got {tensors[name].shape} in "
@@ -188,11 +187,15 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
             )
 
 
-def expected_shapes(config: FlashMHFConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint holds, from the model on the meta device."""
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device, which takes no memory."""
     with torch.device("meta"):
-        model = new_model(config)
+        return new_model(config)
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint of the model holds."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes

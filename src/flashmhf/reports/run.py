@@ -81,7 +81,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
 
 def _summary(folder: Path, log: RunLog) -> RunSummary:
     def last(name: str) -> Any:
-        return next((row[name] for row in reversed(log.rows) if name in row), None)
+        return next((row[name] for row in reversed(log.rows) if row.get(name) is not None), None)
 
     speeds = sorted(speed for _, speed in log.curve("tokens_per_second"))
     history = _history(folder)

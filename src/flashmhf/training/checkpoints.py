@@ -10,12 +10,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 
-from flashmhf.files import atomic_rename, atomic_write
+from flashmhf.distributed.sharded import SCHEDULER
+from flashmhf.errors import InputError
+from flashmhf.files import atomic_rename, atomic_write, flush, read_json
 from flashmhf.training.manifest import check, write_manifest
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"  # the folder in which checkpoints are written
+UNFINISHED = ".unfinished"  # the folder in which checkpoints are written, and the final model
+FINAL = "model"  # in it
+WEIGHTS = "model*.safetensors*"  # and their index
 TRAINER_STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"
 ARGUMENTS = "training_args.json"
@@ -41,7 +45,7 @@ class CheckpointWriter:
     def writing(self, output_dir: Path, state: TrainerState) -> Iterator[None]:
         """Within the context the Trainer writes the checkpoint of `state`; it gets its name at the end."""
         if self._arguments.should_save:
-            shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+            remove_unfinished(output_dir)
         self._accelerator.wait_for_everyone()
         self._writing = True
         try:
@@ -56,6 +60,22 @@ class CheckpointWriter:
             self._finish(output_dir, state)
         self._accelerator.wait_for_everyone()
 
+    @contextlib.contextmanager
+    def placing(self, folder: Path) -> Iterator[Path]:
+        """Where to write a model: a checkpoint's in its folder, the final one elsewhere; it replaces an older one.
+
+        Until all of its files are on the disk the older one stays as it was.
+        """
+        if not self._arguments.should_save or folder != Path(str(self._arguments.output_dir)):
+            yield folder
+            return
+        remove_unfinished(folder)
+        written = folder / UNFINISHED / FINAL
+        written.mkdir(parents=True)
+        yield written
+        replace_model(written, folder)
+        remove_unfinished(folder)
+
     def _finish(self, output_dir: Path, state: TrainerState) -> None:
         name = f"checkpoint-{state.global_step}"
         unfinished = output_dir / UNFINISHED / name
@@ -64,6 +84,20 @@ class CheckpointWriter:
         give_name(unfinished, output_dir / name)
         best = state.best_model_checkpoint
         rotate(output_dir, self._arguments.save_total_limit, None if best is None else Path(best))
+
+
+def replace_model(written: Path, folder: Path) -> None:
+    """Moves a model's files into a folder, in place of those of an older one."""
+    files = sorted(written.iterdir())
+    for file in files:
+        flush(file)
+    for file in files:
+        file.replace(folder / file.name)
+    names = {file.name for file in files}
+    for old in folder.glob(WEIGHTS):
+        if old.name not in names:  # of a model that was split otherwise
+            old.unlink()
+    flush(folder)
 
 
 def replace_pickled_arguments(folder: Path, arguments: TrainingArguments) -> None:
@@ -78,6 +112,37 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True) if found[step].is_dir()]
 
 
+def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
+    """Raises InputError if a run with these arguments cannot load the state of the checkpoint's optimizer."""
+    if not (checkpoint / SCHEDULER).is_file():  # the Trainer would go on with a new optimizer
+        raise InputError(
+            f"resume: expected a checkpoint with the optimizer's state, got {checkpoint.name}, "
+            "which was written with --save-only-model"
+        )
+    earlier = read_json(checkpoint / ARGUMENTS) if (checkpoint / ARGUMENTS).is_file() else {}
+    for name in ("optim", "lr_scheduler_type"):
+        value = str(getattr(arguments, name).value)
+        if earlier.get(name, value) != value:
+            raise InputError(
+                f"resume: expected --{name.replace('_', '-')} {earlier[name]}, whose state {checkpoint.name} holds, "
+                f"got {value}"
+            )
+
+
+def find_best_checkpoint(state: TrainerState, arguments: TrainingArguments) -> None:
+    """Gives the best checkpoint of a resumed run the path that it has now: the folder may have been moved.
+
+    Raises:
+        InputError: it is not in the folder, and the run is to end with its weights.
+    """
+    if state.best_global_step is None:
+        return
+    best = Path(str(arguments.output_dir)) / f"checkpoint-{state.best_global_step}"
+    state.best_model_checkpoint = str(best) if best.is_dir() else None
+    if arguments.load_best_model_at_end and not best.is_dir():
+        raise InputError(f"load-best-model-at-end: expected {best.name}, the best so far, in {best.parent}, got none")
+
+
 def give_name(unfinished: Path, named: Path) -> None:
     """Moves a complete checkpoint into its place, after deleting an older one of that name."""
     if named.exists():
@@ -87,15 +152,26 @@ def give_name(unfinished: Path, named: Path) -> None:
 
 
 def recover(output_dir: Path) -> None:
-    """After a kill: names a checkpoint that was complete already, and removes one that was not."""
-    if not (output_dir / UNFINISHED).is_dir():
+    """After a kill: names a checkpoint that was complete already, and removes what was not."""
+    place = output_dir / UNFINISHED
+    if not place.is_dir() or place.is_symlink():
+        remove_unfinished(output_dir)
         return
-    for unfinished in checkpoints(output_dir / UNFINISHED):
+    for unfinished in checkpoints(place):
         if check(unfinished) is None:
             give_name(unfinished, output_dir / unfinished.name)
             return
         logger.warning("%s was not finished when the run ended; removed", unfinished.name)
-    shutil.rmtree(output_dir / UNFINISHED)
+    remove_unfinished(output_dir)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what was being written; of a link, the link."""
+    place = output_dir / UNFINISHED
+    if place.is_symlink() or place.is_file():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, best: Path | None) -> None:

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashmhf.errors import InputError
+from flashmhf.layers.former_shapes import ROWS, former_shapes
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import CONFIG, expected_shapes, read_config
+from flashmhf.models.loading import CONFIG, empty_model, read_config, stored_shapes
 from flashmhf.models.reference.format import (
-    ROWS,
     from_reference_config,
     our_name,
     rows_from_reference,
@@ -42,6 +42,8 @@ from flashmhf.models.weights import (
     tensor_names,
 )
 from flashmhf.untrusted import read_settings, reading
+
+Shapes = dict[str, tuple[int, ...]]
 
 UNUSED = "unused.safetensors"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # tokenizer and generation settings
@@ -79,8 +81,8 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
     unused = _read_unused(source, ours) if to == "reference" else {}
     check_floating_point(stored)
     check_number_of_layers(stored, ours.num_hidden_layers)
-    expected = _expected(ours, theirs=to == "flashmhf")
-    _check_tensors(stored, expected, _unused_names(ours) if to == "flashmhf" else set())
+    expected, former = _expected(ours, theirs=to == "flashmhf")
+    _check_tensors(stored, expected, former, _unused_names(ours) if to == "flashmhf" else set())
     with new_folder(destination) as written:
         _write_shards(source, written, files, ours, rename, unused)
         (written / CONFIG).write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
@@ -89,19 +91,16 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
     return {"to": to, "tensors": len(files), "parameters": parameters, "files": len(set(files.values()))}
 
 
-def _expected(ours: FlashMHFConfig, theirs: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the checkpoint must hold."""
-    shapes = expected_shapes(ours)
+def _expected(ours: FlashMHFConfig, theirs: bool) -> tuple[Shapes, Shapes]:
+    """Shapes of the tensors that the checkpoint must hold, and former shapes that some may have instead, by name."""
+    model = empty_model(ours)
+    shapes = stored_shapes(model)
+    former: Shapes = {name: tuple(shape) for name, shape in former_shapes(model).items()}
     if not theirs:
-        return shapes
-    return {their_name(name): _their_shape(name, shape) for name, shape in shapes.items()}
-
-
-def _their_shape(our_tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if split_name(our_tensor)[1] in ROWS:
-        H_kv, E, F, D = shape
-        return (E * F, H_kv * D)
-    return shape
+        return shapes, former
+    for name, (H_kv, E, F, D) in former.items():
+        shapes[name] = (E * F, H_kv * D)
+    return {their_name(name): shape for name, shape in shapes.items()}, {}
 
 
 def _unused_names(ours: FlashMHFConfig) -> set[str]:
@@ -111,7 +110,7 @@ def _unused_names(ours: FlashMHFConfig) -> set[str]:
     return names
 
 
-def _check_tensors(stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
+def _check_tensors(stored: dict[str, StoredTensor], expected: Shapes, former: Shapes, optional: set[str]) -> None:
     if missing := sorted(expected.keys() - stored.keys()):
         raise InputError(f"checkpoint: expected tensor {missing[0]} (of {len(missing)} missing), got none")
     if extra := sorted(stored.keys() - expected.keys() - optional):
@@ -119,7 +118,7 @@ def _check_tensors(stored: dict[str, StoredTensor], expected: dict[str, tuple[in
             f"checkpoint: expected no tensor {extra[0]} (of {len(extra)} extra), got it in {stored[extra[0]].file}"
         )
     for name, shape in expected.items():
-        if stored[name].shape != shape:
+        if stored[name].shape not in (shape, former.get(name)):
             raise InputError(f"checkpoint: expected {name} of shape {shape}, got {stored[name].shape}")
 
 
@@ -148,7 +147,7 @@ def _write_shards(
                     continue
                 new_name = rename(name)
                 if to_reference and split_name(name)[1] in ROWS:
-                    tensor = rows_to_reference(tensor)
+                    tensor = rows_to_reference(tensor, ours)
                 elif not to_reference and split_name(new_name)[1] in ROWS:
                     tensor = rows_from_reference(tensor, ours)
                 shard[new_name] = tensor
