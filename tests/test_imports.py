@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": set(),
     "layers": {"ops"},
     "untrusted": {"errors", "files"},
-    "models": {"ops", "layers", "errors", "untrusted"},
+    "models": {"ops", "layers", "errors", "files", "untrusted"},
     "data": {"errors", "files", "printable", "untrusted"},
     "distributed": {"layers", "models", "errors"},
     "estimates": {"ops", "layers", "models", "errors"},

@@ -41,9 +41,8 @@ def atomic_write(file: Path, content: str | bytes) -> None:
             os.fsync(opened.fileno())
             temporary.replace(file)
         flush(file.parent)
-    except OSError as error:
-        error.filename, error.filename2 = str(file), None  # not the temporary one's
-        raise
+    except OSError as error:  # name the file, not the temporary one
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 @contextlib.contextmanager

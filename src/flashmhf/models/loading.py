@@ -12,6 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmhf.errors import InputError, RunError
+from flashmhf.layers.former_shapes import former_shapes
 from flashmhf.models.configuration import FlashMHFConfig, preset_names
 from flashmhf.models.remote_code import refuse_code
 from flashmhf.models.weights import (
@@ -26,6 +27,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 NUMBERS_AT_A_TIME = 2**26  # of a tensor that is searched for NaN and infinity
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -93,7 +96,8 @@ def new_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
 
 def check_memory(config: PreTrainedConfig) -> None:
     """Raises InputError if the model's parameters in float32 are larger than this machine's memory."""
-    size = 4 * empty_model(config).num_parameters()
+    with torch.device("meta"):
+        size = 4 * new_model(config).num_parameters()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if size > memory:
         raise InputError(
@@ -179,7 +183,7 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
     tensors = stored_tensors(check_safetensors(folder).values())
     check_floating_point(tensors)
     check_number_of_layers(tensors, config.num_hidden_layers)
-    for name, shape in stored_shapes(empty_model(config)).items():
+    for name, shape in expected_shapes(config)[0].items():
         if name in tensors and math.prod(tensors[name].shape) != math.prod(shape):
             raise InputError(
                 f"model: expected {name} of shape {shape}, as {folder / CONFIG} says, got {tensors[name].shape} in "
@@ -187,15 +191,11 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
             )
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, which takes no memory."""
+def expected_shapes(config: FlashMHFConfig) -> tuple[Shapes, Shapes]:
+    """Shapes of a checkpoint's tensors by name, from the model on the meta device; former shapes that some may have."""
     with torch.device("meta"):
-        return new_model(config)
-
-
-def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of the model holds."""
+        model = new_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    return shapes
+    return shapes, {name: tuple(shape) for name, shape in former_shapes(model).items()}

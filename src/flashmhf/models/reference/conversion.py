@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashmhf.errors import InputError
-from flashmhf.layers.former_shapes import ROWS, former_shapes
+from flashmhf.layers.former_shapes import ROWS
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import CONFIG, empty_model, read_config, stored_shapes
+from flashmhf.models.loading import CONFIG, Shapes, expected_shapes, read_config
 from flashmhf.models.reference.format import (
     from_reference_config,
     our_name,
@@ -42,8 +42,6 @@ from flashmhf.models.weights import (
     tensor_names,
 )
 from flashmhf.untrusted import read_settings, reading
-
-Shapes = dict[str, tuple[int, ...]]
 
 UNUSED = "unused.safetensors"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # tokenizer and generation settings
@@ -93,9 +91,7 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
 
 def _expected(ours: FlashMHFConfig, theirs: bool) -> tuple[Shapes, Shapes]:
     """Shapes of the tensors that the checkpoint must hold, and former shapes that some may have instead, by name."""
-    model = empty_model(ours)
-    shapes = stored_shapes(model)
-    former: Shapes = {name: tuple(shape) for name, shape in former_shapes(model).items()}
+    shapes, former = expected_shapes(ours)
     if not theirs:
         return shapes, former
     for name, (H_kv, E, F, D) in former.items():
