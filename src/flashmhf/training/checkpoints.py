@@ -12,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 
 from flashmhf.distributed.sharded import SCHEDULER
 from flashmhf.errors import InputError
-from flashmhf.files import atomic_rename, atomic_write, flush, read_json
+from flashmhf.files import atomic_rename, atomic_write, flush
 from flashmhf.training.manifest import check, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -112,21 +112,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True) if found[step].is_dir()]
 
 
-def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
-    """Raises InputError if a run with these arguments cannot load the state of the checkpoint's optimizer."""
-    if not (checkpoint / SCHEDULER).is_file():  # the Trainer would go on with a new optimizer
+def check_resumable(checkpoint: Path) -> None:
+    """Raises InputError if a checkpoint has no optimizer, since the Trainer would go on with a new one."""
+    if not (checkpoint / SCHEDULER).is_file():
         raise InputError(
             f"resume: expected a checkpoint with the optimizer's state, got {checkpoint.name}, "
             "which was written with --save-only-model"
         )
-    earlier = read_json(checkpoint / ARGUMENTS) if (checkpoint / ARGUMENTS).is_file() else {}
-    for name in ("optim", "lr_scheduler_type"):
-        value = str(getattr(arguments, name).value)
-        if earlier.get(name, value) != value:
-            raise InputError(
-                f"resume: expected --{name.replace('_', '-')} {earlier[name]}, whose state {checkpoint.name} holds, "
-                f"got {value}"
-            )
 
 
 def find_best_checkpoint(state: TrainerState, arguments: TrainingArguments) -> None:
