@@ -18,6 +18,8 @@ import torch
 from transformers import TrainerCallback
 from transformers import __version__ as transformers_version
 
+from flashmhf.files import parse_json
+
 LOG_FILE = "log.jsonl"
 
 
@@ -146,8 +148,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     lines = []
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
         if isinstance(line, dict) and ("step" in line or "start" in line):
             lines.append(line)
