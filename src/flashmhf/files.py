@@ -41,9 +41,8 @@ def atomic_write(file: Path, content: str | bytes) -> None:
             os.fsync(opened.fileno())
             temporary.replace(file)
         flush(file.parent)
-    except OSError as error:
-        error.filename, error.filename2 = str(file), None  # not the temporary one's
-        raise
+    except OSError as error:  # name the file, not the temporary one
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 @contextlib.contextmanager
@@ -159,16 +158,17 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
     """JSON, which has no NaN and no infinity: such numbers become null."""
-    return json.dumps(_only_finite(content), indent=indent, allow_nan=False)
+    return json.dumps(only_finite(content), indent=indent, allow_nan=False)
 
 
-def _only_finite(content: Any) -> Any:
+def only_finite(content: Any) -> Any:
+    """With None for every float that is not finite, in lists and dictionaries too."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
-        return {name: _only_finite(value) for name, value in content.items()}
+        return {name: only_finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_only_finite(value) for value in content]
+        return [only_finite(value) for value in content]
     return content
 
 

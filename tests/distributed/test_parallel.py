@@ -12,11 +12,18 @@ from flashmhf.models.loading import load_model
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
+ONE_HEAD = {"num_ffn_kv_heads": 1}
 
 
 def two_processes(folder: str) -> dict:
     steps = one_step(list(MODELS), LAYOUTS_OF_TWO)
-    return {"step": steps, "collectives": collectives(), "resumed": resumed("flashmhf", LAYOUTS_OF_TWO, folder)}
+    return {
+        "step": steps,
+        "collectives": collectives(),
+        "resumed": resumed("flashmhf", LAYOUTS_OF_TWO, folder),
+        "resumed from former": resumed("flashmhf", ["fsdp", "tp"], f"{folder}/former", former=True),
+        "resumed from former, grouped": resumed("flashmhf", ["fsdp"], f"{folder}/one head", former=True, **ONE_HEAD),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,18 @@ def losses_after_three_steps() -> list[float]:
 @pytest.mark.parametrize("first", LAYOUTS_OF_TWO)
 def test_a_sharded_checkpoint_resumes_in_any_layout(of_two, losses_after_three_steps, first, second):
     assert of_two["resumed"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+
+
+@pytest.mark.parametrize("second", ["fsdp", "tp"])
+@pytest.mark.parametrize("first", ["fsdp", "tp"])
+def test_a_sharded_checkpoint_with_the_former_shapes_resumes(of_two, losses_after_three_steps, first, second):
+    assert of_two["resumed from former"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+
+
+def test_a_former_checkpoint_that_was_sharded_by_sub_networks_resumes(of_two):
+    """One head of K, U and V for two ranks: these were sharded by another dimension than now."""
+    expected = [loss.item() for loss in curve(build("flashmhf", **ONE_HEAD), 0, 1, 6)][3:]
+    assert of_two["resumed from former, grouped"]["fsdp", "fsdp"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)

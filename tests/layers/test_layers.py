@@ -45,7 +45,7 @@ def formula(layer: FlashMHF, x: torch.Tensor) -> torch.Tensor:
         else reference.head_gate(q, layer.gate_scale * layer.gate_weight, layer.gate_type)
     )
     groups = layer.num_heads // layer.num_kv_heads
-    k, u, v = (weight.repeat_interleave(groups, 0) for weight in (layer.k, layer.u, layer.v))
+    k, u, v = (layer._rows(name).repeat_interleave(groups, 0) for name in "kuv")
     m = layer.score_scale * torch.einsum("...hd,hefd->...hef", q, k)
     n = layer.score_scale * torch.einsum("...hd,hefd->...hef", q, u)
     p = nnf.silu(m) * n * (1.0 if gate is None else gate[..., None])
@@ -70,7 +70,7 @@ def test_flashmhf_matches_the_formula(options):
 def test_parameter_names_and_shapes(options):
     layer = FlashMHF(32, 4, 3, 20, **options)
     H_kv = options.get("num_kv_heads", 4)
-    expected = dict.fromkeys("kuv", (H_kv, 3, 20, 8))
+    expected = dict.fromkeys("kuv", (H_kv * 3, 20, 8))
     if options.get("gate_type", "sigmoid") is not None:
         expected["gate_weight"] = (4, 8, 3)
     if options.get("q_norm"):
@@ -87,7 +87,7 @@ def test_special_cases_match_the_layers_they_reduce_to():
     mhffn = MHFFN(32, 4, 50)
     torch.testing.assert_close(mhffn(x), formula(mhffn, x))
     moe = DenseMoE(32, 3, 20, init="scaled")
-    experts = (moe.k[0], moe.u[0], moe.v[0])
+    experts = (moe.k, moe.u, moe.v)
     gate = torch.sigmoid(x @ moe.gate_weight[0])
     gate = gate / gate.sum(-1, keepdim=True)
     outs = [(nnf.silu(x @ k.T) * (x @ u.T)) @ v for k, u, v in zip(*experts, strict=True)]
@@ -95,9 +95,9 @@ def test_special_cases_match_the_layers_they_reduce_to():
     swiglu = SwiGLU(32, 50)
     single = FlashMHF(32, 1, 1, 50, gate_type=None, projections=False)
     with torch.no_grad():
-        single.k[0, 0].copy_(swiglu.gate_proj.weight)
-        single.u[0, 0].copy_(swiglu.up_proj.weight)
-        single.v[0, 0].copy_(swiglu.down_proj.weight.T)
+        single.k[0].copy_(swiglu.gate_proj.weight)
+        single.u[0].copy_(swiglu.up_proj.weight)
+        single.v[0].copy_(swiglu.down_proj.weight.T)
     torch.testing.assert_close(single(x), swiglu(x))
 
 

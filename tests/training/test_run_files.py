@@ -83,6 +83,7 @@ def test_what_makes_another_run_is_named(change, message):
 
 def test_a_value_that_may_change_is_logged_and_others_are_refused(tmp_path, caplog):
     write_run(tmp_path, CONFIG, PRINTS)
+    (tmp_path / "trainer_state.json").touch()
     check_same_inputs(tmp_path, replace(PRINTS, arguments={"learning_rate": 1e-3, "max_steps": 12}))
     assert "max_steps was 6 before, and is 12 from here on" in caplog.text
     with pytest.raises(InputError, match="resume: expected the seed of the earlier run, 42, got 1"):
@@ -91,6 +92,7 @@ def test_a_value_that_may_change_is_logged_and_others_are_refused(tmp_path, capl
 
 def test_another_path_of_the_same_inputs_is_no_difference(tmp_path):
     write_run(tmp_path, CONFIG, PRINTS)
+    (tmp_path / "trainer_state.json").touch()
     moved = replace(CONFIG, model="elsewhere/model.json", data=replace(CONFIG.data, source="/mnt/books"))
     assert prepare_output_dir(tmp_path, moved, resume=True) is None
 
@@ -101,6 +103,7 @@ def test_a_run_from_before_the_versions_is_resumed(tmp_path, caplog):
     (tmp_path / "run.json").write_text(json.dumps(old | {"width_scaled_learning_rate": 32}))
     assert read_run(tmp_path) == CONFIG
     assert prepare_output_dir(tmp_path, CONFIG, resume=True) is None
+    (tmp_path / "trainer_state.json").touch()
     check_same_inputs(tmp_path, PRINTS)
     assert "run.json is of an older version: make sure that data and seed are those of then" in caplog.text
     with pytest.raises(InputError, match="resume: expected the mup_base_width of the earlier run, 32, got 64"):

@@ -11,6 +11,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.former_shapes import register_former_shapes
 from flashmhf.models.modeling import (
     FlashMHFForCausalLM,
     FlashMHFForQuestionAnswering,
@@ -32,6 +33,7 @@ __all__ = [
     "preset_names",
 ]
 
+register_former_shapes(FlashMHFModel.__name__)
 AutoConfig.register(FlashMHFConfig.model_type, FlashMHFConfig)
 AutoModel.register(FlashMHFConfig, FlashMHFModel)
 # Trainer (label smoothing) and pipelines look for a class by its name in these tables, which `register` does not fill.

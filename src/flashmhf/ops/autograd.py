@@ -3,6 +3,10 @@
 The library's version spends some 25 us of Python per call, much of it on a second pass through the dispatcher. Here the
 kernel is called directly whenever the dispatcher would do nothing else: when the call has only the dispatch keys of its
 device and of autograd, so no mode, transform or tensor subclass needs to see it.
+
+Under the transforms of `torch.func` an autograd kernel is called once per level, on that level's wrappers, and passes
+its arguments on to the next level. Reverse mode records its node there, as for any operator of PyTorch. Forward mode
+has no kernel of its own: where an argument has a tangent, the formula is computed by differentiable operators instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from flashmhf.ops.autocast import without_autocast
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _PLAIN = frozenset(
@@ -22,7 +30,9 @@ Kernel = Callable[..., Tensor | list[Tensor]]
 Differentiate = Callable[..., Sequence[Tensor | None]]
 
 
-def register_autograd(library: torch.library.Library, name: str, kernel: Kernel, differentiate: Differentiate) -> None:
+def register_autograd(
+    library: torch.library.Library, name: str, kernel: Kernel, differentiate: Differentiate, formula: Kernel
+) -> None:
     """Makes an operator differentiable. It saves its tensor arguments and nothing else.
 
     Args:
@@ -31,6 +41,7 @@ def register_autograd(library: torch.library.Library, name: str, kernel: Kernel,
         kernel: what the operator runs on any device.
         differentiate: called as differentiate(tensors, options, needs, *output_gradients), where `options` are the
             other arguments and `needs` says which tensors require a gradient; returns a gradient or None per tensor.
+        formula: the same as `kernel`, in operators that are differentiable in both modes.
     """
     operator = getattr(getattr(torch.ops, library.ns), name).default
     num_tensors = sum("Tensor" in str(argument.type) for argument in operator._schema.arguments)
@@ -46,15 +57,40 @@ def register_autograd(library: torch.library.Library, name: str, kernel: Kernel,
     # Function.apply checks for transforms, of which a plain call has none, before it calls its base class.
     plain_apply = super(torch.autograd.Function, function).apply
 
+    def apply(*inputs: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        with enable_single_level_autograd_function():
+            return plain_apply(*inputs)
+
     def autograd_kernel(keyset: Any, *inputs: Any) -> Any:
         keyset = None if keyset.raw_repr() in _PLAIN else keyset
+        may_have_tangents = forward_ad._current_level >= 0 or (
+            keyset is not None and _is_transformed_or_traced(inputs[0])
+        )
+        if may_have_tangents and any(map(_has_tangent, inputs[:num_tensors])):
+            with without_autocast(inputs[0].device.type):
+                return formula(*inputs)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keyset, *inputs)
-        apply = plain_apply if keyset is None else function.apply
-        result = apply(*inputs[:num_tensors], keyset, inputs[num_tensors:])
+        result = (plain_apply if keyset is None else apply)(*inputs[:num_tensors], keyset, inputs[num_tensors:])
         return list(result) if isinstance(result, tuple) else result
 
     library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_transformed_or_traced(x: Tensor) -> bool:
+    """Programs of torch.compile enter a dual level without setting `forward_ad._current_level`."""
+    return type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
 def _autograd_function(below_autograd: Kernel, differentiate: Differentiate, num_tensors: int) -> Any:
@@ -64,7 +100,11 @@ def _autograd_function(below_autograd: Kernel, differentiate: Differentiate, num
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             *tensors, keyset, ctx.options = inputs
-            result = below_autograd(keyset, *tensors, *ctx.options)
+            if keyset is None or not torch._C._are_functorch_transforms_active():
+                result = below_autograd(keyset, *tensors, *ctx.options)
+            else:  # the levels below differentiate, too, and `apply` has switched that off
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    result = below_autograd(keyset, *tensors, *ctx.options)
             ctx.save_for_backward(*tensors)
             return tuple(result) if isinstance(result, list) else result
 

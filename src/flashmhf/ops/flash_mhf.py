@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops import backends, call_cache, reference
-from flashmhf.ops.autocast import cast_inputs
-from flashmhf.ops.autograd import register_autograd
+from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
+from flashmhf.ops.autograd import is_transformed, register_autograd
+from flashmhf.ops.batching import TOKENS, WEIGHTS, register_vmap
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.second_derivatives import differentiate_gradients
 
@@ -37,6 +38,9 @@ def flash_mhf(
     Differentiable twice in every tensor; works under torch.compile(fullgraph=True), activation checkpointing and
     autocast (q, k, u and v are then cast to the autocast dtype, the gate is not).
 
+    Works under the transforms of `torch.func`. Reverse mode runs on the backend; so does `vmap`, in one call. Forward
+    mode (`jvp`, `jacfwd`, dual numbers) and second derivatives compute the reference's formula, in its time and memory.
+
     Args:
         q: (..., H, D). Any leading dimensions, any strides; float64, float32, float16 or bfloat16.
         k, u, v: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h reads parameter head
@@ -52,7 +56,11 @@ def flash_mhf(
 
     Source: arXiv 2512.06989, section 3; `ops/reference.py` is the formula.
     """
-    q, k, u, v = cast_inputs(q, k, u, v)
+    if autocast_dtype(q.device.type) is not None:
+        q, k, u, v = cast_inputs(q, k, u, v)
+        if is_transformed():  # autocast cannot be disabled inside the operator
+            with without_autocast(q.device.type):
+                return torch.ops.flashmhf.flash_mhf(q, k, u, v, gate, backend)
     return torch.ops.flashmhf.flash_mhf(q, k, u, v, gate, backend)
 
 
@@ -103,14 +111,21 @@ def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor
 
 
 def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed, _ = options
-
-    def gradients(inputs: list[Any]) -> list[Tensor]:
-        dout, q, k, u, v, gate = inputs
-        return [grad for grad in reference.backward(dout, q, k, u, v, gate, tuple(needed)) if grad is not None]
-
-    return differentiate_gradients(tensors, needs, grad_grads, gradients)
+    return differentiate_gradients(tensors, needs, grad_grads, lambda inputs: _gradients(*inputs, *options))
 
 
-register_autograd(_LIBRARY, "flash_mhf", _forward, _differentiate_forward)
-register_autograd(_LIBRARY, "flash_mhf_backward", _backward, _differentiate_backward)
+def _forward_formula(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+    _select((q, k, u, v, gate), (backend,))
+    return reference.forward(q, k, u, v, gate)
+
+
+def _gradients(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: list[bool], backend: str
+) -> list[Tensor]:
+    """The formula of the backward operator."""
+    return [grad for grad in reference.backward(dout, q, k, u, v, gate, tuple(needs)) if grad is not None]
+
+
+register_autograd(_LIBRARY, "flash_mhf", _forward, _differentiate_forward, _forward_formula)
+register_autograd(_LIBRARY, "flash_mhf_backward", _backward, _differentiate_backward, _gradients)
+register_vmap(_LIBRARY, "flash_mhf", (TOKENS, WEIGHTS, WEIGHTS, WEIGHTS, TOKENS), _select)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
-from flashmhf.ops.autograd import register_autograd
+from flashmhf.ops.autograd import is_transformed, register_autograd
+from flashmhf.ops.batching import TOKENS, WEIGHTS, register_vmap
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.prologue import GATES, Prologue
 from flashmhf.ops.second_derivatives import differentiate_gradients
@@ -61,6 +62,9 @@ def gated_mhf(
     """
     if autocast_dtype(q.device.type) is not None:
         q, k, u, v = cast_inputs(q, k, u, v)
+        if is_transformed():  # autocast cannot be disabled inside the operator
+            with without_autocast(q.device.type):
+                return _GATED_MHF(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend)
     return _GATED_MHF(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend)
 
 
@@ -143,20 +147,21 @@ def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor
 
 
 def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed, *prologue, _ = options
-
-    def gradients(inputs: list[Any]) -> tuple[Tensor, ...]:
-        dout, *arguments = inputs
-        for i, need in enumerate(needed):
-            if need and not arguments[i].requires_grad:
-                arguments[i] = arguments[i].detach().requires_grad_()
-        differentiated = [x for x, need in zip(arguments, needed, strict=True) if need]
-        q, k, u, v, gate_weight, norm_weight = arguments
-        out = reference.gated_forward(q, k, u, v, gate_weight, norm_weight, Prologue(*prologue))
-        return torch.autograd.grad(out, differentiated, dout, create_graph=True)
-
-    return differentiate_gradients(tensors, needs, grad_grads, gradients)
+    return differentiate_gradients(tensors, needs, grad_grads, lambda inputs: _gradients(*inputs, *options))
 
 
-register_autograd(_LIBRARY, "gated_mhf", _forward, _differentiate_forward)
-register_autograd(_LIBRARY, "gated_mhf_backward", _backward, _differentiate_backward)
+def _forward_formula(q, k, u, v, gate_weight, norm_weight, *options) -> Tensor:
+    _select((q, k, u, v, gate_weight, norm_weight), options)
+    return reference.gated_forward(q, k, u, v, gate_weight, norm_weight, Prologue(*options[:3]))
+
+
+def _gradients(dout, q, k, u, v, gate_weight, norm_weight, needs, *options) -> list[Tensor]:
+    """The formula of the backward operator."""
+    inputs = (q, k, u, v, gate_weight, norm_weight)
+    grads = reference.gated_backward(dout, *inputs, tuple(needs), Prologue(*options[:3]))
+    return [grad for grad in grads if grad is not None]
+
+
+register_autograd(_LIBRARY, "gated_mhf", _forward, _differentiate_forward, _forward_formula)
+register_autograd(_LIBRARY, "gated_mhf_backward", _backward, _differentiate_backward, _gradients)
+register_vmap(_LIBRARY, "gated_mhf", (TOKENS, *(WEIGHTS,) * 5), _select)

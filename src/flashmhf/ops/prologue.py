@@ -47,7 +47,7 @@ def forward(
     if gate_weight is not None:
         gate = torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=dtype, device=q.device)
         gate_weight_HDE = gate_weight.to(dtype)
-    q_THD, normed_THD, gate_THE = _tokens(q), _tokens(normed), None if gate is None else _tokens(gate)
+    q_THD, normed_THD, gate_THE = tokens_of(q), tokens_of(normed), None if gate is None else tokens_of(gate)
     for block in _blocks(q_THD):
         if norm_weight is not None:
             x = q_THD[block].to(dtype)
@@ -67,34 +67,50 @@ def backward(
     dgate: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients for q, gate_weight and norm_weight. May overwrite `dnormed` with the first."""
-    dtype = _compute_dtype(q)
-    gate_weight_HDE = None if gate_weight is None else gate_weight.to(dtype)
     dgate_weight, dnorm_weight = (
-        None if weight is None else torch.zeros(weight.shape, dtype=dtype, device=q.device)
+        None if weight is None else torch.zeros(weight.shape, dtype=_compute_dtype(q), device=q.device)
         for weight in (gate_weight, norm_weight)
     )
-    q_THD, dq_THD, dgate_THE = _tokens(q), _tokens(dnormed), None if dgate is None else _tokens(dgate)
+    q_THD, dq_THD, dgate_THE = tokens_of(q), tokens_of(dnormed), None if dgate is None else tokens_of(dgate)
     for block in _blocks(q_THD):
-        x, dx = q_THD[block].to(dtype), dq_THD[block].to(dtype)
-        unit = normed = x
-        if norm_weight is not None:
-            inverse_rms = _inverse_rms(x, prologue.norm_eps)
-            unit = x * inverse_rms
-            normed = (unit * norm_weight).to(q.dtype).to(dtype)
-        if dgate_THE is not None:
-            assert gate_weight_HDE is not None
-            assert dgate_weight is not None
-            logits = torch.einsum("thd,hde->the", normed, gate_weight_HDE)
-            dlogits = _logit_gradient(logits, dgate_THE[block], prologue)
-            dgate_weight += torch.einsum("thd,the->hde", normed, dlogits)
-            dx = dx + torch.einsum("the,hde->thd", dlogits, gate_weight_HDE)
-        if norm_weight is not None:
-            assert dnorm_weight is not None
-            dnorm_weight += (dx * unit).sum(0)
-            dx = dx * norm_weight
-            dx = (dx - unit * (dx * unit).mean(-1, keepdim=True)) * inverse_rms
-        dq_THD[block] = dx
+        dgate_block = None if dgate_THE is None else dgate_THE[block]
+        dq_THD[block], *dweights = block_backward(
+            q_THD[block], gate_weight, norm_weight, prologue, dq_THD[block], dgate_block
+        )
+        for total, dweight in zip((dgate_weight, dnorm_weight), dweights, strict=True):
+            if total is not None and dweight is not None:
+                total += dweight
     return dq_THD.view(q.shape), _cast_like(dgate_weight, gate_weight), _cast_like(dnorm_weight, norm_weight)
+
+
+def block_backward(
+    q: Tensor,
+    gate_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    prologue: Prologue,
+    dnormed: Tensor,
+    dgate: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`backward` of one block of q (T, H, D), in float32 (float64 for float64); itself differentiable."""
+    dtype = _compute_dtype(q)
+    x, dx = q.to(dtype), dnormed.to(dtype)
+    unit = normed = x
+    dgate_weight = dnorm_weight = None
+    if norm_weight is not None:
+        inverse_rms = _inverse_rms(x, prologue.norm_eps)
+        unit = x * inverse_rms
+        normed = (unit * norm_weight).to(q.dtype).to(dtype)
+    if gate_weight is not None and dgate is not None:
+        gate_weight = gate_weight.to(dtype)
+        logits = torch.einsum("thd,hde->the", normed, gate_weight)
+        dlogits = _logit_gradient(logits, dgate, prologue)
+        dgate_weight = torch.einsum("thd,the->hde", normed, dlogits)
+        dx = dx + torch.einsum("the,hde->thd", dlogits, gate_weight)
+    if norm_weight is not None:
+        dnorm_weight = (dx * unit).sum(0)
+        dx = dx * norm_weight
+        dx = (dx - unit * (dx * unit).mean(-1, keepdim=True)) * inverse_rms
+    return dx, dgate_weight, dnorm_weight
 
 
 def _cast_like(grad: Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -118,7 +134,7 @@ def _logit_gradient(logits: Tensor, dgate: Tensor, prologue: Prologue) -> Tensor
     share = scores / total.clamp_min(MIN_GATE_SUM)
     # The sum has no gradient where it is clamped.
     through_sum = torch.where(total > MIN_GATE_SUM, (dshare * share).sum(-1, keepdim=True), 0.0)
-    return (dshare - through_sum) / total.clamp_min(MIN_GATE_SUM) * scores * (1 - scores)
+    return (dshare - through_sum) * share * (1 - scores)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -129,7 +145,7 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _tokens(x: Tensor) -> Tensor:
+def tokens_of(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]) if x.numel() else x.reshape(0, *x.shape[-2:])
 
 

@@ -11,11 +11,20 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from flashmhf.ops.prologue import Prologue
+from flashmhf.ops.prologue import Prologue, block_backward, tokens_of
 from flashmhf.ops.prologue import backward as prologue_backward
 from flashmhf.ops.prologue import forward as prologue_forward
 
-__all__ = ["backward", "forward", "gated_forward", "head_gate", "head_norm", "prologue_backward", "prologue_forward"]
+__all__ = [
+    "backward",
+    "forward",
+    "gated_backward",
+    "gated_forward",
+    "head_gate",
+    "head_norm",
+    "prologue_backward",
+    "prologue_forward",
+]
 
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
@@ -70,10 +79,46 @@ def gated_forward(
     prologue: Prologue,
 ) -> Tensor:
     """`forward` of the normed q, with the gate computed from it; see `gated_mhf`."""
+    normed, gate = _normed_and_gate(q, gate_weight, norm_weight, prologue)
+    return forward(normed, k, u, v, gate)
+
+
+def gated_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    gate_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    needs: tuple[bool, ...],
+    prologue: Prologue,
+) -> tuple[Tensor | None, ...]:
+    """Gradients for the tensors of `gated_forward`, None where `needs` says so. Itself differentiable."""
+    normed, gate = _normed_and_gate(q, gate_weight, norm_weight, prologue)
+    needs_prologue = needs[0] or needs[4] or needs[5]
+    op_needs = (needs_prologue, *needs[1:4], needs_prologue and gate is not None)
+    dnormed, dk, du, dv, dgate = backward(dout, normed, k, u, v, gate, op_needs)
+    grads = [None, dk, du, dv, None, None]
+    if dnormed is not None:
+        dgate_THE = None if dgate is None else tokens_of(dgate)
+        blocks = block_backward(tokens_of(q), gate_weight, norm_weight, prologue, tokens_of(dnormed), dgate_THE)
+        for i, x, grad in zip((0, 4, 5), (q, gate_weight, norm_weight), blocks, strict=True):
+            if needs[i] and x is not None and grad is not None:
+                grads[i] = grad.reshape(x.shape).to(x.dtype)
+    return tuple(grads)
+
+
+def _normed_and_gate(
+    q: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None, prologue: Prologue
+) -> tuple[Tensor, Tensor | None]:
+    """Both computed in at least float32; the first rounded to q's dtype."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
     if norm_weight is not None:
-        q = head_norm(q, norm_weight, prologue.norm_eps)
-    gate = None if gate_weight is None else prologue.gate_total * head_gate(q, gate_weight, prologue.gate_type)
-    return forward(q, k, u, v, gate)
+        q = head_norm(q.to(dtype), norm_weight, prologue.norm_eps).to(q.dtype)
+    if gate_weight is None:
+        return q, None
+    return q, prologue.gate_total * head_gate(q.to(dtype), gate_weight.to(dtype), prologue.gate_type)
 
 
 def head_norm(q: Tensor, weight: Tensor, eps: float) -> Tensor:

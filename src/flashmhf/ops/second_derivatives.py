@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmhf.ops.autocast import without_autocast
+
 
 def differentiate_gradients(
     saved: Sequence[Tensor | None],
@@ -22,7 +24,8 @@ def differentiate_gradients(
         gradients: recomputes its results differentiably from copies of `saved`.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device_type = next(x.device.type for x in saved if x is not None)
+    with torch.enable_grad(), without_autocast(device_type):
         # Views, so that one tensor passed for two arguments gets a gradient for each.
         inputs = [None if x is None else x.view_as(x) for x in saved]
         needed = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]

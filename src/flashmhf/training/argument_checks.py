@@ -112,9 +112,7 @@ def _evaluates(arguments: Any) -> bool:
 
 
 def _saves_evaluated_models(arguments: Any) -> bool:
-    if arguments.save_strategy == "steps":  # the two strategies are equal, transformers sees to that
-        return arguments.eval_steps == arguments.save_steps
-    return _evaluates(arguments)
+    return arguments.save_strategy != "steps" or arguments.eval_steps == arguments.save_steps
 
 
 def _warms_up(arguments: Any) -> bool:
@@ -164,7 +162,7 @@ NEEDS = {
     "load_best_model_at_end": Need(
         default=False,
         met=_saves_evaluated_models,
-        text="every evaluated model to be saved (--eval-strategy steps or epoch, equal --save-steps and --eval-steps)",
+        text="equal --save-steps and --eval-steps, so that every evaluated model is saved",
     ),
     "greater_is_better": Need(
         default=None,
@@ -217,6 +215,8 @@ def check_flags(values: Any) -> None:
         raise InputError(f"max-steps: expected 1 or more, or -1 for --num-train-epochs, got {values.max_steps}")
     if values.max_steps == -1 and values.num_train_epochs <= 0:
         raise InputError(f"num-train-epochs: expected more than 0, got {values.num_train_epochs:g}")
+    if values.load_best_model_at_end and values.eval_strategy == "no":
+        raise InputError("load-best-model-at-end: expected --eval-strategy steps or epoch with it, got no")
     if values.warmup_steps >= 1 and values.warmup_steps != int(values.warmup_steps):
         raise InputError(f"warmup-steps: expected a whole number or a share below 1, got {values.warmup_steps:g}")
 

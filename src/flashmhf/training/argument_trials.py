@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 
 from flashmhf.errors import InputError
 
 STEP_IN_BACKWARD = ("lomo", "adalomo")  # as do those that end in "layerwise"
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")  # torch's options
 PROBES = ("0.123", "7", "true", "false", "bfloat16")  # values that an optimizer's option may have
 NO_STEPS = 1000  # of a schedule, where the number is known only from the data
 
@@ -40,8 +40,7 @@ def try_arguments(arguments: Any) -> None:
         _check_option_is_read(arguments, option, value, [f"{o}={v}" for o, v in given if o != option])
     with _refused_as(f"lr-scheduler-type: {arguments.lr_scheduler_type.value}: lr-scheduler-kwargs"):
         _try_schedule(arguments, optimizer)
-    with _refused_as("activation-checkpointing-kwargs"):
-        _try_checkpointing(arguments)
+    _check_checkpointing(arguments)
     with _refused_as("accelerator-config: gradient_accumulation_kwargs"):
         _try_accumulation(arguments)
     with _refused_as("torch-compile"):
@@ -103,16 +102,16 @@ def _try_schedule(arguments: Any, optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError(f"expected a finite learning rate at step {step}, got {factor(step)}")
 
 
-def _try_checkpointing(arguments: Any) -> None:
-    if not arguments.gradient_checkpointing:
-        return
+def _check_checkpointing(arguments: Any) -> None:
     options = dict(arguments.gradient_checkpointing_kwargs or {})
+    known = set(CHECKPOINTING)
     if hasattr(arguments, "activation_checkpointing"):  # the versions of transformers that know these two
-        every = options.pop("every_n_layers", 1)
-        options.pop("offload", None)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every_n_layers: expected 1 or more, got {every!r}")
-    checkpoint(torch.exp, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
+        known |= {"every_n_layers", "offload"}
+    if unknown := options.keys() - known:
+        raise InputError(f"activation-checkpointing-kwargs: expected {', '.join(sorted(known))}, got {min(unknown)}")
+    every = options.get("every_n_layers", 1)
+    if not isinstance(every, int) or every < 1:
+        raise InputError(f"activation-checkpointing-kwargs: every_n_layers: expected 1 or more, got {every!r}")
 
 
 def _try_accumulation(arguments: Any) -> None:

@@ -10,7 +10,9 @@ from flashmhf.errors import InputError
 from flashmhf.training.argument_checks import check_flags, check_together
 from flashmhf.training.argument_trials import try_arguments
 
+SAVE_STEPS = 500
 MIN_LR_RATE = 0.1  # of a schedule that ends at a share of the learning rate
+DEPENDENT = ("lr_scheduler_kwargs", "metric_for_best_model", "save_strategy", "save_steps", "bf16")  # see `_complete`
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine_with_min_lr",
@@ -23,7 +25,6 @@ DEFAULTS: dict[str, Any] = {
     "logging_first_step": True,
     "eval_strategy": "steps",
     "eval_steps": 500,
-    "save_steps": 500,
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
     "include_num_input_tokens_seen": True,
@@ -42,7 +43,7 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     parser.set_defaults(
         **DEFAULTS,
-        bf16=gpu and torch.cuda.is_bf16_supported(),
+        **dict.fromkeys(DEPENDENT),
         dataloader_pin_memory=gpu,
         use_cpu=not torch.accelerator.is_available(),  # otherwise each process of torchrun would train on its own
         output_dir=output_dir,
@@ -70,11 +71,19 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
 
 
 def _complete(values: argparse.Namespace) -> None:
-    """Defaults that depend on other values."""
+    """Sets what was not given to what fits the values that were."""
     if values.lr_scheduler_kwargs is None and str(values.lr_scheduler_type).endswith("with_min_lr"):
         values.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
+    best = values.load_best_model_at_end and values.eval_strategy != "no"  # each evaluated model is saved
+    if values.save_strategy is None:
+        values.save_strategy = values.eval_strategy if best else "steps"
+    if values.save_steps is None:
+        values.save_steps = values.eval_steps if best else SAVE_STEPS
     if values.save_strategy == "best" and values.metric_for_best_model is None:
         values.metric_for_best_model = "loss"
+    if values.bf16 is None:
+        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        values.bf16 = half and not values.use_cpu and not values.fp16
 
 
 class _Parser(HfArgumentParser):

@@ -6,18 +6,23 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import PickleError
 
+import torch
 from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.distributed.sharded import SCHEDULER
 from flashmhf.errors import InputError
-from flashmhf.files import atomic_rename, atomic_write, read_json
+from flashmhf.files import atomic_rename, atomic_write, flush, read_json
+from flashmhf.system_errors import system_error
 from flashmhf.training.manifest import check, write_manifest
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"  # the folder in which checkpoints are written
+UNFINISHED = ".unfinished"  # the folder in which checkpoints are written, and the final model
+FINAL = "model"  # in it
+WEIGHTS = "model*.safetensors*"  # and their index
 TRAINER_STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"
 ARGUMENTS = "training_args.json"
@@ -43,7 +48,7 @@ class CheckpointWriter:
     def writing(self, output_dir: Path, state: TrainerState) -> Iterator[None]:
         """Within the context the Trainer writes the checkpoint of `state`; it gets its name at the end."""
         if self._arguments.should_save:
-            shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+            remove_unfinished(output_dir)
         self._accelerator.wait_for_everyone()
         self._writing = True
         try:
@@ -58,6 +63,22 @@ class CheckpointWriter:
             self._finish(output_dir, state)
         self._accelerator.wait_for_everyone()
 
+    @contextlib.contextmanager
+    def placing(self, folder: Path) -> Iterator[Path]:
+        """Where to write a model: a checkpoint's in its folder, the final one elsewhere; it replaces an older one.
+
+        Until all of its files are on the disk the older one stays as it was.
+        """
+        if not self._arguments.should_save or folder != Path(str(self._arguments.output_dir)):
+            yield folder
+            return
+        remove_unfinished(folder)
+        written = folder / UNFINISHED / FINAL
+        written.mkdir(parents=True)
+        yield written
+        replace_model(written, folder)
+        remove_unfinished(folder)
+
     def _finish(self, output_dir: Path, state: TrainerState) -> None:
         name = f"checkpoint-{state.global_step}"
         unfinished = output_dir / UNFINISHED / name
@@ -68,6 +89,20 @@ class CheckpointWriter:
         rotate(output_dir, self._arguments.save_total_limit, None if best is None else Path(best))
 
 
+def replace_model(written: Path, folder: Path) -> None:
+    """Moves a model's files into a folder, in place of those of an older one."""
+    files = sorted(written.iterdir())
+    for file in files:
+        flush(file)
+    for file in files:
+        file.replace(folder / file.name)
+    names = {file.name for file in files}
+    for old in folder.glob(WEIGHTS):
+        if old.name not in names:  # of a model that was split otherwise
+            old.unlink()
+    flush(folder)
+
+
 def replace_pickled_arguments(folder: Path, arguments: TrainingArguments) -> None:
     """Writes the training arguments as JSON in place of the pickle that the Trainer wrote next to a model."""
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
@@ -76,8 +111,51 @@ def replace_pickled_arguments(folder: Path, arguments: TrainingArguments) -> Non
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders of checkpoints by name, newest first, complete or not."""
-    found = {int(match[1]): path for path in output_dir.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
+    found = {step: path for path in output_dir.iterdir() if (step := _step(path)) is not None}
     return [found[step] for step in sorted(found, reverse=True) if found[step].is_dir()]
+
+
+def _step(folder: Path) -> int | None:
+    match = CHECKPOINT.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
+def unreadable_state(checkpoint: Path) -> str | None:
+    """What is wrong with the state of the Trainer in a checkpoint, or None."""
+    try:
+        state = TrainerState(**read_json(checkpoint / TRAINER_STATE))
+    except (InputError, TypeError):
+        return f"{TRAINER_STATE} is not what the Trainer writes"
+    if state.global_step != _step(checkpoint):
+        return f"{TRAINER_STATE} is that of step {state.global_step!r:.20}"
+    numbers = (state.max_steps, state.num_input_tokens_seen)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        return f"{TRAINER_STATE} has no valid number of steps and tokens"
+    history = state.log_history
+    if not isinstance(history, list) or not all(isinstance(row, dict) and "step" in row for row in history):
+        return f"{TRAINER_STATE} has no valid log_history"
+    return None
+
+
+@contextlib.contextmanager
+def loading(checkpoint: str | None) -> Iterator[None]:
+    """Names the checkpoint if torch or transformers cannot load it, in whatever way they say so.
+
+    Raises:
+        InputError: its files hold something else than this run's state.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, EOFError, PickleError) as error:
+        if checkpoint is None or isinstance(error, torch.OutOfMemoryError) or system_error(error) is not None:
+            raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InputError(
+            f"resume: expected the state of this run, got {Path(checkpoint).name}, which cannot be loaded ({reason}); "
+            "remove it to resume from the one before"
+        ) from error
 
 
 def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
@@ -120,15 +198,26 @@ def give_name(unfinished: Path, named: Path) -> None:
 
 
 def recover(output_dir: Path) -> None:
-    """After a kill: names a checkpoint that was complete already, and removes one that was not."""
-    if not (output_dir / UNFINISHED).is_dir():
+    """After a kill: names a checkpoint that was complete already, and removes what was not."""
+    place = output_dir / UNFINISHED
+    if not place.is_dir() or place.is_symlink():
+        remove_unfinished(output_dir)
         return
-    for unfinished in checkpoints(output_dir / UNFINISHED):
+    for unfinished in checkpoints(place):
         if check(unfinished) is None:
             give_name(unfinished, output_dir / unfinished.name)
             return
         logger.warning("%s was not finished when the run ended; removed", unfinished.name)
-    shutil.rmtree(output_dir / UNFINISHED)
+    remove_unfinished(output_dir)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what was being written; of a link, the link."""
+    place = output_dir / UNFINISHED
+    if place.is_symlink() or place.is_file():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, best: Path | None) -> None:

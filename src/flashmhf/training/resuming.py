@@ -1,7 +1,6 @@
 """The output folder of a run: new, or one to resume in, and from which of its checkpoints."""
 
 import contextlib
-import errno
 import logging
 import shutil
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from flashmhf.errors import InputError
 from flashmhf.files import exclusive_lock, remove_leftovers
-from flashmhf.training.checkpoints import UNFINISHED, checkpoints, recover
+from flashmhf.system_errors import is_disk_full
+from flashmhf.training.checkpoints import checkpoints, recover, remove_unfinished, unreadable_state
 from flashmhf.training.config import NAMES, TrainConfig
 from flashmhf.training.fingerprints import Fingerprints, changes, refused_difference
 from flashmhf.training.manifest import check
@@ -125,7 +125,7 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
     """
     passed_over = []
     for folder in checkpoints(output_dir):
-        reason = check(folder) or unsafe_reason(folder)
+        reason = check(folder) or unsafe_reason(folder) or unreadable_state(folder)
         if reason is None:
             logger.info("resuming from %s", folder.name)
             return folder
@@ -141,21 +141,22 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
 
 @contextlib.contextmanager
 def explain_full_disk(output_dir: Path) -> Iterator[None]:
-    """If writing fails because the disk is full: removes the incomplete checkpoint and says so in one line."""
+    """If writing fails because the disk is full: removes what is incomplete and says so in one line."""
     try:
         yield
     except Exception as error:  # torch, safetensors and the operating system raise different types
-        if shutil.disk_usage(output_dir).free > DISK_FULL_BYTES and not _is_full(error):
+        here = _free_bytes(output_dir) <= DISK_FULL_BYTES
+        if not here and not is_disk_full(error):
             raise
-        shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+        remove_unfinished(output_dir)
         kept = next((folder for folder in checkpoints(output_dir) if check(folder) is None), None)
         then = f"--resume continues from {kept.name}" if kept else "no checkpoint has been written yet"
-        raise OSError(f"output-dir: the disk that holds {output_dir} is full; {then}") from error
+        if here:
+            raise OSError(f"output-dir: the disk that holds {output_dir} is full; {then}") from error
+        raise OSError(f"a disk or a quota is full ({' '.join(str(error).split())}); {then}") from error
 
 
-def _is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _free_bytes(output_dir: Path) -> int:
+    """On the disk of a folder, which somebody may have removed."""
+    existing = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free

@@ -68,7 +68,10 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     check_base_width(config.mup_base_width, arguments)
     configure_tensor_parallel(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))
-    with only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext():
+    with (
+        only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext(),
+        explain_full_disk(output_dir),
+    ):
         return _train(config, arguments, output_dir, resume)
 
 
@@ -89,7 +92,7 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
         write_run(output_dir, config, inputs)
     stop = StopOnSignal()
     trainer = _trainer(model, config, arguments, data, tokenizer, stop)
-    with stop, explain_full_disk(output_dir):
+    with stop:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.guard.check_finite()
     validation_loss = None

@@ -6,7 +6,6 @@ Lines are only appended, so that the log of a run that was killed and resumed sh
 """
 
 import json
-import math
 import os
 import platform
 import time
@@ -18,9 +17,19 @@ import torch
 from transformers import TrainerCallback
 from transformers import __version__ as transformers_version
 
-from flashmhf.files import parse_json
+from flashmhf.files import append_to, only_finite, parse_json
 
 LOG_FILE = "log.jsonl"
+ABSURD = 1e15  # no number of a log is as large
+NUMBERED = ("step", "start")  # a line has one of them
+NOT_NUMBERS = (
+    "skipped",
+    "blocks",
+    "documents",
+    "machine",
+    "torch",
+    "transformers",
+)  # other values that are none are left out
 
 
 class LogLines(TrainerCallback):
@@ -92,7 +101,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> RunLog:
-    """Reads `log.jsonl`; skips lines that a kill truncated. Without the file there are no rows."""
+    """Reads `log.jsonl`; skips lines that a kill truncated, and values that are no numbers. Without it, no rows."""
     rows: list[dict[str, Any]] = []
     starts: list[Start] = []
     lost = 0
@@ -111,15 +120,6 @@ def read_log(folder: Path) -> RunLog:
     return RunLog(rows=rows, starts=starts, lost_steps=lost)
 
 
-def json_safe(value: Any) -> Any:
-    """`value` with None for every float that is not finite, in lists and dictionaries too."""
-    if isinstance(value, dict):
-        return {name: json_safe(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [json_safe(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _start(line: dict[str, Any]) -> Start:
     return Start(
         step=line["start"],
@@ -133,12 +133,12 @@ def _start(line: dict[str, Any]) -> Start:
 def _add(folder: Path, entry: dict[str, Any]) -> None:
     """Appends a line in one write, after ending one that a kill may have truncated."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG_FILE).open("a+b") as file:
+    with append_to(folder / LOG_FILE) as file:
         truncated = False
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             truncated = file.read(1) != b"\n"
-        text = json.dumps(json_safe(entry), default=str, allow_nan=False)
+        text = json.dumps(only_finite(entry), default=str, allow_nan=False)
         file.write((b"\n" if truncated else b"") + text.encode() + b"\n")
 
 
@@ -151,6 +151,10 @@ def _lines(file: Path) -> list[dict[str, Any]]:
             line = parse_json(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and ("step" in line or "start" in line):
-            lines.append(line)
+        if isinstance(line, dict) and _is_number(line.get("time")) and any(map(_is_number, map(line.get, NUMBERED))):
+            lines.append({name: value for name, value in line.items() if _is_number(value) or name in NOT_NUMBERS})
     return lines
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < ABSURD

@@ -1,5 +1,6 @@
 """transformers' Trainer with what long pretraining runs need: one training step from top to bottom."""
 
+import dataclasses
 import logging
 import math
 import time
@@ -25,10 +26,14 @@ from flashmhf.distributed.sharded import (
 )
 from flashmhf.distributed.tensor_parallel import parallelize, tensor_parallel_size
 from flashmhf.errors import RunError
+from flashmhf.files import only_finite, write_json
+from flashmhf.layers.former_shapes import accept_former_shapes
 from flashmhf.training.checkpoints import (
+    TRAINER_STATE,
     CheckpointWriter,
     check_resumable,
     find_best_checkpoint,
+    loading,
     replace_pickled_arguments,
 )
 from flashmhf.training.finite_weights import check_weights
@@ -36,7 +41,6 @@ from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
-from flashmhf.training.run_log import json_safe
 from flashmhf.training.throughput import ThroughputMeter, speed
 from flashmhf.training.validation import losses_unfiltered, weights_kept
 
@@ -72,6 +76,7 @@ class PretrainingTrainer(Trainer):
         super().__init__(*args, **options)
         self._mup_base_width = mup_base_width
         self._tensor_parallel = tensor_parallel_size(self.args)
+        self._data_parallel = self.args.world_size // self._tensor_parallel
         if self._tensor_parallel > 1:
             parallelize(self.model, self.accelerator)
         blocks = self.train_dataset
@@ -80,19 +85,21 @@ class PretrainingTrainer(Trainer):
         self._meter = ThroughputMeter(self.args, flops_per_token)
         self._checkpoints = CheckpointWriter(self.args, self.accelerator)
         self._evaluation = EvaluationBatches(self.args, self.accelerator)
-        self._finished = False  # whether training resumed at its last step
-        self._started_s = self._evaluating_since_s = time.monotonic()
+        self._resumed_at = 0  # the last step of the checkpoint
+        self._finished = False  # whether that is the last of all
+        self._training_since_s = self._evaluating_since_s = time.monotonic()
         if self.args.label_smoothing_factor:
             self.label_smoother, self.compute_loss_func = None, SmoothedLoss(self.args.label_smoothing_factor)
 
     # Before the first step: a new optimizer, then the state of the checkpoint that the run resumes from.
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
-        self._started_s = time.monotonic()
+        self._training_since_s = time.monotonic()
         self.guard.reset()  # --auto-find-batch-size starts again within a step
         trained = super()._init_training_state(max_steps, *args, **options)
         find_best_checkpoint(self.state, self.args)
-        self._finished = self.state.global_step >= max_steps
+        self._resumed_at = self.state.global_step
+        self._finished = self._resumed_at >= max_steps
         if self._finished:  # they would start another file or run
             for callback in get_reporting_integration_callbacks(self.args.report_to):
                 self.remove_callback(callback)
@@ -106,23 +113,35 @@ class PretrainingTrainer(Trainer):
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
+        if new and isinstance(optimizer, torch.optim.Optimizer):
+            accept_former_shapes(optimizer, self.model)
         if new and self._mup_base_width is not None:
             scale_learning_rates(optimizer, learning_rate_factors(self.model, self._mup_base_width))
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._tensor_parallel > 1:
-            load_weights(Path(resume_from_checkpoint), self.model)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with loading(resume_from_checkpoint):
+            if self._tensor_parallel > 1:
+                load_weights(Path(resume_from_checkpoint), self.model)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self._finished:
             check_resumable(Path(checkpoint), self.args)
-        if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
-            load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with loading(checkpoint):
+            if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
+                load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         if self._finished:  # the Trainer would take one more step
@@ -178,12 +197,16 @@ class PretrainingTrainer(Trainer):
         if "loss" in logs:
             self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN after an infinite loss
             logs |= self._meter.lap(self.state.num_input_tokens_seen)
+        if "train_runtime" in logs:
+            steps = self.state.global_step - self._resumed_at
+            batch = self._train_batch_size * self.args.gradient_accumulation_steps * self._data_parallel
+            logs |= speed("train", time.monotonic() - self._training_since_s, samples=steps * batch, steps=steps)
         if "eval_runtime" in logs:
-            blocks, batch = len(self.eval_dataset), self.args.eval_batch_size * self.args.world_size
-            seconds = time.monotonic() - self._evaluating_since_s  # the Trainer reads a clock that may be set
+            blocks, batch = len(self.eval_dataset), self.args.eval_batch_size * self._data_parallel
+            seconds = time.monotonic() - self._evaluating_since_s
             logs |= speed("eval", seconds, samples=blocks, steps=math.ceil(blocks / batch))
         super().log(logs)  # without start_time, from which the Trainer would log another throughput
-        self.state.log_history[-1] = json_safe(self.state.log_history[-1])
+        self.state.log_history[-1] = only_finite(self.state.log_history[-1])
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
@@ -220,9 +243,14 @@ class PretrainingTrainer(Trainer):
             self._save(output_dir, state_dict=state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            replace_pickled_arguments(Path(str(output_dir or self.args.output_dir)), self.args)
+        with self._checkpoints.placing(Path(str(output_dir or self.args.output_dir))) as folder:
+            super()._save(str(folder), state_dict)
+            if self.args.should_save:
+                replace_pickled_arguments(folder, self.args)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            write_json(Path(str(self.args.output_dir)) / TRAINER_STATE, dataclasses.asdict(self.state))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._tensor_parallel == 1:
@@ -232,11 +260,7 @@ class PretrainingTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
-    # After the last step: the times, and with --load-best-model-at-end the best model.
-
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        since_start_s = time.monotonic() - self._started_s  # the wall clock may have been set meanwhile
-        return super()._finalize_training(trial, num_train_samples, time.time() - since_start_s)
+    # After the last step, with --load-best-model-at-end.
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from flashmhf.errors import InputError
 from flashmhf.files import read_json
+from flashmhf.layers.former_shapes import ROWS, former_shapes
 from flashmhf.models import FlashMHFConfig
 from flashmhf.models.loading import INDEX, WEIGHTS, check_safetensors
 from flashmhf.models.reference.format import (
-    ROWS,
     from_reference_config,
     our_name,
     rows_from_reference,
@@ -34,6 +34,8 @@ from flashmhf.models.reference.format import (
     their_name,
     to_reference_config,
 )
+
+Shapes = dict[str, tuple[int, ...]]
 
 UNUSED = "unused.safetensors"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # tokenizer and generation settings
@@ -66,8 +68,8 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
         new_config, rename = to_reference_config(ours), their_name
     files = check_safetensors(source)
     unused = _read_unused(source) if to == "reference" else {}
-    expected = _expected(ours, theirs=to == "flashmhf")
-    _check_tensors(files, expected, _unused_names(ours) if to == "flashmhf" else set())
+    expected, former = _expected(ours, theirs=to == "flashmhf")
+    _check_tensors(files, expected, former, _unused_names(ours) if to == "flashmhf" else set())
     with _atomic_folder(destination) as written:
         _write_shards(source, written, files, ours, rename, unused)
         (written / "config.json").write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
@@ -89,23 +91,19 @@ def _atomic_folder(destination: Path) -> Iterator[Path]:
         folder.rename(destination)
 
 
-def _expected(ours: FlashMHFConfig, theirs: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the checkpoint must hold, from our model on the meta device."""
+def _expected(ours: FlashMHFConfig, theirs: bool) -> tuple[Shapes, Shapes]:
+    """Shapes of the tensors that the checkpoint must hold, and former shapes that some may have instead, by name."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ours)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if ours.tie_word_embeddings:
         del shapes["lm_head.weight"]
+    former: Shapes = {name: tuple(shape) for name, shape in former_shapes(model).items()}
     if not theirs:
-        return shapes
-    return {their_name(name): _their_shape(name, shape) for name, shape in shapes.items()}
-
-
-def _their_shape(our_tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if split_name(our_tensor)[1] in ROWS:
-        H_kv, E, F, D = shape
-        return (E * F, H_kv * D)
-    return shape
+        return shapes, former
+    for name, (H_kv, E, F, D) in former.items():
+        shapes[name] = (E * F, H_kv * D)
+    return {their_name(name): shape for name, shape in shapes.items()}, {}
 
 
 def _unused_names(ours: FlashMHFConfig) -> set[str]:
@@ -115,7 +113,7 @@ def _unused_names(ours: FlashMHFConfig) -> set[str]:
     return names
 
 
-def _check_tensors(files: dict[str, Path], expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
+def _check_tensors(files: dict[str, Path], expected: Shapes, former: Shapes, optional: set[str]) -> None:
     if missing := sorted(expected.keys() - files.keys()):
         raise InputError(f"checkpoint: expected tensor {missing[0]} (of {len(missing)} missing), got none")
     if extra := sorted(files.keys() - expected.keys() - optional):
@@ -123,7 +121,7 @@ def _check_tensors(files: dict[str, Path], expected: dict[str, tuple[int, ...]],
             f"checkpoint: expected no tensor {extra[0]} (of {len(extra)} extra), got it in {files[extra[0]]}"
         )
     for name, shape in _shapes(files):
-        if name in expected and shape != expected[name]:
+        if name in expected and shape not in (expected[name], former.get(name)):
             raise InputError(f"checkpoint: expected {name} of shape {expected[name]}, got {shape}")
 
 
@@ -152,7 +150,7 @@ def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[s
                     continue
                 new_name = rename(name)
                 if to_reference and split_name(name)[1] in ROWS:
-                    tensor = rows_to_reference(tensor)
+                    tensor = rows_to_reference(tensor, ours)
                 elif not to_reference and split_name(new_name)[1] in ROWS:
                     tensor = rows_from_reference(tensor, ours)
                 shard[new_name] = tensor

@@ -57,7 +57,6 @@ RENAMED = {  # theirs -> ours, under model.layers.N.mlp.; their gate_weight is K
     "router": "gate_weight",
     "q_norm.weight": "q_norm.weight",
 }
-ROWS = ("k", "u", "v")  # stored by the reference as (d_ff, H_kv D)
 
 
 def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
@@ -183,15 +182,15 @@ def their_name(name: str) -> str:
 
 
 def rows_from_reference(rows: Tensor, config: FlashMHFConfig) -> Tensor:
-    """K, U or V from (d_ff, H_kv D) to (H_kv, E, F, D); column block h is head h, row block e is sub-network e."""
+    """K, U or V from (d_ff, H_kv D) to (H_kv E, F, D); column block h is head h, row block e is sub-network e."""
     E, F = config.num_subnetworks, config.subnetwork_size
-    return rows.view(E, F, config.ffn_heads[1], -1).permute(2, 0, 1, 3).contiguous()
+    return rows.view(E, F, config.ffn_heads[1], -1).permute(2, 0, 1, 3).flatten(0, 1).contiguous()
 
 
-def rows_to_reference(rows: Tensor) -> Tensor:
-    """K, U or V from (H_kv, E, F, D) to (d_ff, H_kv D)."""
-    H_kv, E, F, D = rows.shape
-    return rows.permute(1, 2, 0, 3).reshape(E * F, H_kv * D).contiguous()
+def rows_to_reference(rows: Tensor, config: FlashMHFConfig) -> Tensor:
+    """K, U or V from (H_kv E, F, D), or the former (H_kv, E, F, D), to (d_ff, H_kv D)."""
+    E, F = config.num_subnetworks, config.subnetwork_size
+    return rows.reshape(-1, E, F, rows.shape[-1]).permute(1, 2, 0, 3).reshape(E * F, -1).contiguous()
 
 
 def split_name(name: str) -> tuple[str | None, str]:
