@@ -18,8 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "ops": set(),
     "layers": {"ops"},
-    "models": {"ops", "layers", "errors", "files"},
-    "data": {"errors", "files", "printable"},
+    "untrusted": {"errors", "files"},
+    "models": {"ops", "layers", "errors", "files", "untrusted"},
+    "data": {"errors", "files", "printable", "untrusted"},
     "distributed": {"layers", "models", "errors"},
     "estimates": {"ops", "layers", "models", "errors"},
     "serialization": set(),
@@ -35,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
         *("reports", "comparison", "errors", "files", "printable"),
     },
-    "__init__": {"ops", "layers", "models"},
+    "auto_classes": set(),
+    "__init__": {"ops", "layers", "models", "auto_classes"},
     "__main__": {"cli"},
 }
 
