@@ -26,6 +26,7 @@ OPTIONS = {
 }
 LAYERS = {
     "FlashMHF": lambda **o: FlashMHF(32, 4, 3, 20, **o),
+    "FlashMHF, norm": lambda **o: FlashMHF(32, 4, 3, 20, q_norm=True, **o),
     "MHFFN": lambda **o: MHFFN(32, 4, 50, **o),
     "DenseMoE": lambda **o: DenseMoE(32, 3, 20, **o),
     "PKV": lambda **o: PKV(32, 4, 50, **o),
