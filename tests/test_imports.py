@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
         *("reports", "comparison", "errors", "files", "printable"),
     },
-    "__init__": {"ops", "layers", "models"},
+    "auto_classes": set(),
+    "__init__": {"ops", "layers", "models", "auto_classes"},
     "__main__": {"cli"},
 }
 

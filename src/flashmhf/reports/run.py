@@ -84,7 +84,7 @@ def _summary(folder: Path, log: RunLog) -> RunSummary:
         return next((row[name] for row in reversed(log.rows) if row.get(name) is not None), None)
 
     speeds = sorted(speed for _, speed in log.curve("tokens_per_second"))
-    history = _history(folder)
+    history = read_history(folder)
     return RunSummary(
         steps=log.rows[-1]["step"],
         tokens=last("num_input_tokens_seen"),
@@ -100,11 +100,14 @@ def _summary(folder: Path, log: RunLog) -> RunSummary:
     )
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[dict[str, Any]]:
     """The Trainer's own log, from the end of the run or its newest checkpoint."""
     places = [folder, *checkpoints(folder)]
     state = next((place / TRAINER_STATE for place in places if (place / TRAINER_STATE).is_file()), None)
-    return [] if state is None else read_json(state)["log_history"]
+    history = [] if state is None else read_json(state).get("log_history")
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise InputError(f"expected the log_history of a run in {state}, got {history!r:.80}")
+    return history
 
 
 def _curves(log: RunLog) -> list[tuple[Figure, str]]:

@@ -27,7 +27,6 @@ from flashmhf.training.callbacks import ProgressLines, StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import fingerprints
-from flashmhf.training.finite_weights import non_finite_weight
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
 from flashmhf.training.resuming import (
@@ -189,9 +188,6 @@ def _data_seed(arguments: TrainingArguments) -> int:
 def _new_or_loaded_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if Path(config.model).is_dir():
         model = load_model(config.model, dtype=torch.float32)
-        name = non_finite_weight(model)
-        if name is not None:
-            raise InputError(f"model: expected finite weights, got NaN or infinity in {name} of {config.model}")
         check_vocabulary(model, tokenizer)
         check_same_tokenizer(config.model, tokenizer)
     else:
