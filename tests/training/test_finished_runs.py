@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
 from flashmhf.training.arguments import parse_arguments
+from flashmhf.training.callbacks import StopOnSignal
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST
 from flashmhf.training.run import train
@@ -101,3 +103,19 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed_with_a_new_one(run, t
     assert start(run, tmp_path / "bare", "--max-steps", "2", *flags, resume=True).steps == 2  # none is needed
     with pytest.raises(InputError, match="resume: expected a checkpoint with the optimizer's state, got checkpoint-2"):
         start(run, tmp_path / "bare", "--max-steps", "4", *flags, resume=True)
+
+
+def test_a_signal_saves_a_checkpoint_although_only_better_ones_are_saved(run, tmp_path, monkeypatch):
+    """The Trainer would forget it in a step that evaluates without finding a better model."""
+    ended = StopOnSignal.on_step_end
+
+    def at_the_second_step(stop, args, state, control, **options):
+        if state.global_step == 2:
+            stop._receive(signal.SIGTERM, None)
+        return ended(stop, args, state, control, **options)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", at_the_second_step)
+    flags = ("--max-steps", "4", "--save-strategy", "best", "--eval-steps", "1", "--greater-is-better", "true")
+    result = start(run, tmp_path / "run", *flags, "--metric-for-best-model", "loss")
+    assert (result.steps, result.interrupted_by) == (2, signal.SIGTERM)
+    assert (tmp_path / "run/checkpoint-2").is_dir()
