@@ -48,6 +48,16 @@ def test_the_best_model_stays_and_so_does_the_result(run, tmp_path):
     assert not any(row.get("train_loss") == 0 for row in state(tmp_path / "run")["log_history"])
 
 
+def test_the_newest_checkpoint_stays_next_to_the_best_one(run, tmp_path):
+    """Without it, the command typed again would train from the best one on."""
+    start(run, tmp_path / "run", *BEST, "--save-total-limit", "1")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    log = (tmp_path / "run/log.jsonl").read_text()
+    start(run, tmp_path / "run", *BEST, "--save-total-limit", "1", resume=True)
+    again = (tmp_path / "run/log.jsonl").read_text().removeprefix(log)
+    assert '"loss"' not in again
+
+
 def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start(run, Path("run"), *BEST)
