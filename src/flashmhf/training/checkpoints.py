@@ -65,8 +65,8 @@ class CheckpointWriter:
         if self._arguments.should_save:
             self._finish(output_dir, state)
             if displacing:
-                best = None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint)
-                rotate(output_dir, self._arguments.save_total_limit, best)
+                kept = state.best_model_checkpoint
+                rotate(output_dir, self._arguments.save_total_limit, None if kept is None else Path(kept))
         self._accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
