@@ -116,8 +116,8 @@ def test_scales_of_float16_in_float16_tiles(scales, monkeypatch):
     """What accelerators compute with, where float16 is not computed in float32."""
     create = blockwise._Workspace.__init__
 
-    def in_float16(self, q):
-        create(self, q)
+    def in_float16(self, q, gate):
+        create(self, q, gate)
         self.dtype = q.dtype
 
     monkeypatch.setattr(blockwise._Workspace, "__init__", in_float16)

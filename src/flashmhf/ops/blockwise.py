@@ -10,6 +10,7 @@ where the reference's do. float16 on a CPU, which few CPUs multiply fast, is com
 Triton kernels round.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     """q (..., H, D), k, u, v (H_kv, E, F, D), gate (..., H, E) or None -> (..., H, D) in q's dtype."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     plan = Plan.of(q, k)
-    workspace = _Workspace(q)
+    workspace = _Workspace(q, gate)
     sum_dtype = _sum_dtype(q)
     for heads in plan.heads():
         for tokens in plan.tokens():
@@ -49,7 +50,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
                 torch.bmm(q_block, k_rows.mT, out=m)
                 torch.bmm(q_block, u_rows.mT, out=n)
                 p = torch.ops.aten.silu_(m).mul_(n)
-                _apply_gate(p, gate_factors, subnetworks)
+                _apply_gate(p, gate_factors, subnetworks, out=p)
                 _add_product(out_block, workspace.round(p), v_rows)
             plan.store(out, heads, tokens, out_block)
     return out
@@ -61,7 +62,7 @@ def backward(
     """Gradients for q, k, u, v and gate, None where `needs` says so."""
     grads = Gradients.empty(Inputs(q, k, u, v, gate), needs)
     plan = Plan.of(q, k)
-    workspace = _Workspace(q)
+    workspace = _Workspace(q, gate)
     sum_dtype = _sum_dtype(q)
     for heads in plan.heads():
         weight_sums = [
@@ -111,17 +112,16 @@ def _backward_tile(
     torch.bmm(q, k.mT, out=m)
     torch.bmm(q, u.mT, out=n)
     torch.ops.aten.silu.out(m, out=a)
+    torch.mul(a, n, out=p)
     if dv_sum is not None:
-        torch.mul(a, n, out=p)
-        _apply_gate(p, gate, subnetworks)
-        _add_product(dv_sum, workspace.round(p).mT, dout)
+        _add_product(dv_sum, workspace.round(_apply_gate(p, gate, subnetworks, out=d)).mT, dout)
     if dq_sum is None and dgate_sum is None and dk_sum is None and du_sum is None:
         return
     torch.bmm(dout, v.mT, out=d)
     if dgate_sum is not None:
-        torch.mul(a, n, out=p).mul_(d)
-        dgate_sum[..., subnetworks] += p.unflatten(-1, (subnetworks.stop - subnetworks.start, -1)).sum(-1)
-    _apply_gate(d, gate, subnetworks)
+        products = p.mul_(d).unflatten(-1, (subnetworks.stop - subnetworks.start, -1))
+        dgate_sum[..., subnetworks] += products.sum(-1)
+    _apply_gate(d, gate, subnetworks, out=d)
     dn = workspace.round(a.mul_(d))
     dm = workspace.round(torch.ops.aten.silu_backward.grad_input(d.mul_(n), m, grad_input=m))
     if dq_sum is not None:
@@ -202,9 +202,12 @@ class Plan:
         if gate is None:
             return ()
         dtype = torch.promote_types(workspace.dtype, gate.dtype)
-        block = self.block_of(gate, heads, tokens, workspace, "gate", dtype)
-        rounds = block.device.type == "cpu" and (dtype, workspace.dtype) == (torch.float32, torch.bfloat16)
-        return _bfloat16_factors(block) if rounds and self.T > EXACT_GATE_TOKENS else (block,)
+        rounds = gate.device.type == "cpu" and (dtype, workspace.dtype) == (torch.float32, torch.bfloat16)
+        if not rounds or self.T <= EXACT_GATE_TOKENS:
+            return (self.block_of(gate, heads, tokens, workspace, "gate", dtype),)
+        if workspace.gate_is_normal:
+            return (self.block_of(gate, heads, tokens, workspace, "gate"),)
+        return _bfloat16_factors(self.block_of(gate, heads, tokens, workspace, "exact gate", dtype))
 
     def store(self, x: Tensor | None, heads: slice, tokens: slice, block: Tensor | None) -> None:
         """Writes a block (heads, tokens x G, X) into the contiguous x (..., H, X)."""
@@ -221,12 +224,21 @@ def _even_share(size: int, parts: int) -> int:
 class _Workspace:
     """The buffers of one call, by name: freshly allocated memory would be page-faulted in again for every block."""
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, gate: Tensor | None) -> None:
+        self._gate = gate
         self._device = q.device
         self._input_dtype = q.dtype
         # The dtype of tiles.
         self.dtype = torch.float32 if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
         self._memory: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def gate_is_normal(self) -> bool:
+        """Whether every value of the gate is positive and in bfloat16's normal range; False if that is not certain."""
+        assert self._gate is not None
+        smallest, largest = torch.aminmax(self._gate) if self._gate.numel() else (1.0, 1.0)
+        info = torch.finfo(torch.bfloat16)
+        return bool(smallest >= info.smallest_normal and largest <= info.max)
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised; overwrites an earlier buffer of the same name."""
@@ -261,10 +273,14 @@ def _bfloat16_factors(gate: Tensor) -> Factors:
     return ((gate / scale).bfloat16(), scale.bfloat16())
 
 
-def _apply_gate(tile: Tensor, gate: Factors, subnetworks: slice) -> None:
+def _apply_gate(tile: Tensor, gate: Factors, subnetworks: slice, out: Tensor) -> Tensor:
+    """The product of a tile and the gate, written to `out`, which may be the tile; without a gate the tile."""
     for factor in gate:
         factor_of_tile = factor[..., subnetworks].unsqueeze(-1)
-        tile.unflatten(-1, (factor_of_tile.shape[-2], -1)).mul_(factor_of_tile)
+        sizes = (factor_of_tile.shape[-2], -1)
+        torch.mul(tile.unflatten(-1, sizes), factor_of_tile, out=out.unflatten(-1, sizes))
+        tile = out
+    return tile
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:

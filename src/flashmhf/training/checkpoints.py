@@ -6,13 +6,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import PickleError
 
+import torch
 from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 
 from flashmhf.distributed.sharded import SCHEDULER
 from flashmhf.errors import InputError
-from flashmhf.files import atomic_rename, atomic_write, flush
+from flashmhf.files import atomic_rename, atomic_write, flush, read_json
+from flashmhf.system_errors import system_error
 from flashmhf.training.manifest import check, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -115,13 +118,56 @@ def replace_pickled_arguments(folder: Path, arguments: TrainingArguments) -> Non
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders of checkpoints by name, newest first, complete or not."""
-    found = {int(match[1]): path for path in output_dir.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
+    found = {step: path for path in output_dir.iterdir() if (step := _step(path)) is not None}
     return [found[step] for step in sorted(found, reverse=True) if found[step].is_dir()]
 
 
-def check_resumable(checkpoint: Path) -> None:
-    """Raises InputError if a checkpoint has no optimizer, since the Trainer would go on with a new one."""
-    if not (checkpoint / SCHEDULER).is_file():
+def _step(folder: Path) -> int | None:
+    match = CHECKPOINT.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
+def unreadable_state(checkpoint: Path) -> str | None:
+    """What is wrong with the state of the Trainer in a checkpoint, or None."""
+    try:
+        state = TrainerState(**read_json(checkpoint / TRAINER_STATE))
+    except (InputError, TypeError):
+        return f"{TRAINER_STATE} is not what the Trainer writes"
+    if state.global_step != _step(checkpoint):
+        return f"{TRAINER_STATE} is that of step {state.global_step!r:.20}"
+    numbers = (state.max_steps, state.num_input_tokens_seen)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        return f"{TRAINER_STATE} has no valid number of steps and tokens"
+    history = state.log_history
+    if not isinstance(history, list) or not all(isinstance(row, dict) and "step" in row for row in history):
+        return f"{TRAINER_STATE} has no valid log_history"
+    return None
+
+
+@contextlib.contextmanager
+def loading(checkpoint: str | None) -> Iterator[None]:
+    """Names the checkpoint if torch or transformers cannot load it, in whatever way they say so.
+
+    Raises:
+        InputError: its files hold something else than this run's state.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, EOFError, PickleError) as error:
+        if checkpoint is None or isinstance(error, torch.OutOfMemoryError) or system_error(error) is not None:
+            raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InputError(
+            f"resume: expected the state of this run, got {Path(checkpoint).name}, which cannot be loaded ({reason}); "
+            "remove it to resume from the one before"
+        ) from error
+
+
+def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
+    """Raises InputError if a run with these arguments cannot load the state of the checkpoint's optimizer."""
+    if not (checkpoint / SCHEDULER).is_file():  # the Trainer would go on with a new optimizer
         raise InputError(
             f"resume: expected a checkpoint with the optimizer's state, got {checkpoint.name}, "
             "which was written with --save-only-model"

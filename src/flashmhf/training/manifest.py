@@ -40,10 +40,13 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
     if extra := sorted(files.keys() - entries.keys()):
         return f"{extra[0]} is not in its {MANIFEST}"
     for name, (size, sha256) in entries.items():
-        if files[name].stat().st_size != size:
-            return f"{name} has {files[name].stat().st_size} bytes instead of {size}"
-        if contents and _sha256(files[name]) != sha256:
-            return f"{name} does not have the sha256 it was written with"
+        try:
+            if files[name].stat().st_size != size:
+                return f"{name} has {files[name].stat().st_size} bytes instead of {size}"
+            if contents and _sha256(files[name]) != sha256:
+                return f"{name} does not have the sha256 it was written with"
+        except OSError as error:  # a broken disk
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from flashmhf.errors import InputError
 from flashmhf.files import exclusive_lock, remove_leftovers
 from flashmhf.system_errors import is_disk_full
-from flashmhf.training.checkpoints import checkpoints, recover, remove_unfinished
+from flashmhf.training.checkpoints import checkpoints, recover, remove_unfinished, unreadable_state
 from flashmhf.training.config import NAMES, TrainConfig
 from flashmhf.training.fingerprints import Fingerprints, changes, refused_difference
 from flashmhf.training.manifest import check
@@ -125,7 +125,7 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
     """
     passed_over = []
     for folder in checkpoints(output_dir):
-        reason = check(folder) or unsafe_reason(folder)
+        reason = check(folder) or unsafe_reason(folder) or unreadable_state(folder)
         if reason is None:
             logger.info("resuming from %s", folder.name)
             return folder

@@ -20,6 +20,7 @@ from transformers import __version__ as transformers_version
 from flashmhf.files import append_to, only_finite, parse_json
 
 LOG_FILE = "log.jsonl"
+ABSURD = 1e15  # no number of a log is as large
 NUMBERED = ("step", "start")  # a line has one of them
 NOT_NUMBERS = (
     "skipped",
@@ -156,4 +157,4 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and abs(value) < ABSURD

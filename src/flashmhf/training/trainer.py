@@ -33,6 +33,7 @@ from flashmhf.training.checkpoints import (
     CheckpointWriter,
     check_resumable,
     find_best_checkpoint,
+    loading,
     replace_pickled_arguments,
 )
 from flashmhf.training.finite_weights import check_weights
@@ -124,18 +125,28 @@ class PretrainingTrainer(Trainer):
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._tensor_parallel > 1:
-            load_weights(Path(resume_from_checkpoint), self.model)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with loading(resume_from_checkpoint):
+            if self._tensor_parallel > 1:
+                load_weights(Path(resume_from_checkpoint), self.model)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self._finished:
-            check_resumable(Path(checkpoint))
-        if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
-            load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            check_resumable(Path(checkpoint), self.args)
+        with loading(checkpoint):
+            if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
+                load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         if self._finished:  # the Trainer would take one more step
