@@ -188,14 +188,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(file: Path, *, version: int | None = None) -> dict[str, Any]:
+def read_json(file: Path, *, version: int | None = None, strict: bool = False) -> dict[str, Any]:
     """A JSON object; anything else is an InputError that names the file. Numbers that are not finite become None.
 
     Args:
         version: the newest format with a "version" that the caller reads; a file without one is older, version 0.
+        strict: refuse numbers that are not finite and names that are given twice.
     """
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = (parse_strict_json if strict else parse_json)(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"expected a JSON object in {file}, got {error}") from error
     if not isinstance(content, dict):
@@ -221,6 +222,32 @@ def parse_json(text: str) -> Any:
         raise ValueError("JSON that is too deeply nested") from None
     except MemoryError:
         raise ValueError("JSON that does not fit into memory") from None
+
+
+def parse_strict_json(text: str) -> Any:
+    """Like `parse_json`, without numbers that are not finite and names that are given twice in an object."""
+    parse_json(text)
+    return json.loads(text, parse_constant=_refuse_number, parse_float=_strict_float, object_pairs_hook=_unique)
+
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"{text}, expected a finite number")
+
+
+def _strict_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _refuse_number(text)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} twice")
+    return values
 
 
 def _finite_float(text: str) -> float | None:

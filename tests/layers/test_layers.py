@@ -199,6 +199,7 @@ def test_extra_repr_names_the_sizes():
         assert part in text
 
 
+nan = float("nan")
 BAD = {
     "hidden_size: expected a multiple of num_heads 5, got 32": lambda: FlashMHF(32, 5, 1, 8),
     "num_heads: expected a multiple of num_kv_heads 3, got 4": lambda: FlashMHF(32, 4, 1, 8, num_kv_heads=3),
@@ -206,6 +207,17 @@ BAD = {
     "gate_type: expected one of sigmoid, softmax, None, got 'relu'": lambda: FlashMHF(32, 4, 1, 8, gate_type="relu"),
     "init: expected one of reference, scaled, got 'zero'": lambda: FlashMHF(32, 4, 1, 8, init="zero"),
     "backend: expected one of auto, .*, got 'cuda'": lambda: FlashMHF(32, 4, 1, 8, backend="cuda"),
+    "num_heads: expected an integer, got 4.0": lambda: FlashMHF(32, 4.0, 1, 8),
+    "num_subnetworks: expected an integer, got True": lambda: FlashMHF(32, 4, True, 8),
+    "intermediate_size: expected an integer, got '8'": lambda: SwiGLU(32, "8"),
+    "q_norm: expected True or False, got 'no'": lambda: FlashMHF(32, 4, 1, 8, q_norm="no"),
+    "bias: expected True or False, got None": lambda: PKV(32, 4, 8, bias=None),
+    "bias: expected False without projections, got True": lambda: DenseMoE(32, 4, 8, bias=True),
+    "gate_scale: expected none without a gate, got 2.0": lambda: MHFFN(32, 4, 8, gate_scale=2.0),
+    "score_scale: expected a finite number other than 0, got 0": lambda: FlashMHF(32, 4, 1, 8, score_scale=0),
+    "output_scale: expected a finite number other than 0, got nan": lambda: FlashMHF(32, 4, 1, 8, output_scale=nan),
+    "norm_eps: expected a number of at least 0, got nan": lambda: FlashMHF(32, 4, 1, 8, norm_eps=nan),
+    "norm_eps: expected a number of at least 0, got '1e-6'": lambda: FlashMHF(32, 4, 1, 8, norm_eps="1e-6"),
     "num_slots: expected at least 1, got 0": lambda: PKV(32, 4, 0),
     "intermediate_size: expected at least 1, got -3": lambda: SwiGLU(32, -3),
 }
@@ -215,6 +227,22 @@ BAD = {
 def test_bad_arguments(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FlashMHF(32, 4, 1, 8, num_expert=2),
+        lambda: MHFFN(32, 4, 8, gate_type="sigmoid"),
+        lambda: DenseMoE(32, 4, 8, projections=True),
+        lambda: DenseMoE(32, 4, 8, num_heads=4),
+        lambda: PKV(32, 4, 8, q_norm=True),
+        lambda: SwiGLU(32, 8, num_heads=4),
+    ],
+)
+def test_options_that_a_layer_does_not_have_are_refused(make):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument|multiple values for"):
+        make()
 
 
 def test_a_named_backend_reaches_the_operator():

@@ -90,12 +90,12 @@ def assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor, p
     if exact.numel() == 0 or exact.norm() == 0:
         assert got.double().norm() == 0, name
         return
-    budget = 2 * relative_error(eager, exact) + _rounding(got, precision)
+    budget = 2 * relative_error(eager, exact) + rounding(got, precision)
     error = relative_error(got, exact)
     assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
 
 
-def _rounding(got: Tensor, precision: torch.dtype) -> float:
+def rounding(got: Tensor, precision: torch.dtype) -> float:
     if precision == torch.float64:  # the reference rounds as well
         return 64 * torch.finfo(torch.float64).eps
     if got.numel() < FEW:  # eager may be exact by chance: roundings of M, SiLU(M), P and of long sums

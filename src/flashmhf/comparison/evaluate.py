@@ -81,7 +81,10 @@ class Scorer:
 
     def score(self, folder: Path, observe: bool) -> Score:
         """The loss, which is kept in the run's folder, and with `observe` gates and a sample."""
-        model: PreTrainedModel = cast(Any, load_model(str(folder))).to(self._device)
+        try:
+            model: PreTrainedModel = cast(Any, load_model(str(folder))).to(self._device)
+        except RunError as error:
+            return Score(problem=str(error))
         check_vocabulary(model, self._tokenizer)
         evaluation = read_evaluation(folder)
         if evaluation is None:

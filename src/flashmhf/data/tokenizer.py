@@ -8,19 +8,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from flashmhf.errors import InputError
+from flashmhf.untrusted import read_settings, reading
 
 logger = logging.getLogger(__name__)
 
 BYTES = "bytes"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = {
+    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+}
 EOS = "<|endoftext|>"
 PADDING = "<|pad|>"
 VOCABULARY_MULTIPLE = 64  # of a new model
@@ -64,17 +72,38 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name == BYTES:
         return byte_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r} ({reason})"
-        ) from error
-    if tokenizer.eos_token_id is None:
+    folder = Path(name)
+    if folder.is_dir():
+        _check_files(folder)
+    with reading(f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("text", add_special_tokens=False)  # some values fail only in use
+    if not isinstance(tokenizer.eos_token_id, int):
         raise InputError(f"tokenizer: expected one with an EOS token, got {name!r} without")
     _make_deterministic(tokenizer, name)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raises InputError that names the file at fault; transformers names none, or goes on without the file."""
+    for file in sorted(folder / name for name in TOKENIZER_FILES):
+        if file.is_symlink() or file.exists():
+            with reading(f"tokenizer: {file}"):
+                settings = read_settings(file, strict=False)
+                if file.name == TOKENIZER_CONFIG:
+                    _check_class(settings, file)
+                elif file.name == TOKENIZER:
+                    Tokenizer.from_file(str(file))
+
+
+def _check_class(settings: dict[str, Any], file: Path) -> None:
+    """Raises InputError for a class that transformers does not have. The folder's own code (auto_map) is never run."""
+    name = settings.get("tokenizer_class")
+    if name is None:
+        return
+    names = (name, f"{name}Fast", str(name).removesuffix("Fast"))
+    if not isinstance(name, str) or not any(tokenizer_class_from_name(one) for one in names):
+        raise InputError(f"tokenizer: {file}: expected a tokenizer_class that transformers has, got {name!r:.80}")
 
 
 def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,8 +17,11 @@ from flashmhf.layers.initialisation import (
     REFERENCE_GAIN,
     REFERENCE_STD,
     check_choice,
+    check_epsilon,
+    check_flags,
     check_multiple,
     check_positive,
+    check_scales,
     default_scales,
     init_projections,
 )
@@ -123,6 +126,13 @@ class FlashMHF(nn.Module):
         check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         check_choice("gate_type", gate_type, (*GATES, None))
         check_choice("init", init, INITS)
+        check_flags(q_norm=q_norm, projections=projections, bias=bias, recompute_q=recompute_q)
+        check_scales(score_scale=score_scale, gate_scale=gate_scale, output_scale=output_scale)
+        check_epsilon(norm_eps=norm_eps)
+        if bias and not projections:
+            raise ValueError("bias: expected False without projections, got True")
+        if gate_type is None and gate_scale not in (None, 1.0):
+            raise ValueError(f"gate_scale: expected none without a gate, got {gate_scale!r}")
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

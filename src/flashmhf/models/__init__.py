@@ -20,6 +20,7 @@ from flashmhf.models.modeling import (
     FlashMHFModel,
     FlashMHFPreTrainedModel,
 )
+from flashmhf.models.replaced import ReplacedConfig
 from flashmhf.ops import flops  # noqa: F401  (model FLOPs are counted by Trainer and profilers)
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
 
 register_former_shapes(FlashMHFModel.__name__)
 AutoConfig.register(FlashMHFConfig.model_type, FlashMHFConfig)
+AutoConfig.register(ReplacedConfig.model_type, ReplacedConfig)
 AutoModel.register(FlashMHFConfig, FlashMHFModel)
 # Trainer (label smoothing) and pipelines look for a class by its name in these tables, which `register` does not fill.
 for _auto, _model, _names in (

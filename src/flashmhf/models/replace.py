@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from flashmhf.layers import FlashMHF
+from flashmhf.models.replaced import record_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,9 +27,9 @@ def replace_ffn(
 ) -> Model:
     """Replaces SwiGLU layers of a Llama-like model (Llama, Mistral, Qwen) with new FlashMHF layers, in place.
 
-    The new layers are freshly initialised, on the device and in the dtype of the old ones. The model's configuration
-    does not record them: to load such a model again, build it, call this with the same arguments, then load the state
-    dict.
+    The new layers are freshly initialised, on the device and in the dtype of the old ones. The configuration of a
+    transformers model records them: after `save_pretrained`, an Auto class's `from_pretrained` loads the model in any
+    process that has imported flashmhf. Pass the complete model, not a part of it.
 
     Args:
         model: any module whose decoder layers have an `mlp` with gate_proj, up_proj and down_proj.
@@ -48,6 +50,8 @@ def replace_ffn(
     for owner, ffn in zip(owners, new, strict=True):
         ffn.train(owner.mlp.training)
         owner.mlp = ffn
+    if isinstance(model, PreTrainedModel):
+        record_layers(model, owners)
     return model
 
 

@@ -8,17 +8,10 @@ from typing import Any
 from flashmhf.benchmarking.comparing import IDENTITY, Comparison
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.results import BenchmarkResult
-from flashmhf.errors import InputError
 from flashmhf.files import atomic_write
 from flashmhf.reports.benchmark_figures import draw_panel, grid, panels, png
 from flashmhf.reports.render import PAGE_FILE, render
 from flashmhf.reports.table import Table
-
-
-def check_folder(folder: Path) -> None:
-    """Raises InputError if `write_results` cannot write there, or a file was probably meant."""
-    if folder.suffix == ".json" or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"output: expected a folder, got {str(folder)!r}")
 
 
 def write_results(result: BenchmarkResult, folder: Path) -> None:

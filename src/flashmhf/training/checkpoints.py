@@ -165,14 +165,6 @@ def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
             f"resume: expected a checkpoint with the optimizer's state, got {checkpoint.name}, "
             "which was written with --save-only-model"
         )
-    earlier = read_json(checkpoint / ARGUMENTS) if (checkpoint / ARGUMENTS).is_file() else {}
-    for name in ("optim", "lr_scheduler_type"):
-        value = str(getattr(arguments, name).value)
-        if earlier.get(name, value) != value:
-            raise InputError(
-                f"resume: expected --{name.replace('_', '-')} {earlier[name]}, whose state {checkpoint.name} holds, "
-                f"got {value}"
-            )
 
 
 def find_best_checkpoint(state: TrainerState, arguments: TrainingArguments) -> None:

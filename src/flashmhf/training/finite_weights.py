@@ -4,19 +4,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from flashmhf.errors import RunError
+from flashmhf.models.loading import non_finite_weight
 from flashmhf.training.checkpoints import checkpoints
-
-
-def non_finite_weight(model: nn.Module) -> str | None:
-    """The name of the first parameter with a NaN or an infinity in this process's part of it, None if there is none."""
-    names = [name for name, _ in model.named_parameters()]
-    finite = [torch.isfinite(_local(parameter)).all() for parameter in model.parameters()]
-    bad = torch.stack(finite).logical_not().tolist() if finite else []
-    return next((name for name, is_bad in zip(names, bad, strict=True) if is_bad), None)
 
 
 def check_weights(model: nn.Module, accelerator: Accelerator, step: int, output_dir: Path) -> None:
@@ -41,8 +33,3 @@ def check_weights(model: nn.Module, accelerator: Accelerator, step: int, output_
         f"weights: expected finite values after step {step}, got NaN or infinity in {name or 'another process'}; they "
         f"were not saved, {then}; a lower --learning-rate or --max-grad-norm may help"
     )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

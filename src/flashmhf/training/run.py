@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -23,12 +22,11 @@ from flashmhf.errors import InputError, RunError
 from flashmhf.estimates.cost import model_cost
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
-from flashmhf.models.loading import load_config, load_model
+from flashmhf.models.loading import check_memory, load_config, load_model, new_model
 from flashmhf.training.callbacks import ProgressLines, StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import fingerprints
-from flashmhf.training.finite_weights import non_finite_weight
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
 from flashmhf.training.resuming import (
@@ -177,6 +175,7 @@ def _result(
         elapsed_s=elapsed_s,
         skipped_steps=count_skipped(state.log_history),
         tokens_used=data.tokens_used(state.num_input_tokens_seen),
+        data_read=data.read_summary(),
         bad_data=data.bad_summary(),
         interrupted_by=interrupted_by,
         output_dir=str(trainer.args.output_dir),
@@ -190,14 +189,12 @@ def _data_seed(arguments: TrainingArguments) -> int:
 def _new_or_loaded_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if Path(config.model).is_dir():
         model = load_model(config.model, dtype=torch.float32)
-        name = non_finite_weight(model)
-        if name is not None:
-            raise InputError(f"model: expected finite weights, got NaN or infinity in {name} of {config.model}")
         check_vocabulary(model, tokenizer)
         check_same_tokenizer(config.model, tokenizer)
     else:
         model_config = load_config(config.model)
         fit_vocabulary(model_config, tokenizer)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        check_memory(model_config)
+        model = new_model(model_config, torch.float32)
     check_context_length(model.config, config.data.context_length)
     return model

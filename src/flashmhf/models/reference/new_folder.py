@@ -1,0 +1,41 @@
+"""A folder that appears complete or not at all, and of which a killed process leaves nothing for ever."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from flashmhf.errors import InputError
+from flashmhf.files import atomic_rename, exclusive_lock
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write to, which is renamed to `destination` at the end and removed on failure.
+
+    It is beside `destination`. What a killed process left of it, the next call for the same destination removes.
+
+    Raises:
+        InputError: another process writes to `destination`.
+        OSError: no space is left, for example; names `destination`.
+    """
+    unfinished = destination.parent / f".{destination.name}-flashmhf-unfinished"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(unfinished.with_name(unfinished.name + ".lock")):
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            unfinished.mkdir()
+            try:
+                yield unfinished
+                if destination.exists():
+                    destination.rmdir()
+                atomic_rename(unfinished, destination)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except BlockingIOError:
+        raise InputError(f"DST: expected a folder that no other process writes, got {destination}") from None
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise OSError(f"DST: {destination} cannot be written: {error}") from error
