@@ -83,7 +83,14 @@ def _output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _own_words(message: str) -> str:
+    """Of an error in a worker process, which arrives as its traceback, the last line without the error's type."""
+    if "Traceback (most recent call last)" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2] or message
+
+
 def _fail(message: str, code: int) -> NoReturn:
     if message:  # empty where help was printed instead
-        terminal.say(f"flashmhf: {' '.join(message.split())}")
+        terminal.say(f"flashmhf: {' '.join(_own_words(message).split())}")
     sys.exit(code)
