@@ -123,7 +123,7 @@ def inner_parts(layer: Any, x: Tensor) -> dict[str, Tensor]:
     if not isinstance(layer, FlashMHF):
         return {"scores": torch.einsum("...hd,hsd->...hs", q, layer.k) / math.sqrt(layer.head_dim)}
     q = q if layer.q_norm is None else layer.q_norm(q)
-    found = {"scores": layer.score_scale * torch.einsum("...hd,hefd->...hef", q, layer.k)}
+    found = {"scores": layer.score_scale * torch.einsum("...hd,hefd->...hef", q, layer.k.view(layer.rows_shape))}
     if layer.gate_weight is not None:
         found["gate"] = layer.gate_scale * torch.einsum("...hd,hde->...he", q, layer.gate_weight)
     return found

@@ -12,8 +12,8 @@ class RunError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to stop, as Ctrl-C does with KeyboardInterrupt."""
+    """A signal asked the process to stop, as Ctrl-C does with KeyboardInterrupt; `then` says how to go on."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, then: str = "") -> None:
+        super().__init__(signal.Signals(number).name + (f"; {then}" if then else ""))
         self.number = number

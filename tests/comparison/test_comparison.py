@@ -91,7 +91,9 @@ def test_a_comparison_is_complete_and_can_be_resumed_and_extended(settings, tmp_
 
     before = (tmp_path / "out/runs/swiglu-seed0/model.safetensors").stat().st_mtime_ns
     (tmp_path / "out/runs/flashmhf-seed0/result.json").unlink()
-    again = compare(settings(), tmp_path / "out", lines.append)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = compare(settings(), tmp_path / "moved", lines.append)
+    (tmp_path / "moved").rename(tmp_path / "out")
     assert (tmp_path / "out/runs/swiglu-seed0/model.safetensors").stat().st_mtime_ns == before
     assert again.runs[1].validation_loss == pytest.approx(result.runs[1].validation_loss)
 
@@ -356,6 +358,9 @@ def test_a_signal_ends_all_runs_with_a_checkpoint(number, corpus_folder, model_f
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
+    name = signal.Signals(number).name
+    assert errors.splitlines()[-1] == f"flashmhf: {name}; the same command again continues the comparison"
+    assert "--resume" not in errors
     for folder in folders:
         assert [path.name for path in folder.glob("checkpoint-*")], errors
         assert not (folder / ".lock").exists()

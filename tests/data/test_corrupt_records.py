@@ -1,15 +1,17 @@
 """Bad data: each kind is counted and named, and skipped or refused."""
 
 import json
+from itertools import islice
 
 import datasets
 import pytest
+import torch
 
 from flashmhf.data import corpus as corpus_module
 from flashmhf.data import files
 from flashmhf.data.config import DataConfig
 from flashmhf.data.corpus import load_corpus
-from flashmhf.data.corrupt_records import CorruptRecords
+from flashmhf.data.corrupt_records import PLURALS, CorruptRecords
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
@@ -89,7 +91,7 @@ def test_refused_or_skipped(folder, make, kind, count, message, streaming):
         texts = [one["text"] for one in [*corpus.train, *corpus.validation]]
         assert sorted(texts) == sorted(GOOD)
         assert corpus.bad_data.counts == {kind: count}
-        assert kind in corpus.bad_data.summary()
+        assert f"{count} {PLURALS[kind] if count > 1 else kind}" in corpus.bad_data.summary()
 
 
 def test_empty_documents_are_skipped_and_counted_either_way(folder, caplog):
@@ -107,9 +109,9 @@ def test_a_file_that_vanishes_between_listing_and_reading(folder, monkeypatch):
     listed = corpus_module.list_files
 
     def vanishing(path):
-        files = listed(path)
-        files[3].unlink(missing_ok=True)
-        return files
+        listing = listed(path)
+        listing.files[3].unlink(missing_ok=True)
+        return listing
 
     monkeypatch.setattr(corpus_module, "list_files", vanishing)
     with pytest.raises(InputError, match=r"could not read .*03.txt: No such file"):
@@ -142,6 +144,17 @@ def test_a_run_sums_up(folder):
     binary(folder)
     data = load_blocks(DataConfig(source=str(folder), context_length=16, bad_data="skip"), byte_tokenizer())
     assert data.bad_summary().startswith("bad data skipped: 1 binary file (data: expected text, got binary in ")
+
+
+def test_what_a_worker_process_skips_is_counted(tmp_path):
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(3500)]
+    lines[3400:3400] = ['{"text": ', '{"text": "\\ud83d"}', '{"text": ']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    config = DataConfig(source=str(tmp_path), context_length=64, bad_data="skip", streaming=True)
+    data = load_blocks(config, byte_tokenizer())
+    assert data.bad_data[0].counts == {}  # not read yet
+    list(islice(torch.utils.data.DataLoader(data.train, batch_size=None, num_workers=1), 600))
+    assert data.bad_data[0].counts == {"broken line": 2, "text with invalid characters": 1}
 
 
 LONG = "".join(f"line {i} of an é or 漢\r\n" for i in range(40))

@@ -1,8 +1,11 @@
 """Bytes, trained BPE, folders; and that what is encoded comes back."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flashmhf.data.tokenizer import (
@@ -18,13 +21,95 @@ from flashmhf.errors import InputError
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Grüße aus Köln"] * 20
 
 
-@given(st.text(max_size=50).filter(lambda text: "<|" not in text))
+@given(st.text(max_size=50))
 def test_bytes_are_token_ids(text):
     tokenizer = byte_tokenizer()
     assert tokenizer(text)["input_ids"] == list(text.encode())
     (ids,) = encode_documents(tokenizer, [text])
     assert ids.tolist() == [*text.encode(), tokenizer.eos_token_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def with_truncation(tokenizer):
+    tokenizer(TEXTS[0], truncation=True, max_length=4)
+
+
+def with_padding(tokenizer):
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+
+
+def with_dropout(tokenizer):
+    if tokenizer.backend_tokenizer.model.dropout is None:
+        tokenizer.backend_tokenizer.model.dropout = 0.9
+
+
+def with_bos(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+
+
+def with_normalizer(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+
+
+def with_a_prefix_space(tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def with_tokens_of_its_own(tokenizer):
+    tokenizer.add_tokens(["cat sat", AddedToken("log", single_word=True, lstrip=True)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
+
+
+def with_special_tokens_as_text(tokenizer):
+    tokenizer.split_special_tokens = True
+
+
+STATES = [
+    with_truncation,
+    with_padding,
+    with_dropout,
+    with_bos,
+    with_normalizer,
+    with_a_prefix_space,
+    with_tokens_of_its_own,
+    with_special_tokens_as_text,
+]
+DOCUMENTS = [
+    TEXTS[0] * 20,
+    f"{TEXTS[0]}<|endoftext|>{TEXTS[1]}",
+    "<|endoftext|>",
+    "<|pad|> <user>the log, prologue",
+    "Ünïcode \ufb01 \u212b\0",
+]
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+@pytest.mark.parametrize("make", [byte_tokenizer, lambda: train_bpe(TEXTS, 275)], ids=["bytes", "bpe"])
+def test_the_ids_are_those_of_the_tokenizer_when_it_is_called(tmp_path, make, state):
+    """Whatever state an earlier call, or tokenizer.json, has left."""
+    made = make()
+    state(made)
+    made.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    for tokenizer in (loaded,) if state is with_dropout else (made, loaded):
+        found = [ids.tolist() for ids in encode_documents(tokenizer, DOCUMENTS)]
+        assert found == [ids.tolist() for ids in encode_documents(tokenizer, DOCUMENTS)]
+        called = [tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0] for text in DOCUMENTS]
+        assert found == [[*ids, tokenizer.eos_token_id] for ids in called]
+        assert len(found[0]) > 64
+
+
+def test_truncation_is_not_saved_again(tmp_path):
+    made = train_bpe(TEXTS, 275)
+    with_truncation(made)
+    with_padding(made)
+    made.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a/tokenizer.json").read_text())["padding"]
+    load_tokenizer(str(tmp_path / "a")).save_pretrained(tmp_path / "b")
+    saved = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
 
 
 def test_byte_tokenizer_is_recognised_after_saving(tmp_path):

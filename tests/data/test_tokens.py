@@ -80,8 +80,8 @@ def test_files_that_change_while_they_are_read_are_read_again(books, monkeypatch
     before = (books / "05.txt").read_text()
     key_of, changes = corpus_module.content_key, []
 
-    def change_after_hashing(files):
-        key = key_of(files)
+    def change_after_hashing(*arguments):
+        key = key_of(*arguments)
         if not changes:
             changes.append((books / "05.txt").write_text("Changed, and longer or shorter than before."))
         return key
@@ -102,7 +102,7 @@ def test_several_processes_give_the_same(books, own_cache, monkeypatch):
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", own_cache / "other")
     assert ids_of(books, byte_tokenizer()) == expected
-    assert len(list((own_cache / "other").rglob("cache-*_of_00002.arrow"))) == 2
+    assert len(list((own_cache / "other").rglob("tokens_*_of_00002.arrow"))) == 2
 
 
 def test_workers_are_bounded(monkeypatch):

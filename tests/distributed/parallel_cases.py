@@ -19,6 +19,7 @@ from flashmhf.benchmarking.measuring import peak_bytes
 from flashmhf.distributed.parallel import shard_parameters, tensor_parallel
 from flashmhf.distributed.sharded import load_sharded, save_sharded
 from flashmhf.layers import PKV, FlashMHF, SwiGLU
+from flashmhf.layers.former_shapes import former_shapes
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 
 BATCH, LENGTH = 4, 12
@@ -104,20 +105,35 @@ def curve(model: nn.Module, part: int, parts: int, steps: int, optimizer: Optimi
     return losses
 
 
+def in_former_shapes(model: nn.Module) -> nn.Module:
+    """With K, U and V as they were; the model computes the same."""
+    for name, shape in former_shapes(model).items():
+        layer, _, own = name.rpartition(".")
+        setattr(model.get_submodule(layer), own, nn.Parameter(model.get_parameter(name).data.view(shape)))
+    return model
+
+
 def adam(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def resumed(name: str, layouts: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
-    """Losses by both layouts: three steps, a sharded checkpoint, and three more in another layout."""
+def resumed(
+    name: str, layouts: list[str], folder: str, *, former: bool = False, **options: Any
+) -> dict[tuple[str, str], list[float]]:
+    """Losses by both layouts: three steps, a sharded checkpoint, and three more in another layout.
+
+    If `former`, the checkpoint has K, U and V in their former shape.
+    """
     results = {}
     for first in layouts:
-        model, part, parts = lay_out(build(name), first)
+        model, part, parts = lay_out(
+            in_former_shapes(build(name, **options)) if former else build(name, **options), first
+        )
         optimizer = adam(model)
         curve(model, part, parts, 3, optimizer)
         save_sharded(Path(folder) / first, model, optimizer)
         for second in layouts:
-            model, part, parts = lay_out(build(name, init="reference"), second)
+            model, part, parts = lay_out(build(name, **options, init="reference"), second)
             optimizer = adam(model)
             load_sharded(Path(folder) / first, model, optimizer)
             losses = curve(model, part, parts, 3, optimizer)

@@ -1,5 +1,7 @@
 """Each layout over processes computes what one process does."""
 
+import functools
+
 import pytest
 import torch
 from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, one_step, resumed
@@ -12,11 +14,21 @@ from flashmhf.models.loading import load_model
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
+ONE_HEAD = {"num_ffn_kv_heads": 1}
+
+
+resumed_from_former = functools.partial(resumed, former=True)
 
 
 def two_processes(folder: str) -> dict:
     steps = one_step(list(MODELS), LAYOUTS_OF_TWO)
-    return {"step": steps, "collectives": collectives(), "resumed": resumed("flashmhf", LAYOUTS_OF_TWO, folder)}
+    return {
+        "step": steps,
+        "collectives": collectives(),
+        "resumed": resumed("flashmhf", LAYOUTS_OF_TWO, folder),
+        "resumed from former": resumed("flashmhf", ["fsdp", "tp"], f"{folder}/former", former=True),
+        "resumed from former, grouped": resumed("flashmhf", ["fsdp"], f"{folder}/one head", former=True, **ONE_HEAD),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,18 @@ def test_a_sharded_checkpoint_resumes_in_any_layout(of_two, losses_after_three_s
     assert of_two["resumed"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
 
 
+@pytest.mark.parametrize("second", ["fsdp", "tp"])
+@pytest.mark.parametrize("first", ["fsdp", "tp"])
+def test_a_sharded_checkpoint_with_the_former_shapes_resumes(of_two, losses_after_three_steps, first, second):
+    assert of_two["resumed from former"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+
+
+def test_a_former_checkpoint_that_was_sharded_by_sub_networks_resumes(of_two):
+    """One head of K, U and V for two ranks: these were sharded by another dimension than now."""
+    expected = [loss.item() for loss in curve(build("flashmhf", **ONE_HEAD), 0, 1, 6)][3:]
+    assert of_two["resumed from former, grouped"]["fsdp", "fsdp"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_sharded_checkpoint_becomes_a_plain_model(of_two, folder_of_two, tmp_path, losses_after_three_steps, layout):
     model = build("flashmhf", init="reference")
@@ -95,6 +119,15 @@ def test_curves_of_four_processes(tmp_path):
     results = run_ranks(curves, 4, tmp_path, "flashmhf", ["ddp", "fsdp", "tp", "tp x fsdp"], 20)
     for layout, losses in results.items():
         assert losses == pytest.approx(expected, rel=1e-3), layout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_sharded_checkpoint_with_the_former_shapes_resumes_on_four_processes(tmp_path, losses_after_three_steps):
+    layouts = ["fsdp", "tp x fsdp"]
+    results = run_ranks(resumed_from_former, 4, tmp_path, "flashmhf", layouts, str(tmp_path))
+    for layouts_of_both, losses in results.items():
+        assert losses == pytest.approx(losses_after_three_steps, rel=1e-4), layouts_of_both
 
 
 class FakeMesh:

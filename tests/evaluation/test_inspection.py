@@ -44,8 +44,8 @@ def test_a_gate_that_chooses_one_and_a_row_that_is_dead():
     model = small()
     layer = model.model.layers[0].mlp
     with torch.no_grad():
-        layer.k[0, 0, :5] = 0  # SiLU(0) = 0
-        layer.v[1] = layer.v[1, 0, 0]  # rank one
+        layer.k[0, :5] = 0  # SiLU(0) = 0
+        layer.v[3:] = layer.v[3, 0]  # of the second head: rank one
         layer.in_proj.weight.fill_(0.0)
         layer.in_proj.weight += 0.1 * torch.randn(32, 32)
         layer.gate_weight.zero_()

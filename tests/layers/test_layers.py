@@ -26,6 +26,7 @@ OPTIONS = {
 }
 LAYERS = {
     "FlashMHF": lambda **o: FlashMHF(32, 4, 3, 20, **o),
+    "FlashMHF, norm": lambda **o: FlashMHF(32, 4, 3, 20, q_norm=True, **o),
     "MHFFN": lambda **o: MHFFN(32, 4, 50, **o),
     "DenseMoE": lambda **o: DenseMoE(32, 3, 20, **o),
     "PKV": lambda **o: PKV(32, 4, 50, **o),
@@ -45,7 +46,7 @@ def formula(layer: FlashMHF, x: torch.Tensor) -> torch.Tensor:
         else reference.head_gate(q, layer.gate_scale * layer.gate_weight, layer.gate_type)
     )
     groups = layer.num_heads // layer.num_kv_heads
-    k, u, v = (weight.repeat_interleave(groups, 0) for weight in (layer.k, layer.u, layer.v))
+    k, u, v = (layer._rows(name).repeat_interleave(groups, 0) for name in "kuv")
     m = layer.score_scale * torch.einsum("...hd,hefd->...hef", q, k)
     n = layer.score_scale * torch.einsum("...hd,hefd->...hef", q, u)
     p = nnf.silu(m) * n * (1.0 if gate is None else gate[..., None])
@@ -70,7 +71,7 @@ def test_flashmhf_matches_the_formula(options):
 def test_parameter_names_and_shapes(options):
     layer = FlashMHF(32, 4, 3, 20, **options)
     H_kv = options.get("num_kv_heads", 4)
-    expected = dict.fromkeys("kuv", (H_kv, 3, 20, 8))
+    expected = dict.fromkeys("kuv", (H_kv * 3, 20, 8))
     if options.get("gate_type", "sigmoid") is not None:
         expected["gate_weight"] = (4, 8, 3)
     if options.get("q_norm"):
@@ -87,7 +88,7 @@ def test_special_cases_match_the_layers_they_reduce_to():
     mhffn = MHFFN(32, 4, 50)
     torch.testing.assert_close(mhffn(x), formula(mhffn, x))
     moe = DenseMoE(32, 3, 20, init="scaled")
-    experts = (moe.k[0], moe.u[0], moe.v[0])
+    experts = (moe.k, moe.u, moe.v)
     gate = torch.sigmoid(x @ moe.gate_weight[0])
     gate = gate / gate.sum(-1, keepdim=True)
     outs = [(nnf.silu(x @ k.T) * (x @ u.T)) @ v for k, u, v in zip(*experts, strict=True)]
@@ -95,9 +96,9 @@ def test_special_cases_match_the_layers_they_reduce_to():
     swiglu = SwiGLU(32, 50)
     single = FlashMHF(32, 1, 1, 50, gate_type=None, projections=False)
     with torch.no_grad():
-        single.k[0, 0].copy_(swiglu.gate_proj.weight)
-        single.u[0, 0].copy_(swiglu.up_proj.weight)
-        single.v[0, 0].copy_(swiglu.down_proj.weight.T)
+        single.k[0].copy_(swiglu.gate_proj.weight)
+        single.u[0].copy_(swiglu.up_proj.weight)
+        single.v[0].copy_(swiglu.down_proj.weight.T)
     torch.testing.assert_close(single(x), swiglu(x))
 
 
@@ -199,6 +200,7 @@ def test_extra_repr_names_the_sizes():
         assert part in text
 
 
+nan = float("nan")
 BAD = {
     "hidden_size: expected a multiple of num_heads 5, got 32": lambda: FlashMHF(32, 5, 1, 8),
     "num_heads: expected a multiple of num_kv_heads 3, got 4": lambda: FlashMHF(32, 4, 1, 8, num_kv_heads=3),
@@ -206,6 +208,17 @@ BAD = {
     "gate_type: expected one of sigmoid, softmax, None, got 'relu'": lambda: FlashMHF(32, 4, 1, 8, gate_type="relu"),
     "init: expected one of reference, scaled, got 'zero'": lambda: FlashMHF(32, 4, 1, 8, init="zero"),
     "backend: expected one of auto, .*, got 'cuda'": lambda: FlashMHF(32, 4, 1, 8, backend="cuda"),
+    "num_heads: expected an integer, got 4.0": lambda: FlashMHF(32, 4.0, 1, 8),
+    "num_subnetworks: expected an integer, got True": lambda: FlashMHF(32, 4, True, 8),
+    "intermediate_size: expected an integer, got '8'": lambda: SwiGLU(32, "8"),
+    "q_norm: expected True or False, got 'no'": lambda: FlashMHF(32, 4, 1, 8, q_norm="no"),
+    "bias: expected True or False, got None": lambda: PKV(32, 4, 8, bias=None),
+    "bias: expected False without projections, got True": lambda: DenseMoE(32, 4, 8, bias=True),
+    "gate_scale: expected none without a gate, got 2.0": lambda: MHFFN(32, 4, 8, gate_scale=2.0),
+    "score_scale: expected a finite number other than 0, got 0": lambda: FlashMHF(32, 4, 1, 8, score_scale=0),
+    "output_scale: expected a finite number other than 0, got nan": lambda: FlashMHF(32, 4, 1, 8, output_scale=nan),
+    "norm_eps: expected a number of at least 0, got nan": lambda: FlashMHF(32, 4, 1, 8, norm_eps=nan),
+    "norm_eps: expected a number of at least 0, got '1e-6'": lambda: FlashMHF(32, 4, 1, 8, norm_eps="1e-6"),
     "num_slots: expected at least 1, got 0": lambda: PKV(32, 4, 0),
     "intermediate_size: expected at least 1, got -3": lambda: SwiGLU(32, -3),
 }
@@ -215,6 +228,22 @@ BAD = {
 def test_bad_arguments(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FlashMHF(32, 4, 1, 8, num_expert=2),
+        lambda: MHFFN(32, 4, 8, gate_type="sigmoid"),
+        lambda: DenseMoE(32, 4, 8, projections=True),
+        lambda: DenseMoE(32, 4, 8, num_heads=4),
+        lambda: PKV(32, 4, 8, q_norm=True),
+        lambda: SwiGLU(32, 8, num_heads=4),
+    ],
+)
+def test_options_that_a_layer_does_not_have_are_refused(make):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument|multiple values for"):
+        make()
 
 
 def test_a_named_backend_reaches_the_operator():

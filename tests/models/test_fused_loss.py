@@ -1,6 +1,11 @@
 """The fused loss, with stand-ins in plain PyTorch for the libraries, which require a GPU."""
 
+import copy
+import inspect
+import io
 import json
+import math
+import pickle
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -9,9 +14,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from accelerate import Accelerator, disk_offload
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import flashmhf.training.run
 from flashmhf.data.config import DataConfig
@@ -175,3 +182,128 @@ def test_other_model_families_are_not_fused(installed):
     tokens = torch.arange(5)[None]
     assert model(tokens, labels=tokens).logits.shape == (1, 5, 9)
     assert not called_in
+
+
+TOKENS = torch.arange(24).view(2, 12) * 11 % 320
+
+
+def biased(model: nn.Module) -> None:
+    head = nn.Linear(32, 320)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+
+
+def with_adapter(model: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+
+
+def hooked(model: nn.Module) -> None:
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.tanh())
+
+
+def parametrized(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def another_loss(model: nn.Module) -> None:
+    model.loss_function = lambda logits, **_: logits.square().mean()
+
+
+# Changes of the model, and arguments, with which the loss is not that of the output layer's weight alone.
+NOT_FUSED = {
+    "bias": (biased, {}),
+    "adapter": (with_adapter, {}),
+    "hook": (hooked, {}),
+    "parametrisation": (parametrized, {}),
+    "another loss function": (another_loss, {}),
+    "shift_labels": (lambda model: None, {"shift_labels": TOKENS}),
+    "ignore_index": (lambda model: None, {"ignore_index": 11}),
+    "tuple": (lambda model: None, {"return_dict": False}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FUSED)
+def test_other_losses_are_those_from_logits(installed, model, case):
+    change, options = NOT_FUSED[case]
+    change(model)
+    torch.manual_seed(0)
+    expected = model(TOKENS, labels=TOKENS, **options)
+    fuse_loss(model, choose_linear_loss("on", "cuda", True))
+    torch.manual_seed(0)
+    found = model(TOKENS, labels=TOKENS, **options)
+    assert not called_in
+    assert torch.equal(found[0], expected[0])
+    assert type(found) is type(expected)
+
+
+def test_labels_by_position_and_further_outputs(installed, model):
+    expected = model(TOKENS, None, None, None, None, TOKENS)
+    fuse_loss(model, choose_linear_loss("on", "cuda", True))
+    assert torch.equal(model(TOKENS, None, None, None, None, TOKENS).loss, expected.loss)
+    found = model(TOKENS, labels=TOKENS, output_hidden_states=True)
+    assert called_in
+    assert len(found.hidden_states) == 3
+    assert (
+        list(inspect.signature(model.forward).parameters) == list(inspect.signature(type(model).forward).parameters)[1:]
+    )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def copied_after_preparing(model: nn.Module) -> nn.Module:
+    """accelerate wraps the method once more."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return copy.deepcopy(prepared)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("make_copy", [copied, copied_after_preparing, pickled, saved])
+def test_copies_compute_with_their_own_weights(installed, model, make_copy):
+    fuse_loss(model, choose_linear_loss("on", "cuda", True))
+    other = make_copy(model)
+    before = other(TOKENS, labels=TOKENS).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(other(TOKENS, labels=TOKENS).loss, before)
+    assert model(TOKENS, labels=TOKENS).loss.item() == pytest.approx(math.log(320))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert other(TOKENS, labels=TOKENS).loss.item() == pytest.approx(math.log(320))
+
+
+def test_an_offloaded_model_computes_the_same(installed, model, tmp_path):
+    fuse_loss(model, choose_linear_loss("on", "cuda", True))
+    with torch.no_grad():
+        expected = model(TOKENS, labels=TOKENS).loss
+        offloaded = disk_offload(copy.deepcopy(model), str(tmp_path), execution_device=torch.device("cpu"))
+        torch.testing.assert_close(offloaded(TOKENS, labels=TOKENS).loss, expected)
+
+
+def test_a_model_with_another_forward_is_not_fused(installed):
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args, **options):
+            return super().forward(*args, **options)
+
+    model = Capped(LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9))
+    with pytest.raises(InputError, match="fused-loss: expected a model of the Llama family, got Capped"):
+        use_fused_loss(model, "on", "cuda", True)
+    use_fused_loss(model, "auto", "cuda", True)
+    assert "forward" not in vars(model)

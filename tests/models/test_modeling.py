@@ -13,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.models import (
     FlashMHFConfig,
     FlashMHFForCausalLM,
@@ -209,3 +210,27 @@ def test_options_reach_the_layer():
     assert (layer.num_kv_heads, layer.gate_type, layer.score_scale, layer.output_scale) == (1, "softmax", 3.0, 0.5)
     assert layer.q_norm.eps == 1e-4
     assert layer.in_proj.bias is not None
+
+
+TASKS = {
+    FlashMHFForCausalLM: ("CAUSAL_LM", "text-generation"),
+    FlashMHFForSequenceClassification: ("SEQUENCE_CLASSIFICATION", "text-classification"),
+    FlashMHFForTokenClassification: ("TOKEN_CLASSIFICATION", "token-classification"),
+    FlashMHFForQuestionAnswering: ("QUESTION_ANSWERING", None),  # transformers 5 has no pipeline for it
+}
+
+
+@pytest.mark.parametrize("model_class", TASKS, ids=lambda model_class: model_class.__name__)
+def test_every_head_is_in_the_tables_of_class_names(model_class):
+    """Trainer's label smoothing and the pipelines know classes by their names."""
+    from transformers import pipeline
+    from transformers.models.auto import modeling_auto
+
+    table, task = TASKS[model_class]
+    names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+    assert names["flashmhf"] == model_class.__name__
+    assert getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING")[FlashMHFConfig] is model_class
+    if task is not None:
+        model = model_class(make_config(vocab_size=320)).eval()
+        options = {"max_new_tokens": 3} if task == "text-generation" else {}
+        assert pipeline(task, model=model, tokenizer=byte_tokenizer())("hello", **options)

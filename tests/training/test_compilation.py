@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
-from flashmhf.models.loading import WEIGHTS, tensor_names
+from flashmhf.models.weights import WEIGHTS, tensor_names
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.config import TrainConfig

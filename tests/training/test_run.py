@@ -20,6 +20,7 @@ from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
 from flashmhf.training.run_log import read_log
 from flashmhf.training.throughput import Clock
+from flashmhf.training.trainer import PretrainingTrainer
 
 FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none"]
 FLAGS += ["--disable-tqdm", "true"]
@@ -172,6 +173,20 @@ def test_output_folders_that_hold_something_else_are_refused(run, tmp_path):
     with pytest.raises(InputError, match="output-dir: expected a folder, got the file"):
         start(run, tmp_path / "full/thesis.tex")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_ended_before_its_first_step_leaves_no_folder_that_is_refused(run, tmp_path, monkeypatch):
+    """With --resume or without it, with other settings too: there is nothing to lose."""
+    other = replace(run, data=replace(run.data, context_length=64))
+    for name, resume in (("new", False), ("resumed", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(PretrainingTrainer, "training_step", lambda *args, **options: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                start(run, tmp_path / name, "--max-steps", "2", "--report-to", "tensorboard", "--eval-on-start", "true")
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["log.jsonl", "run.json", "runs"]
+        assert start(other, tmp_path / name, "--max-steps", "2", resume=resume).steps == 2
+    with pytest.raises(InputError, match="output-dir: expected a new or empty folder"):
+        start(run, tmp_path / "new", "--max-steps", "2")
 
 
 def test_resuming_another_run_is_refused(run, tmp_path):

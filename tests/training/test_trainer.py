@@ -6,7 +6,7 @@ from transformers import Trainer
 
 from flashmhf.training.trainer import PretrainingTrainer
 
-OWN = {"_plain_optimizer"}
+OWN = {"_plain_optimizer", "check_weights"}
 
 
 def test_every_override_replaces_a_method_of_the_trainer_with_its_parameters():

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from flashmhf.benchmarking.measuring import Row, Times, dtype_name, interleaved_times, matmul_call, peak_bytes
 from flashmhf.benchmarking.variants import backend_of
 from flashmhf.benchmarking.workloads import ModelWorkload
 from flashmhf.errors import InputError
 from flashmhf.estimates.cost import model_cost
-from flashmhf.models.loading import load_config
+from flashmhf.models.loading import load_config, new_model
 from flashmhf.ops.roofline import peak_tflops
 
 
@@ -154,7 +154,7 @@ def _config(name: str, backend: str | None) -> PreTrainedConfig:
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
     with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = new_model(config, dtype)
     return model
 
 

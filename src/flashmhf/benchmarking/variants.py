@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from flashmhf.benchmarking.chunked import chunked_mhf
 from flashmhf.benchmarking.workloads import LayerShape
 from flashmhf.layers import FlashMHF, SwiGLU
+from flashmhf.layers.former_shapes import ROWS
 from flashmhf.ops.backends import BACKENDS, select
 from flashmhf.ops.problem import Problem
 
@@ -28,7 +29,7 @@ class NaiveMHF(nn.Module):
         q_THD = layer._query(x)
         gate_THE = torch.einsum("thd,hde->the", q_THD, layer._gate_weight()).float().sigmoid()
         gate_HTE = (gate_THE / gate_THE.sum(-1, keepdim=True) * layer.output_scale).transpose(0, 1).to(x.dtype)
-        k_HRD, u_HRD, v_HRD = (weight.flatten(1, 2) for weight in (layer.k, layer.u, layer.v))
+        k_HRD, u_HRD, v_HRD = (layer._rows(name).flatten(1, 2) for name in ROWS)
         out_HTD = self.sub_networks(q_THD.transpose(0, 1), k_HRD, u_HRD, v_HRD, gate_HTE)
         return layer.out_proj(out_HTD.transpose(0, 1).flatten(1))
 
@@ -118,7 +119,7 @@ def backend_of(module: nn.Module, tokens: int, dtype: torch.dtype) -> str | None
     layer = next((inner for inner in module.modules() if isinstance(inner, FlashMHF)), None)
     if layer is None or isinstance(module, NaiveMHF):
         return None
-    H_kv, E, F, D = layer.k.shape
+    H_kv, E, F, D = layer.rows_shape
     problem = Problem(tokens, layer.num_heads, H_kv, E, F, D, dtype, layer.k.device, layer.gate_type is not None)
     chosen = select(problem, layer.backend).__name__
     return next(backend.name for backend in BACKENDS if backend.module == chosen)

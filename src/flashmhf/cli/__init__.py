@@ -1,15 +1,20 @@
 """The command `flashmhf`. Each command is a file here; what it needs is imported when it runs."""
 
+import contextlib
 import logging
 import os
+import select
 import signal
 import sys
+from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
-from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, tokenizer, train
+from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, terminal, tokenizer, train
 from flashmhf.errors import InputError, Interrupted, RunError
+from flashmhf.lifeline import end_with_parent
+from flashmhf.system_errors import system_error
 
 app = typer.Typer(
     name="flashmhf",
@@ -32,12 +37,16 @@ app.command("bench", no_args_is_help=True)(bench.bench)
 
 def main() -> None:
     """Runs the command line; exits with 0, 1 (failed), 2 (bad usage) or 128 + a signal's number, and one line."""
+    end_with_parent()
+    terminal.protect()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
     logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler prints each start and stop
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:  # closed by the shell
+            sys.stdout.flush()
     except InputError as error:
         _fail(str(error), 2)
     except TyperException as error:
@@ -46,13 +55,42 @@ def main() -> None:
         _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
-    except (OSError, RunError) as error:
+    except RunError as error:
         _fail(str(error), 1)
+    except Exception as error:
+        _fail_by_system(error)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail_by_system(error: Exception) -> NoReturn:
+    """For what the operating system refused, whichever library reports it; anything else is a bug and raised."""
+    refused = error if isinstance(error, OSError) else system_error(error)
+    if refused is None:
+        raise error
+    reader_left = isinstance(refused, BrokenPipeError) and _output_is_closed()  # such as `head`
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing is left to be written at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _fail("" if reader_left else str(refused) or type(refused).__name__, 1)
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    if sys.platform == "win32":
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _own_words(message: str) -> str:
+    """Of an error in a worker process, which arrives as its traceback, the last line without the error's type."""
+    if "Traceback (most recent call last)" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2] or message
+
+
+def _fail(message: str, code: int) -> NoReturn:
     if message:  # empty where help was printed instead
-        print(f"flashmhf: {' '.join(message.split())}", file=sys.stderr)
+        terminal.say(f"flashmhf: {' '.join(_own_words(message).split())}")
     sys.exit(code)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
-from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
+from flashmhf.cli.output import Device, Json, check_folder, emit, pick_device, results_only
+from flashmhf.cli.terminal import say
 from flashmhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def bench(
     with results_only():
         from flashmhf.benchmarking.provenance import provenance
         from flashmhf.benchmarking.results import BenchmarkResult, read_result
-        from flashmhf.reports.benchmark_page import check_folder, write_results
+        from flashmhf.reports.benchmark_page import write_results
 
         if output is not None:
-            check_folder(Path(output))
+            check_folder("output", output)
         old = None if compare is None else read_result(Path(compare))
         names, picked = _choices("dtypes", dtypes, DTYPES), pick_device(device)
         workload: LayerShape | ModelWorkload
@@ -142,7 +143,7 @@ def _measure(kind: str, runs: Runs) -> "list[Row]":
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=1) as bar:
         task = bar.add_task(f"bench {kind}", total=len(chosen))
         for title, run in chosen:
-            typer.echo(f"{kind}: {title}", err=True)
+            say(f"{kind}: {title}")
             try:
                 rows += run()
             except ValueError as error:

@@ -1,6 +1,7 @@
 """flashmhf compare: feed-forward layers at matched parameters or FLOPs."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,9 @@ from flashmhf.cli.output import (
     emit,
     results_only,
 )
+from flashmhf.cli.terminal import say
 from flashmhf.data.config import DataConfig
+from flashmhf.errors import Interrupted
 from flashmhf.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ Jobs = Annotated[int, typer.Option(help="Runs at a time.")]
 DocumentBytes = Annotated[int, typer.Option(help="Score this many bytes of each held-out document, from its start.")]
 
 ABLATIONS = ("gate_type", "q_norm", "projections", "head_dim", "subnetworks")
-DECIDED = ("streaming", "resume", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
+DECIDED = ("streaming", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
 VALIDATION_TOKENS = DataConfig.validation_tokens // 4  # for each of many short runs
 
 
@@ -81,6 +84,7 @@ def compare(
     regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
     fused_loss: FusedLoss = TrainConfig.fused_loss,
     document_bytes: DocumentBytes = 2**16,
+    resume: Annotated[bool, typer.Option("--resume", help="Changes nothing: a comparison is always resumed.")] = False,
     json: Json = False,
 ) -> None:
     """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train`, too."""
@@ -89,14 +93,18 @@ def compare(
         from flashmhf.reports.comparison import write_files
 
         settings = _settings(context.params, tuple(context.args))
-        result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+        try:
+            result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+        except (KeyboardInterrupt, Interrupted) as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            raise Interrupted(number, "the same command again continues the comparison") from None
         report = write_files(result, Path(output_dir))
     emit({**result.as_dict(), "report": str(report)}, _text(result, report), json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 
 
 def _progress(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line)
 
 
 def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":

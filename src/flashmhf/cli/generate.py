@@ -38,7 +38,7 @@ def generate(
         )
     if len(samples) == 1:
         (sample,) = samples
-        emit(sample.as_dict(), sample.prompt + sample.continuation, json)
+        emit(sample.as_dict(), sample.prompt + sample.continuation, json, verbatim=True)
         return
     blocks = [f"--- {sample.model}\n{sample.prompt}{sample.continuation}\n" for sample in samples]
-    emit({"samples": [sample.as_dict() for sample in samples]}, "\n".join(blocks), json)
+    emit({"samples": [sample.as_dict() for sample in samples]}, "\n".join(blocks), json, verbatim=True)

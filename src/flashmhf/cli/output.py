@@ -1,7 +1,6 @@
 """What the commands share: options, and a standard output that holds only the result."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from flashmhf.cli.terminal import show
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 SOURCE = "stdlib, a file or folder of .txt, .json, .jsonl or .parquet (compressed too), or a Hub dataset"
@@ -64,13 +65,15 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def emit(result: dict[str, Any], text: str, as_json: bool, output: str | None = None) -> None:
-    """Prints a command's result, and writes it as JSON into the file `output`."""
-    if output is not None:
-        from flashmhf.files import write_json
+def emit(
+    result: dict[str, Any], text: str, as_json: bool, output: str | None = None, *, verbatim: bool = False
+) -> None:
+    """Prints a command's result, and writes it as JSON into the file `output`. For `verbatim` see `terminal.show`."""
+    from flashmhf.files import json_text, write_json
 
+    if output is not None:
         write_json(Path(output), result)
-    print(json.dumps(result) if as_json else text)
+    show(json_text(result) if as_json else text, verbatim=verbatim)
 
 
 def check_file(output: str) -> None:
@@ -84,6 +87,18 @@ def check_file(output: str) -> None:
         raise InputError(f"output: expected a file in a folder that exists, got {output}")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"output: expected a folder that can be written to, got {path.parent}")
+
+
+def check_folder(option: str, folder: str) -> None:
+    """Raises InputError if there is no such folder and none can be made, or a file was probably meant."""
+    from flashmhf.errors import InputError
+
+    path = Path(folder)
+    if path.suffix == ".json" or (path.exists() and not path.is_dir()):
+        raise InputError(f"{option}: expected a folder, got {folder!r}")
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{option}: expected a folder that can be written to, got {folder!r}")
 
 
 def pick_device(device: str | None) -> Any:

@@ -24,7 +24,9 @@ from flashmhf.cli.output import (
     emit,
     results_only,
 )
+from flashmhf.cli.terminal import say
 from flashmhf.data.config import DataConfig
+from flashmhf.lifeline import has_parent
 from flashmhf.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -73,11 +75,10 @@ def train(
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
         result = run_training(TrainConfig.from_options(context.params), arguments, resume=resume)
     number = result.interrupted_by
-    if number is not None and arguments.process_index == 0:
-        typer.echo(
+    if number is not None and arguments.process_index == 0 and not has_parent():
+        say(
             f"flashmhf: {signal.Signals(number).name} after step {result.steps}; the checkpoint is in "
-            f"{output_dir}, continue with --resume",
-            err=True,
+            f"{output_dir}, continue with --resume"
         )
     elif arguments.process_index == 0:
         emit(result.as_dict(), _text(result), json)
@@ -92,14 +93,14 @@ def _was_restarted() -> bool:
     """
     first = os.environ.get("RANK", "0") == "0"
     if first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(OWN_STORE) != "1":
-        typer.echo(f"torchrun --max-restarts: set {OWN_STORE}=1, or restarted processes may not find others", err=True)
+        say(f"torchrun --max-restarts: set {OWN_STORE}=1, or restarted processes may not find others")
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _text(result: "TrainResult") -> str:
     used = ", ".join(f"{tokens:,} of {source}" for source, tokens in result.tokens_used.items())
     lines = [f"tokens used: {used}"] if len(result.tokens_used) > 1 else []
-    lines += [result.bad_data] if result.bad_data else []
+    lines += [line for line in (result.data_read, result.bad_data) if line]
     return (
         f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s; "
         f"validation loss {result.validation_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte\n"

@@ -1,5 +1,6 @@
 """One trained model of a comparison on its held-out documents: loss, gates, a sample. The model is loaded once."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,13 +13,15 @@ from flashmhf.comparison.results import GateUsage
 from flashmhf.comparison.settings import Comparison
 from flashmhf.data.splits import truncate_documents
 from flashmhf.data.tokenizer import load_tokenizer
-from flashmhf.errors import RunError
+from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation import Evaluation, TokenizedDocuments, evaluate_tokenized
 from flashmhf.evaluation.generation import generate
 from flashmhf.evaluation.inspection import inspect_tokenized, multi_head_layers
 from flashmhf.files import read_json, write_json
 from flashmhf.models.checks import check_vocabulary
 from flashmhf.models.loading import load_model
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"  # in a run's folder, as `flashmhf eval --json` prints it
 PROMPT_TOKENS = 48
@@ -78,7 +81,10 @@ class Scorer:
 
     def score(self, folder: Path, observe: bool) -> Score:
         """The loss, which is kept in the run's folder, and with `observe` gates and a sample."""
-        model: PreTrainedModel = cast(Any, load_model(str(folder))).to(self._device)
+        try:
+            model: PreTrainedModel = cast(Any, load_model(str(folder))).to(self._device)
+        except RunError as error:
+            return Score(problem=str(error))
         check_vocabulary(model, self._tokenizer)
         evaluation = read_evaluation(folder)
         if evaluation is None:
@@ -107,6 +113,12 @@ class Scorer:
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """What an earlier call left in a run's folder."""
+    """What an earlier call left in a run's folder; None if it cannot be read, so that it is computed again."""
     file = folder / EVALUATION_FILE
-    return Evaluation.from_dict(read_json(file)) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return Evaluation.from_dict(read_json(file))
+    except InputError as error:
+        logger.warning("%s is computed again: %s", file, error)
+        return None

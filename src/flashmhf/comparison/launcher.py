@@ -1,5 +1,6 @@
 """Training runs as processes, several at a time."""
 
+import itertools
 import logging
 import queue
 import signal
@@ -8,38 +9,59 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO
 
 import torch
 
 from flashmhf.comparison.plan import Run
 from flashmhf.errors import Interrupted
-from flashmhf.files import write_json
+from flashmhf.files import append_to, write_json
+from flashmhf.lifeline import child_environment, lifeline
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+LAST_BYTES = 2**14  # of a log, in which its last line is looked for
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class _Processes:
-    """Processes that a terminal's Ctrl-C does not reach. None starts after `stop`."""
+    """Processes that a terminal's Ctrl-C does not reach, and that end with this one. None starts after `stop`.
 
-    def __init__(self) -> None:
+    Args:
+        parent: the descriptor of a `lifeline`.
+    """
+
+    def __init__(self, parent: int) -> None:
+        self._parent = parent
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def run(self, command: Sequence[str], **options: Any) -> int:
-        """The exit code."""
+    def run(self, command: Sequence[str], environment: Mapping[str, str] | None, stderr: IO[bytes] | None) -> int:
+        """The exit code, negative if a signal killed it.
+
+        Raises:
+            KeyboardInterrupt: all were told to stop.
+        """
         with self._lock:
             if self._stopped:
                 raise KeyboardInterrupt
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, **options)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+                pass_fds=(self._parent,),
+                env=child_environment(self._parent, environment),
+            )
             self._running.add(process)
         code = process.wait()
         with self._lock:
             self._running.discard(process)
+            if self._stopped:
+                raise KeyboardInterrupt
         return code
 
     def stop(self) -> None:
@@ -55,7 +77,8 @@ def train_runs(
 ) -> None:
     """Trains the runs that have not finished.
 
-    One that fails does not affect the others; SIGINT, SIGTERM and SIGHUP end all of them with a checkpoint.
+    One that fails or is killed does not affect the others; SIGINT, SIGTERM and SIGHUP to this process end all of them
+    with a checkpoint, a second one, or the end of this process, at once.
 
     Args:
         runs: in the order in which they start.
@@ -68,9 +91,8 @@ def train_runs(
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
-    processes = _Processes()
 
-    def train(run: Run) -> None:
+    def train(run: Run, processes: _Processes) -> None:
         slot = slots.get()
         try:
             progress(f"run {runs.index(run) + 1} of {len(runs)}: {run.label}")
@@ -79,9 +101,10 @@ def train_runs(
         finally:
             slots.put(slot)
 
-    with signals_interrupt(), ThreadPoolExecutor(jobs) as pool:
+    with signals_interrupt(), lifeline() as parent, ThreadPoolExecutor(jobs) as pool:
+        processes = _Processes(parent)
         try:
-            list(pool.map(train, waiting))
+            list(pool.map(train, waiting, itertools.repeat(processes)))
         except BaseException:
             processes.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -90,7 +113,7 @@ def train_runs(
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Interrupted`, so that the processes are told to stop."""
+    """SIGTERM and SIGHUP raise `Interrupted`, so that the processes are told to stop; not if nohup has them ignored."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(number)
@@ -98,7 +121,8 @@ def signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can set signal handlers
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -108,14 +132,21 @@ def signals_interrupt() -> Iterator[None]:
 
 def _train(run: Run, environment: Mapping[str, str] | None, alone: bool, processes: _Processes) -> None:
     write_json(run.config_file, run.options)
-    with run.log.open("ab") as log:
-        code = processes.run(run.command, stderr=None if alone else log, env=environment)
-    if code in INTERRUPTED:
-        raise KeyboardInterrupt
-    if code != 0 or not run.finished:
-        logger.warning("%s failed with exit code %d", run.label, code)
-    else:
+    with append_to(run.log) as log:
+        code = processes.run(run.command, environment, None if alone else log)
+    if code == 0 and run.finished:
         run.log.unlink()
+        return
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    reason = _last_line(run.log)
+    logger.warning("%s %s%s; the same command tries it again", run.label, how, f" ({reason})" if reason else "")
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - LAST_BYTES, 0))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _share(environment: Mapping[str, str], slot: int, jobs: int) -> dict[str, str]:

@@ -115,7 +115,7 @@ def unigram_entropy(tokens: Dataset) -> float:
 
 
 def _curve(rows: Sequence[dict[str, Any]], name: str) -> Curve:
-    points = [(row["step"], row[name], row["elapsed_s"]) for row in rows if name in row]
+    points = [(row["step"], row[name], row["elapsed_s"]) for row in rows if row.get(name) is not None]
     steps, losses, elapsed_s = zip(*points, strict=True) if points else ((), (), ())
     return Curve(steps=steps, losses=losses, elapsed_s=elapsed_s)
 

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from flashmhf.data.corrupt_records import naming
 from flashmhf.data.tokenizer import encode_documents
 from flashmhf.errors import InputError
 
@@ -112,9 +113,11 @@ def iterate_blocks(
     def endless() -> Iterator[dict[str, str]]:
         for number in count():
             empty = True
-            for document in documents.shuffle(np.random.default_rng([seed, number]), buffer_size=SHUFFLED_DOCUMENTS):
-                empty = False
-                yield document
+            shuffled = documents.shuffle(np.random.default_rng([seed, number]), buffer_size=SHUFFLED_DOCUMENTS)
+            with naming("a stream"):
+                for document in shuffled:
+                    empty = False
+                    yield document
             if empty:
                 raise InputError("data: expected some text, got none in a stream")
 

@@ -1,22 +1,25 @@
 """Reading the documents of a SOURCE, and holding some out for validation."""
 
-import hashlib
 import logging
 import re
-import shutil
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from flashmhf.data.corrupt_records import REFUSE, SKIP, CorruptRecords
-from flashmhf.data.files import PART_BYTES, content_key, document_row, list_files, missing_column, read_rows
-from flashmhf.data.workers import MAX_ROWS, count_rows, count_workers, rows_at_once
+from flashmhf.data.cache import cached, forget
+from flashmhf.data.corrupt_records import REFUSE, SKIP, UNREADABLE, CorruptRecords, naming
+from flashmhf.data.files import PART_BYTES, ROW, read_rows
+from flashmhf.data.fingerprints import content_key, short_hash, stamps, stream_key, text_hash, texts_key
+from flashmhf.data.hub import hub_rows, hub_splits
+from flashmhf.data.listing import OTHER_SPLIT, Listing, list_files
+from flashmhf.data.workers import count_rows, count_workers, rows_at_once
 from flashmhf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,18 +33,36 @@ HOLD_OUT = 20  # one document in this many is held out, by a hash of its text, o
 STREAMED_HOLD_OUT = 100  # at most, from a stream
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 READ_ATTEMPTS = 3
-ROW = datasets.Features({name: datasets.Value("string") for name in ("text", "origin", "corrupt", "message")})
 DOCUMENT = ["text", "origin"]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents for training and for validation: datasets with the columns "text" and "origin" (a file, a line)."""
+    """Documents for training and for validation: datasets with the columns "text" and "origin" (a file, a line).
+
+    Attributes:
+        fingerprint: a hash of what is read, wherever it lies: of files their names in the folder and their contents;
+            of a stream of files the size and beginning of each; of a dataset on the Hub its version and subset, of a
+            stream from the Hub the documents that are held out.
+        files: one line on what was read and what was passed over.
+    """
 
     train: Dataset | IterableDataset
     validation: Dataset
     description: str
     bad_data: CorruptRecords
+    fingerprint: str
+    files: str
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a source holds, before corrupt records are taken out; no key for a stream from the Hub."""
+
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
+    key: str | None
+    files: str
 
 
 def load_corpus(source: str, *, text_column: str = "text", streaming: bool = False, bad_data: str = REFUSE) -> Corpus:
@@ -64,128 +85,116 @@ def load_corpus(source: str, *, text_column: str = "text", streaming: bool = Fal
     bad = CorruptRecords(bad_data)
     if source == STDLIB:
         bad.policy = SKIP  # the user cannot fix it
-        train, validation = read_files(_stdlib_files(), STDLIB, "text", streaming), None
-        where = f"standard library in {sysconfig.get_path('stdlib')}"
+        rows, where = _read_stdlib(streaming), f"standard library in {sysconfig.get_path('stdlib')}"
     elif Path(source).exists():
-        train, validation = _read_path(Path(source), text_column, streaming)
-        where = source
+        rows, where = _read_path(Path(source), text_column, streaming, bad), source
     else:
-        train, validation = _read_hub(source, text_column, streaming)
-        where = f"{source} on the Hub"
-    train = keep_documents(train, source, bad)
-    validation = None if validation is None else keep_documents(validation, source, bad)
+        rows, where = _read_hub(source, text_column, streaming), f"{source} on the Hub"
+    train = keep_documents(rows.train, source, bad)
+    validation = None if rows.validation is None else keep_documents(rows.validation, source, bad)
     if validation is None:
-        train, validation = _hold_out(train)
-    corpus = Corpus(
-        train, validation, f"{where}: {_describe(train)} for training, {_describe(validation)} for validation", bad
-    )
-    logger.info("data: %s", corpus.description)
+        with naming(source):
+            train, validation = _hold_out(train)
+    assert isinstance(validation, Dataset)
+    description = f"{where}: {_describe(train)} for training, {_describe(validation)} for validation"
+    key = rows.key or texts_key(_texts(validation))
+    logger.info("data: %s", description)
     if bad.counts:
         logger.warning("data: %s", bad.summary())
-    return corpus
+    return Corpus(train, validation, description, bad, key, rows.files)
 
 
-def _stdlib_files() -> list[Path]:
+def _read_stdlib(streaming: bool) -> _Rows:
     root = Path(sysconfig.get_path("stdlib"))
     files = (p for p in sorted(root.rglob("*.py")) if STDLIB_EXCLUDED.isdisjoint(p.relative_to(root).parts))
-    return [p for p in files if p.stat().st_size > 0]
+    listing = Listing(root, [p for p in files if p.stat().st_size > 0])
+    train, key = read_files(listing.files, root, STDLIB, "text", streaming)
+    return _Rows(train, None, key, log_files(listing))
 
 
-def _read_path(path: Path, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    known = list_files(path)
-    validation_files = [p for p in known if has_name(p, path, VALIDATION_NAMES)]
-    left_out = {*validation_files, *(p for p in known if has_name(p, path, TEST_NAMES))}
-    train_files = [p for p in known if p not in left_out]
-    if not train_files:
-        train_files, validation_files = known, []
-    train = read_files(train_files, str(path), text_column, streaming)
-    validation = read_files(validation_files, str(path), text_column, False) if validation_files else None
-    return train, validation
+def _read_path(path: Path, text_column: str, streaming: bool, bad: CorruptRecords) -> _Rows:
+    listing = find_files(path, bad)
+    validation_files = [p for p in listing.files if has_name(p, path, VALIDATION_NAMES)]
+    test_files = {p for p in listing.files if has_name(p, path, TEST_NAMES)} - {*validation_files}
+    train_files = [p for p in listing.files if p not in test_files and p not in validation_files]
+    if train_files:
+        listing.leave_out(test_files, OTHER_SPLIT)
+    else:
+        train_files, validation_files = listing.files, []
+    files = log_files(listing)
+    train, key = read_files(train_files, path, str(path), text_column, streaming)
+    if not validation_files:
+        return _Rows(train, None, key, files)
+    validation, validation_key = read_files(validation_files, path, str(path), text_column, False)
+    return _Rows(train, validation, f"{key}-{validation_key}", files)
 
 
-def read_files(files: list[Path], where: str, text_column: str, streaming: bool) -> Dataset | IterableDataset:
-    """Rows of `read_rows`, from a cache keyed by the files' contents."""
+def find_files(path: Path, bad: CorruptRecords) -> Listing:
+    """The files below `path`; a folder that cannot be listed is a corrupt record."""
+    listing = list_files(path)
+    for message in listing.unreadable:
+        bad.add(UNREADABLE, message)
+    return listing
+
+
+def log_files(listing: Listing) -> str:
+    """Logs what is read and what is passed over, a line for each; returns both."""
+    megabytes = sum(size for _, size in stamps(listing.files)) / 1e6
+    read = f"{len(listing.files):,} file{'' if len(listing.files) == 1 else 's'}, {megabytes:,.1f} MB"
+    passed_over = listing.passed_over_summary()
+    logger.info("data: reading %s in %s", read, listing.root)
+    if passed_over:
+        logger.warning("data: %s in %s", passed_over, listing.root)
+    return f"read {read}" + (f"; {passed_over}" if passed_over else "")
+
+
+def read_files(
+    files: list[Path], root: Path, where: str, text_column: str, streaming: bool
+) -> tuple[Dataset | IterableDataset, str]:
+    """Rows of `read_rows`, from a cache keyed by the files' contents, and a hash of these."""
     arguments = {"files": [str(p) for p in files], "text_column": text_column}
     if streaming:
-        return IterableDataset.from_generator(read_rows, features=ROW, gen_kwargs=arguments)
-    num_bytes = sum(stamp[1] for stamp in _stamps(files))
-    workers = count_workers(num_bytes, len(files))
+        return IterableDataset.from_generator(read_rows, features=ROW, gen_kwargs=arguments), stream_key(files, root)
     for _ in range(READ_ATTEMPTS):
-        before = _stamps(files)
-        key = hashlib.blake2b(
-            f"{content_key(files)} {where} {text_column} {list(ROW)}".encode(), digest_size=16
-        ).hexdigest()
-        rows = Dataset.from_generator(
-            read_rows,
-            features=ROW,
-            cache_dir=str(datasets.config.HF_DATASETS_CACHE),
-            gen_kwargs=arguments,
-            num_proc=workers if workers > 1 else None,
-            fingerprint=key,
-            writer_batch_size=count_rows(min(max(size for _, size in before), PART_BYTES)),
-        )
-        if _stamps(files) == before:
-            return rows
-        shutil.rmtree(Path(rows.cache_files[0]["filename"]).parent)  # keyed by what was there before
+        before = stamps(files)
+        content = content_key(files, root)
+        rows = cached(short_hash("rows", content, where, text_column, list(ROW)), partial(_build_rows, arguments))
+        if stamps(files) == before:
+            return rows, content
+        forget(rows)  # keyed by what was there before
     raise InputError(f"data: expected files that do not change while they are read, got changing ones in {where}")
 
 
-def _stamps(files: list[Path]) -> list[tuple[int, int]]:
-    """Modification time and size of each file; zeros for a missing one."""
-    stamps = []
-    for path in files:
-        try:
-            stat = path.stat()
-            stamps.append((stat.st_mtime_ns, stat.st_size))
-        except OSError:
-            stamps.append((0, 0))
-    return stamps
+def _build_rows(arguments: dict[str, Any], folder: Path) -> Dataset:
+    sizes = [size for _, size in stamps(map(Path, arguments["files"]))]
+    workers = count_workers(sum(sizes), len(sizes))
+    return Dataset.from_generator(
+        read_rows,
+        features=ROW,
+        cache_dir=str(folder),
+        gen_kwargs=arguments,
+        num_proc=workers if workers > 1 else None,
+        fingerprint=folder.name,
+        writer_batch_size=count_rows(min(max(sizes), PART_BYTES)),
+    )
 
 
-def _read_hub(source: str, text_column: str, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def _read_hub(source: str, text_column: str, streaming: bool) -> _Rows:
     splits = hub_splits(source, streaming)
     train_split = next((s for s in TRAIN_NAMES if s in splits), None) or next(iter(splits))
     validation_split = next((s for s in VALIDATION_NAMES if s in splits and s != train_split), None)
     train = hub_rows(splits[train_split], source, text_column)
+    key = splits[train_split]._fingerprint if isinstance(splits[train_split], Dataset) else None
+    left = [name for name in splits if name not in (train_split, validation_split)]
+    files = f"read split {train_split}" + (f"; passed over {', '.join(left)}" if left else "")
+    logger.info("data: %s of %s", files, source)
     if validation_split is None:
-        return train, None
+        return _Rows(train, None, key, files)
     validation = splits[validation_split]
     if isinstance(validation, IterableDataset):
-        validation = Dataset.from_list(list(validation.take(STREAMED_HOLD_OUT)))
-    return train, hub_rows(validation, source, text_column)
-
-
-def hub_splits(source: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream, nothing is read yet."""
-    name, _, subset = source.partition(":")
-    try:
-        return datasets.load_dataset(name, subset or None, streaming=streaming)
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "scripts are no longer supported" in reason:
-            reason += "; use a copy in parquet"
-        raise InputError(
-            f"data: expected stdlib, a file, a folder or a dataset on the Hub, got {source!r} ({reason})"
-        ) from error
-
-
-def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str) -> Dataset | IterableDataset:
-    """A dataset's text column as rows of `read_rows`."""
-    columns = documents.column_names
-    if columns is None:  # a stream that does not know its columns until it is read
-        columns = list(next(iter(documents), {}))
-    if text_column not in columns:
-        raise InputError(missing_column(columns, where, text_column))
-
-    def rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        made = [
-            document_row(text, f"{where}, row {index + 1}")
-            for index, text in zip(indices, batch[text_column], strict=True)
-        ]
-        return {name: [one[name] for one in made] for name in ROW}
-
-    options = {"batched": True, "batch_size": MAX_ROWS, "with_indices": True, "remove_columns": columns}
-    return documents.map(rows, features=ROW, **options)
+        with naming(source):
+            validation = Dataset.from_list(list(validation.take(STREAMED_HOLD_OUT)))
+    return _Rows(train, hub_rows(validation, source, text_column), key, files)
 
 
 def keep_documents(rows: Dataset | IterableDataset, where: str, bad: CorruptRecords) -> Dataset | IterableDataset:
@@ -211,11 +220,6 @@ def keep_documents(rows: Dataset | IterableDataset, where: str, bad: CorruptReco
 def is_held_out(text: str) -> bool:
     """Whether a document is for validation: 1 in 20 is, whatever the others are."""
     return text_hash(text) % HOLD_OUT == 0
-
-
-def text_hash(text: str) -> int:
-    """64 bits of a hash that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
 
 
 def _hold_out(documents: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, Dataset]:
@@ -246,8 +250,14 @@ def _split_each(documents: Dataset) -> tuple[Dataset, Dataset]:
         part = text[:at] if front else text[at:]
         return {"text": [part] if part else [], "origin": [origin] if part else []}
 
-    options = {"batched": True, "batch_size": 1}
-    front, back = (documents.map(cut, fn_kwargs={"front": which}, **options) for which in (True, False))
+    def build(front: bool, folder: Path) -> Dataset:
+        file = str(folder / "part.arrow")
+        options = {"batched": True, "batch_size": 1, "cache_file_name": file, "load_from_cache_file": False}
+        return documents.map(cut, fn_kwargs={"front": front}, **options)
+
+    front, back = (
+        cached(short_hash("part", documents._fingerprint, which), partial(build, which)) for which in (True, False)
+    )
     if len(back) == 0:
         count = sum(map(len, documents["text"]))
         raise InputError(f"data: expected enough text to hold some out for validation, got {count} characters")
@@ -270,5 +280,5 @@ def has_name(path: Path, root: Path, names: tuple[str, ...]) -> bool:
     """Whether a file below `root`, or a folder it is in, has one of the names, as train.txt and test/a.txt have."""
     if path == root:
         return False
-    *folders, file_name = path.relative_to(root).parts
+    *folders, file_name = map(str.lower, path.relative_to(root).parts)
     return any(folder in names for folder in folders) or SHARD.sub("", file_name.split(".")[0]) in names

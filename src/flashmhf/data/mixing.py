@@ -25,15 +25,23 @@ FORM = "SOURCE or WEIGHT*SOURCE,WEIGHT*SOURCE,..."
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Blocks for training and validation, from one or more sources."""
+    """Blocks for training and validation, from one or more sources.
+
+    Attributes:
+        bytes_per_token: of the validation blocks.
+        fingerprints: of the sources, see `Corpus`.
+        files: one line for each source, see `Corpus`.
+    """
 
     train: ShuffledBlocks | IterableDataset
     validation: torch.utils.data.Dataset
-    bytes_per_token: float  # of the validation blocks
+    bytes_per_token: float
     sources: tuple[str, ...]
     weights: tuple[float, ...]
     block_length: int
     bad_data: tuple[CorruptRecords, ...]
+    fingerprints: tuple[str, ...]
+    files: tuple[str, ...]
 
     def tokens_used(self, tokens: int) -> dict[str, int]:
         """How many of the first `tokens` tokens of training come from each source."""
@@ -46,6 +54,10 @@ class TrainingData:
         for source, count in zip(self.sources, counts, strict=True):
             used[source] += count * self.block_length
         return used
+
+    def read_summary(self) -> str:
+        """One line on what was read and what was passed over."""
+        return "; ".join(f"{source}: {files}" for source, files in zip(self.sources, self.files, strict=True))
 
     def bad_summary(self) -> str:
         """One line on corrupt records that were skipped; empty if none were."""
@@ -104,8 +116,17 @@ def load_blocks(
     else:
         blocks = [_blocks(corpus.train, tokenize(corpus.train, tokenizer), tokenizer, config) for corpus in corpora]
         train = ShuffledBlocks(blocks, weights, seed, names=sources)
-    bad = tuple(corpus.bad_data for corpus in corpora)
-    return TrainingData(train, validation, bytes_per_token, sources, weights, config.context_length, bad)
+    return TrainingData(
+        train,
+        validation,
+        bytes_per_token,
+        sources,
+        weights,
+        config.context_length,
+        tuple(corpus.bad_data for corpus in corpora),
+        tuple(corpus.fingerprint for corpus in corpora),
+        tuple(corpus.files for corpus in corpora),
+    )
 
 
 def _blocks(

@@ -11,15 +11,16 @@ from flashmhf.data.corpus import (
     TEST_NAMES,
     TRAIN_NAMES,
     VALIDATION_NAMES,
+    find_files,
     has_name,
-    hub_rows,
-    hub_splits,
     keep_documents,
     load_corpus,
+    log_files,
     read_files,
 )
-from flashmhf.data.corrupt_records import REFUSE, CorruptRecords
-from flashmhf.data.files import list_files
+from flashmhf.data.corrupt_records import REFUSE, CorruptRecords, naming
+from flashmhf.data.hub import hub_rows, hub_splits
+from flashmhf.data.listing import OTHER_SPLIT
 from flashmhf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,13 @@ def load_documents(
         InputError: there is no such source or split, or it holds no usable text.
     """
     if split not in (TRAIN, ALL):
-        rows = None
-        if source != STDLIB:
-            read = _folder_split if Path(source).exists() else _hub_split
-            rows = read(source, split, text_column)
+        rows, bad = None, CorruptRecords(bad_data)
+        if source != STDLIB and Path(source).exists():
+            rows = _folder_split(source, split, text_column, bad)
+        elif source != STDLIB:
+            rows = _hub_split(source, split, text_column)
         if rows is not None:
-            return _documents(rows, source, CorruptRecords(bad_data))
+            return _documents(rows, source, bad)
         if split != VALIDATION:
             raise InputError(f"split: expected {VALIDATION}, {TRAIN} or {ALL}, got {split!r}, which {source} lacks")
     corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
@@ -78,12 +80,17 @@ def _documents(rows: Dataset | IterableDataset, source: str, bad: CorruptRecords
     return documents
 
 
-def _folder_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
+def _folder_split(source: str, split: str, text_column: str, bad: CorruptRecords) -> Dataset | IterableDataset | None:
     """None if `load_corpus` decides, or if no file has that name."""
     if split == VALIDATION:
         return None
-    files = [file for file in list_files(Path(source)) if has_name(file, Path(source), _synonyms(split))]
-    return read_files(files, source, text_column, False) if files else None
+    root = Path(source)
+    listing = find_files(root, bad)
+    listing.leave_out({file for file in listing.files if not has_name(file, root, _synonyms(split))}, OTHER_SPLIT)
+    if not listing.files:
+        return None
+    log_files(listing)
+    return read_files(listing.files, root, source, text_column, False)[0]
 
 
 def _hub_split(source: str, split: str, text_column: str) -> Dataset | IterableDataset | None:
@@ -97,7 +104,10 @@ def _hub_split(source: str, split: str, text_column: str) -> Dataset | IterableD
             f"split: expected {VALIDATION}, {TRAIN}, {ALL} or one of {', '.join(splits)} in {source}, got {split!r}"
         )
     rows = hub_rows(splits[name], source, text_column)
-    return Dataset.from_list(list(rows)) if isinstance(rows, IterableDataset) else rows
+    if not isinstance(rows, IterableDataset):
+        return rows
+    with naming(source):
+        return Dataset.from_list(list(rows))
 
 
 def _synonyms(split: str) -> tuple[str, ...]:

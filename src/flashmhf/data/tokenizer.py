@@ -2,21 +2,33 @@
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from flashmhf.errors import InputError
+from flashmhf.untrusted import read_settings, reading
+
+logger = logging.getLogger(__name__)
 
 BYTES = "bytes"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = {
+    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+}
 EOS = "<|endoftext|>"
 PADDING = "<|pad|>"
 VOCABULARY_MULTIPLE = 64  # of a new model
@@ -60,16 +72,38 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name == BYTES:
         return byte_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r} ({reason})"
-        ) from error
-    if tokenizer.eos_token_id is None:
+    folder = Path(name)
+    if folder.is_dir():
+        _check_files(folder)
+    with reading(f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("text", add_special_tokens=False)  # some values fail only in use
+    if not isinstance(tokenizer.eos_token_id, int):
         raise InputError(f"tokenizer: expected one with an EOS token, got {name!r} without")
+    _make_deterministic(tokenizer, name)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raises InputError that names the file at fault; transformers names none, or goes on without the file."""
+    for file in sorted(folder / name for name in TOKENIZER_FILES):
+        if file.is_symlink() or file.exists():
+            with reading(f"tokenizer: {file}"):
+                settings = read_settings(file, strict=False)
+                if file.name == TOKENIZER_CONFIG:
+                    _check_class(settings, file)
+                elif file.name == TOKENIZER:
+                    Tokenizer.from_file(str(file))
+
+
+def _check_class(settings: dict[str, Any], file: Path) -> None:
+    """Raises InputError for a class that transformers does not have. The folder's own code (auto_map) is never run."""
+    name = settings.get("tokenizer_class")
+    if name is None:
+        return
+    names = (name, f"{name}Fast", str(name).removesuffix("Fast"))
+    if not isinstance(name, str) or not any(tokenizer_class_from_name(one) for one in names):
+        raise InputError(f"tokenizer: {file}: expected a tokenizer_class that transformers has, got {name!r:.80}")
 
 
 def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,15 +126,30 @@ def check_same_tokenizer(folder: str, tokenizer: PreTrainedTokenizerBase) -> Non
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, int32, followed by the EOS token.
 
-    For bytes and byte-level BPE, the same ids as from the tokenizer, in less time.
+    The ids are those that the tokenizer gives when it is called with `add_special_tokens=False`: the text of a special
+    token, such as <|endoftext|>, becomes its id. For bytes and byte-level BPE they take less time.
     """
+    encoded: Iterable[Sequence[int] | np.ndarray]
     if is_byte_tokenizer(tokenizer):
-        encoded = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        encoded = _encode_plain(tokenizer, texts, lambda text: np.frombuffer(text.encode(), dtype=np.uint8))
     elif _is_word_tokenizer(tokenizer):
-        encoded = _encode_words(tokenizer, texts)
+        encoded = _encode_plain(tokenizer, texts, partial(_encode_words, tokenizer))
     else:
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = _call(tokenizer, texts)
     return [np.append(np.asarray(ids, dtype=np.int32), np.int32(tokenizer.eos_token_id)) for ids in encoded]
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _encode_plain(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], encode: Callable[[str], np.ndarray]
+) -> Iterator[Sequence[int] | np.ndarray]:
+    """`encode` of each text; the tokenizer itself encodes those with a special token in them."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    for text in texts:
+        yield _call(tokenizer, [text])[0] if any(token in text for token in special) else encode(text)
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -141,24 +190,35 @@ def _is_word_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrain
     )
 
 
-def _encode_words(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """Encodes each distinct word once; the tokenizer encodes a text with a special token in it."""
-    backend = tokenizer.backend_tokenizer
-    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+def _encode_words(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
+    """Encodes each distinct word once."""
     known = _known_words.setdefault(tokenizer, {})
-    encoded = []
-    for text in texts:
-        if len(known) > MAX_KNOWN_WORDS:
-            known.clear()
-        if any(token in text for token in special):
-            encoded.append(np.asarray(backend.encode(text, add_special_tokens=False).ids, dtype=np.int32))
-            continue
-        words = WORDS.findall(text)
-        new = [word for word in dict.fromkeys(words) if word not in known]
-        ids = (encoding.ids for encoding in backend.encode_batch_fast(new, add_special_tokens=False))
-        known.update(zip(new, ids, strict=True))
-        encoded.append(np.fromiter(chain.from_iterable(map(known.__getitem__, words)), dtype=np.int32))
-    return encoded
+    if len(known) > MAX_KNOWN_WORDS:
+        known.clear()
+    words = WORDS.findall(text)
+    new = [word for word in dict.fromkeys(words) if word not in known]
+    backend = tokenizer.backend_tokenizer
+    _reset_lengths(backend)  # else a word could be cut or padded
+    ids = (encoding.ids for encoding in backend.encode_batch_fast(new, add_special_tokens=False))
+    known.update(zip(new, ids, strict=True))
+    return np.fromiter(chain.from_iterable(map(known.__getitem__, words)), dtype=np.int32)
+
+
+def _reset_lengths(backend: Tokenizer) -> None:
+    """Removes what calls with `truncation` or `padding` leave in a tokenizer, and in its tokenizer.json."""
+    backend.no_truncation()
+    backend.no_padding()
+
+
+def _make_deterministic(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """A document's ids do not depend on earlier calls, nor on chance."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    backend = tokenizer.backend_tokenizer
+    _reset_lengths(backend)
+    if getattr(backend.model, "dropout", None):
+        logger.warning("tokenizer: the BPE dropout of %s is not used", name)
+        backend.model.dropout = None
 
 
 def _finish(tokenizer: Tokenizer, use_regex: bool) -> PreTrainedTokenizerFast:

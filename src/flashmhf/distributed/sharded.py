@@ -20,10 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from flashmhf.errors import InputError
+from flashmhf.layers.former_shapes import former_shapes, in_present_shapes
 from flashmhf.models.loading import load_model
 
 SHARDS = "sharded"  # the folder in a Trainer's checkpoint to which every process adds its shards
@@ -61,7 +64,10 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer | None = N
     """
     state = _state(model, optimizer)
     tensors = _tensors(state)
-    dcp.load(tensors, storage_reader=_Reader(folder), no_dist=_single())
+    former = _in_former_shape(_Reader(folder).read_metadata(), model, tensors)
+    dcp.load(tensors | former, storage_reader=_Reader(folder), no_dist=_single())
+    for name, tensor in former.items():
+        _copy(tensor.flatten(0, 1), tensors[name])
     state |= tensors
     set_model_state_dict(model, {n.removeprefix("model:"): v for n, v in state.items() if n.startswith("model:")})
     if optimizer is not None:
@@ -113,9 +119,11 @@ def load_full_optimizer(file: Path, model: nn.Module, optimizer: Optimizer) -> N
     """Reads what one process saved, by parameter number, into an optimizer of the same model with any sharding."""
     kept = torch.load(file, map_location="cpu", weights_only=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [names[id(parameter)] for parameter in parameters]
+    moments = in_present_shapes(kept["state"], parameters, model)
     state: dict[str, Any] = {
-        "state": {order[number]: values for number, values in kept["state"].items()},
+        "state": {order[number]: values for number, values in moments.items()},
         "param_groups": [{**group, "params": [order[i] for i in group["params"]]} for group in kept["param_groups"]],
     }
     set_optimizer_state_dict(model, optimizer, state, options=_FULL)
@@ -127,6 +135,29 @@ def _state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
         flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         state |= {f"optimizer:{name}": value for name, value in flat.items()}
     return state
+
+
+def _in_former_shape(table: Metadata, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Room for those of `tensors` that the checkpoint has in their former shape, which differs in how it is sharded."""
+    room = {}
+    for name, shape in former_shapes(model).items():
+        for key in tensors:
+            if key == f"model:{name}" or key.startswith(f"optimizer:state.{name}."):
+                entry = table.state_dict_metadata.get(key)
+                if isinstance(entry, TensorStorageMetadata) and entry.size == shape:
+                    room[key] = torch.empty(shape, dtype=tensors[key].dtype)
+    return room
+
+
+def _copy(source: Tensor, destination: Tensor) -> None:
+    """Copies a tensor into another with the same shape, of which this rank may have only a shard."""
+    if isinstance(destination, DTensor):
+        shape, offsets = compute_local_shape_and_global_offset(
+            destination.shape, destination.device_mesh, destination.placements
+        )
+        source = source[tuple(slice(first, first + size) for first, size in zip(offsets, shape, strict=True))]
+        destination = destination.to_local()
+    destination.copy_(source)
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig
+from flashmhf.models.loading import new_model
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.roofline import GPUS, backward_work, forward_work
 
@@ -39,15 +40,21 @@ def model_cost(config: PreTrainedConfig, context_length: int | None = None) -> M
     Args:
         config: of a causal language model with Llama's structure.
         context_length: for the attention's FLOPs. Default: the model's maximum.
+
+    Raises:
+        InputError: a model of another structure.
     """
     context_length = config.max_position_embeddings if context_length is None else context_length
     with FakeTensorMode():
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model: Any = new_model(config, torch.bfloat16)
+        layers = getattr(getattr(model, "model", None), "layers", [None])
+        if not hasattr(layers[0], "mlp"):
+            raise InputError(f"model: expected Llama's structure, model.layers with an mlp, got {type(model).__name__}")
         tokens = torch.zeros(1, context_length, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(tokens, use_cache=False)
-        ffn = model.model.layers[0].mlp
+        ffn = layers[0].mlp
         ffn_bytes = saved_bytes_per_token(ffn, config.hidden_size)
     parameters = count_parameters(config)
     embeddings = model.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
@@ -130,7 +137,7 @@ def check_gpu(name: str) -> None:
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the causal language model, tied embeddings counted once."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return new_model(config).num_parameters()
 
 
 def saved_bytes_per_token(layer: nn.Module, hidden_size: int) -> float:

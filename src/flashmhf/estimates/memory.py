@@ -6,12 +6,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flashmhf.errors import InputError
 from flashmhf.estimates.cost import check_gpu, model_cost, saved_bytes
 from flashmhf.layers import PKV, FlashMHF
+from flashmhf.models.loading import new_model
 from flashmhf.ops.roofline import GPUS
 
 Parallelism = Literal["ddp", "fsdp", "tp"]
@@ -99,7 +100,7 @@ def estimate_memory(
         InputError: the model cannot be split over that many GPUs.
     """
     with FakeTensorMode(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = new_model(config, torch.float32)
         model.tie_weights()  # which no_init_weights skips
         sharded = _keep_one_shard(model, config, gpus) if parallelism == "tp" else 0
         saved = _saved_bytes(model, torch.zeros(sequences, context_length, dtype=torch.int64), bf16)

@@ -1,16 +1,27 @@
 """Text from trained models."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.errors import InputError
+from flashmhf.evaluation.non_finite import finite_logits
 from flashmhf.models.checks import check_vocabulary
 from flashmhf.models.loading import check_folder, load_model
+
+logger = logging.getLogger(__name__)
+
+SET_HERE = {  # of a generation_config.json: what `generate` sets itself, and what has no effect on the text
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k"),
+    *("max_length", "max_new_tokens", "use_cache", "output_attentions", "output_hidden_states"),
+    *("_from_model_config", "transformers_version"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ def generate(
 
     Raises:
         InputError: prompt and continuation are longer than the model's context, or the tokenizer is another model's.
+        RunError: the model's logits are not finite.
     """
     check_vocabulary(model, tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
@@ -81,13 +93,32 @@ def generate(
             f"(the model's context is {longest}), got {max_new_tokens}"
         )
     set_seed(seed)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if tokenizer.pad_token_id is None:
+        ends["pad_token_id"] = tokenizer.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    output = cast(Any, model).generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **(sampling if temperature > 0 else {"do_sample": False}),
-    )
+    options: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False}
+    with _generation_config(model, GenerationConfig(**ends)), finite_logits(model):
+        output = cast(Any, model).generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            trust_remote_code=False,
+            **options,
+        )
     return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Gives a model other settings for generation than those that it came with: beam search and penalties would give
+    other text than the options say, and some settings download code."""
+    own = cast(Any, model).generation_config
+    unused = sorted(own.to_diff_dict().keys() - SET_HERE)
+    if unused:
+        logger.warning("generation_config.json: %s: not used", ", ".join(unused))
+    cast(Any, model).generation_config = config
+    try:
+        yield
+    finally:
+        cast(Any, model).generation_config = own

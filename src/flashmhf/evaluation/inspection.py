@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
 from flashmhf.layers import FlashMHF
+from flashmhf.layers.former_shapes import ROWS
 from flashmhf.models.checks import check_vocabulary
 from flashmhf.ops import prologue
 from flashmhf.ops.prologue import Prologue
@@ -70,7 +71,7 @@ class _Sums:
     def add(self, layer: FlashMHF, x: Tensor) -> None:
         """x (..., hidden_size), the layer's input."""
         q_THD, gate_THE = _query_and_gate(layer, x.flatten(0, -2))
-        k_HRD, u_HRD, v_HRD = (_rows(layer, weight) for weight in (layer.k, layer.u, layer.v))
+        k_HRD, u_HRD, v_HRD = (_rows(layer, name) for name in ROWS)
         q_HTD = q_THD.float().transpose(0, 1)
         m_HTR = q_HTD @ k_HRD.mT
         a_HTR = nnf.silu(m_HTR) * (q_HTD @ u_HRD.mT)
@@ -90,7 +91,7 @@ class _Sums:
 
     def reports(self, index: int, layer: FlashMHF) -> Iterator[HeadReport]:
         gated, E = layer.gate_weight is not None and layer.num_subnetworks > 1, layer.num_subnetworks
-        ranks = [_effective_ranks(_rows(layer, weight)) for weight in (layer.k, layer.u, layer.v)]
+        ranks = [_effective_ranks(_rows(layer, name)) for name in ROWS]
         row_rms = (self.row_squares / self.tokens).sqrt()
         for head in range(layer.num_heads):
             load = self.gate_share[head] / self.tokens
@@ -199,15 +200,15 @@ def _windows(documents: Iterable[list[int]], length: int, tokens: int) -> Iterat
 
 def _query_and_gate(layer: FlashMHF, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Q (T, H, D) and the gate (T, H, E), as the operator receives them."""
-    norm_weight = None if layer.q_norm is None else layer.q_norm.weight * layer.score_scale
-    eps = 0.0 if layer.q_norm is None else layer.q_norm.eps
+    norm_weight = layer._norm_weight()
+    eps = 0.0 if norm_weight is None or layer.q_norm is None else layer.q_norm.eps
     options = Prologue(layer.gate_type or "sigmoid", layer.output_scale, eps)
     return prologue.forward(layer._query(x), layer._gate_weight(), norm_weight, options)
 
 
-def _rows(layer: FlashMHF, weight: Tensor) -> Tensor:
-    """(H_kv, E, F, D) -> (H, E x F, D) in float32."""
-    return weight.float().flatten(1, 2).repeat_interleave(layer.num_heads // layer.num_kv_heads, 0)
+def _rows(layer: FlashMHF, name: str) -> Tensor:
+    """K, U or V of each head, (H, E x F, D) in float32."""
+    return layer._rows(name).float().flatten(1, 2).repeat_interleave(layer.num_heads // layer.num_kv_heads, 0)
 
 
 def _plain_sum_scale(layer: FlashMHF) -> float:

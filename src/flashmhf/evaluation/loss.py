@@ -15,6 +15,7 @@ from flashmhf.data.corpus import text_hash
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError, RunError
 from flashmhf.evaluation.bootstrap import ratio_interval
+from flashmhf.evaluation.non_finite import non_finite_source
 from flashmhf.evaluation.onednn import onednn_linear
 from flashmhf.evaluation.windows import Batch, window_batches
 from flashmhf.models.checks import check_context_length, check_vocabulary
@@ -160,7 +161,9 @@ def evaluate_tokenized(
     batch_size = _batch_size(model, context_length)
     with torch.inference_mode(), onednn_linear(model):
         for batch in window_batches(documents.tokens["input_ids"], context_length, stride, batch_size):
-            totals.add(batch, _losses(model, batch))
+            losses = _losses(model, batch)
+            _check_finite(model, batch, losses, documents.origins)
+            totals.add(batch, losses)
             if progress is not None:
                 progress(int(totals.position_tokens.sum()), total)
     per_document = _per_document(documents, totals.document_nats, lengths)
@@ -199,15 +202,20 @@ def _batch_size(model: PreTrainedModel, context_length: int) -> int:
     return max(1, elements // (context_length * model.config.vocab_size))
 
 
+def _check_finite(model: PreTrainedModel, batch: Batch, losses: np.ndarray, origins: list[str]) -> None:
+    """Raises RunError for a loss that is not finite; names the document and where in the model it comes from."""
+    finite = np.isfinite(losses).all(1)
+    if not finite.all():
+        window = int(np.argmin(finite))
+        source = non_finite_source(model, lambda: _losses(model, batch))
+        raise RunError(
+            f"loss: expected a finite one, got {losses[window].sum()} in {origins[batch.documents[window]]}; {source}"
+        )
+
+
 def _per_document(documents: TokenizedDocuments, nats: np.ndarray, lengths: np.ndarray) -> list[DocumentLoss]:
-    """Raises RunError for a loss that is not finite."""
-    per_document = []
     rows = zip(documents.origins, documents.digests, nats, lengths, documents.tokens["bytes"], strict=True)
-    for origin, digest, loss, length, size in rows:
-        if not math.isfinite(loss):
-            raise RunError(f"loss: expected a finite one, got {loss} in {origin}")
-        per_document.append(DocumentLoss(origin, digest, float(loss), int(length), size))
-    return per_document
+    return [DocumentLoss(origin, digest, float(loss), int(length), size) for origin, digest, loss, length, size in rows]
 
 
 def _measures(per_document: list[DocumentLoss]) -> dict[str, Any]:

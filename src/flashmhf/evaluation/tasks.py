@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmhf.errors import InputError
+from flashmhf.evaluation.non_finite import finite_logits
 from flashmhf.models.checks import check_context_length, check_vocabulary
 
 # The paper's downstream tasks, in its order.
@@ -39,6 +40,7 @@ def evaluate_tasks(
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown, or its data cannot be loaded.
+        RunError: the model's logits are not finite.
     """
     if find_spec("lm_eval") is None:
         raise InputError("tasks: expected the package lm-eval, got none; pip install 'flashmhf[tasks]'")
@@ -62,9 +64,10 @@ def _run_tasks(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
-    wrapped = HFLM(pretrained=model, backend="causal", **options)
+    wrapped = HFLM(pretrained=model, backend="causal", trust_remote_code=False, **options)
     try:
-        report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
+        with finite_logits(model):
+            report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
     except (OSError, ValueError, DatasetsError, TemplateError) as error:
         raise InputError(f"tasks: {', '.join(names)}: {_first_lines(error)}") from error
     assert report is not None  # only ranks other than the first get None

@@ -12,6 +12,7 @@ from flashmhf.layers.initialisation import (
     REFERENCE_GAIN,
     REFERENCE_STD,
     check_choice,
+    check_flags,
     check_multiple,
     check_positive,
     init_projections,
@@ -46,6 +47,7 @@ class PKV(nn.Module):
         check_positive(hidden_size=hidden_size, num_heads=num_heads, num_slots=num_slots)
         check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
         check_choice("init", init, INITS)
+        check_flags(bias=bias)
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.num_slots = num_slots
@@ -105,6 +107,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_choice("init", init, INITS)
+        check_flags(bias=bias)
         self.init = init
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options)

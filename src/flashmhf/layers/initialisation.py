@@ -1,5 +1,6 @@
 """Initialisation of the layers: standard deviations and scales, and the checks of their arguments."""
 
+import math
 from typing import NamedTuple
 
 from torch import nn
@@ -45,8 +46,30 @@ def init_projections(*projections: nn.Linear | None) -> None:
 
 def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ValueError(f"{name}: expected an integer, got {size!r}")
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: expected True or False, got {flag!r}")
+
+
+def check_epsilon(**values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+
+
+def check_scales(**scales: float | None) -> None:
+    for name, scale in scales.items():
+        if scale is None:
+            continue
+        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"{name}: expected a finite number other than 0, got {scale!r}")
 
 
 def check_multiple(name: str, size: int, divisor_name: str, divisor: int) -> None:

@@ -11,32 +11,41 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flashmhf.layers import initialisation
+from flashmhf.layers.former_shapes import ROWS, from_former_shape
 from flashmhf.layers.initialisation import (
     INITS,
     REFERENCE_GAIN,
     REFERENCE_STD,
     check_choice,
+    check_epsilon,
+    check_flags,
     check_multiple,
     check_positive,
+    check_scales,
     default_scales,
     init_projections,
 )
+from flashmhf.layers.plain import is_plain
 from flashmhf.ops.autograd import is_transformed
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.prologue import GATES
 
 
-def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter that is distributed by tensor parallelism, otherwise the parameter itself.
+def local(parameter: Tensor) -> Tensor:
+    """What the operator computes with: this rank's shard of a DTensor, the values of a quantised tensor.
 
-    A DTensor is recognised by its method, so that a layer on one device does not import torch.distributed.
+    Both are recognised by their methods, so that a layer imports neither torch.distributed nor torchao.
     """
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    if type(parameter) is nn.Parameter:
+        return parameter
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()
+    return parameter if type(parameter).dequantize is Tensor.dequantize else parameter.dequantize()
 
 
 class HeadRMSNorm(nn.Module):
-    """Per-head RMSNorm with a weight (num_heads, head_dim). In FlashMHF the operator applies it, in float32."""
+    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -44,9 +53,9 @@ class HeadRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads, head_dim, device=device, dtype=dtype))
 
     def forward(self, q: Tensor) -> Tensor:
-        """q (..., num_heads, head_dim) -> the same shape; for use outside the operator."""
+        """q (..., num_heads, head_dim) -> the same shape."""
         x = q if q.dtype == torch.float64 else q.float()
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(q.dtype)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * local(self.weight)).to(q.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -76,7 +85,9 @@ class FlashMHF(nn.Module):
         backend: of the operator, see `flash_mhf`.
         device, dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv, E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
+    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
+    and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
+    the former (H_kv, E, F, D) are loaded, too.
 
     Raises:
         ValueError: an invalid argument; the message names it, what was expected and what was given.
@@ -119,6 +130,13 @@ class FlashMHF(nn.Module):
         check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         check_choice("gate_type", gate_type, (*GATES, None))
         check_choice("init", init, INITS)
+        check_flags(q_norm=q_norm, projections=projections, bias=bias, recompute_q=recompute_q)
+        check_scales(score_scale=score_scale, gate_scale=gate_scale, output_scale=output_scale)
+        check_epsilon(norm_eps=norm_eps)
+        if bias and not projections:
+            raise ValueError("bias: expected False without projections, got True")
+        if gate_type is None and gate_scale not in (None, 1.0):
+            raise ValueError(f"gate_scale: expected none without a gate, got {gate_scale!r}")
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -138,8 +156,10 @@ class FlashMHF(nn.Module):
         linear = {"bias": bias, **factory}
         self.in_proj = nn.Linear(hidden_size, hidden_size, **linear) if projections else None
         self.out_proj = nn.Linear(hidden_size, hidden_size, **linear) if projections else None
-        shape = (num_kv_heads, num_subnetworks, subnetwork_size, self.head_dim)
-        self.k, self.u, self.v = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(3))
+        self.rows_shape = torch.Size((num_kv_heads, num_subnetworks, subnetwork_size, self.head_dim))
+        self._local_rows_shape = (-1, *self.rows_shape[1:])  # of the heads of one rank
+        shape = (num_kv_heads * num_subnetworks, subnetwork_size, self.head_dim)
+        self.k, self.u, self.v = (nn.Parameter(torch.empty(shape, **factory)) for _ in ROWS)
         gate_shape = (num_heads, self.head_dim, num_subnetworks)
         self.gate_weight = None if gate_type is None else nn.Parameter(torch.empty(gate_shape, **factory))
         self.q_norm = HeadRMSNorm(num_heads, self.head_dim, norm_eps, **factory) if q_norm else None
@@ -164,39 +184,52 @@ class FlashMHF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) -> (..., hidden_size)."""
+        # Before the checkpoint: what parametrises a weight during the forward, like an adapter, is gone when the
+        # backward recomputes.
+        weights = (self._rows("k"), self._rows("u"), self._rows("v"), self._gate_weight(), self._norm_weight())
         if self.recompute_q and torch.is_grad_enabled() and not is_transformed():
-            out = checkpoint(self._sub_networks, x, use_reentrant=False, context_fn=_save_operator_output)
+            out = checkpoint(self._sub_networks, x, *weights, use_reentrant=False, context_fn=_save_operator_output)
         else:
-            out = self._sub_networks(x)
+            out = self._sub_networks(x, *weights)
         out, out_proj = out.flatten(-2), self.out_proj
         return out if out_proj is None else out_proj(out)
 
-    def _sub_networks(self, x: Tensor) -> Tensor:
+    def _sub_networks(
+        self, x: Tensor, k: Tensor, u: Tensor, v: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None
+    ) -> Tensor:
         """x (..., hidden_size) -> S (..., H, D): everything before out_proj."""
-        q_norm = self.q_norm
-        norm_weight, norm_eps = (None, 0.0) if q_norm is None else (local(q_norm.weight), q_norm.eps)
-        if norm_weight is not None and self.score_scale != 1.0:
-            norm_weight = norm_weight * self.score_scale
         out = gated_mhf(
             self._query(x),
-            self._weight("k"),
-            self._weight("u"),
-            self._weight("v"),
-            self._gate_weight(),
+            k,
+            u,
+            v,
+            gate_weight,
             norm_weight,
             gate_type=self.gate_type or "sigmoid",
             gate_total=1.0 if self.gate_type is None else self.output_scale,
-            norm_eps=norm_eps,
+            norm_eps=0.0 if norm_weight is None or self.q_norm is None else self.q_norm.eps,
             backend=self.backend,
         )
         return out * self.output_scale if self.gate_type is None and self.output_scale != 1.0 else out
 
     def _query(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size) -> q (..., H, D) for this rank's heads; scaled, unless the norm's weight does that."""
-        in_proj = self.in_proj
+        """x (..., hidden_size) -> q (..., H, D) for this rank's heads; the operator applies the norm and its scale."""
+        in_proj, q_norm = self.in_proj, self.q_norm
         q = x if in_proj is None else in_proj(x)
         q = q.unflatten(-1, (-1, self.head_dim))
-        return q if self.score_scale == 1.0 or self.q_norm is not None else q * self.score_scale
+        if q_norm is not None:
+            if is_plain(q_norm, HeadRMSNorm):
+                return q
+            q = q_norm(q)
+        return q if self.score_scale == 1.0 else q * self.score_scale
+
+    def _norm_weight(self) -> Tensor | None:
+        """The weight of the norm that the operator applies, times the scale of its result."""
+        q_norm = self.q_norm
+        if q_norm is None or not is_plain(q_norm, HeadRMSNorm):
+            return None
+        weight = local(q_norm.weight)
+        return weight if self.score_scale == 1.0 else weight * self.score_scale
 
     def _gate_weight(self) -> Tensor | None:
         """The gate's weight, rescaled: q is already multiplied by `score_scale`, the logits need `gate_scale`."""
@@ -205,10 +238,21 @@ class FlashMHF(nn.Module):
         weight, factor = self._weight("gate_weight"), self.gate_scale / self.score_scale
         return weight if factor == 1.0 else weight * factor
 
+    def _rows(self, name: str) -> Tensor:
+        """This rank's K, U or V as the operator takes it, (H_kv, E, F, D)."""
+        return self._weight(name).view(self._local_rows_shape)
+
     def _weight(self, name: str) -> Tensor:
         """This rank's shard of a parameter, without nn.Module.__getattr__, which takes three times as long."""
         parameter = self._parameters.get(name)
         return local(getattr(self, name) if parameter is None else parameter)  # None if it is parametrised
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """nn.Module's, which also accepts K, U and V in the former shape."""
+        for key in (prefix + name for name in ROWS):
+            if key in state_dict:
+                state_dict[key] = from_former_shape(state_dict[key], self.rows_shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         parts = [

@@ -8,8 +8,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto import modeling_auto
 
 from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.former_shapes import register_former_shapes
 from flashmhf.models.modeling import (
     FlashMHFForCausalLM,
     FlashMHFForQuestionAnswering,
@@ -18,6 +20,7 @@ from flashmhf.models.modeling import (
     FlashMHFModel,
     FlashMHFPreTrainedModel,
 )
+from flashmhf.models.replaced import ReplacedConfig
 from flashmhf.ops import flops  # noqa: F401  (model FLOPs are counted by Trainer and profilers)
 
 __all__ = [
@@ -31,12 +34,28 @@ __all__ = [
     "preset_names",
 ]
 
+register_former_shapes(FlashMHFModel.__name__)
 AutoConfig.register(FlashMHFConfig.model_type, FlashMHFConfig)
-for _auto, _model in (
-    (AutoModel, FlashMHFModel),
-    (AutoModelForCausalLM, FlashMHFForCausalLM),
-    (AutoModelForSequenceClassification, FlashMHFForSequenceClassification),
-    (AutoModelForTokenClassification, FlashMHFForTokenClassification),
-    (AutoModelForQuestionAnswering, FlashMHFForQuestionAnswering),
+AutoConfig.register(ReplacedConfig.model_type, ReplacedConfig)
+AutoModel.register(FlashMHFConfig, FlashMHFModel)
+# Trainer (label smoothing) and pipelines look for a class by its name in these tables, which `register` does not fill.
+for _auto, _model, _names in (
+    (AutoModelForCausalLM, FlashMHFForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        AutoModelForSequenceClassification,
+        FlashMHFForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForTokenClassification,
+        FlashMHFForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForQuestionAnswering,
+        FlashMHFForQuestionAnswering,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
 ):
     _auto.register(FlashMHFConfig, _model)
+    _names[FlashMHFConfig.model_type] = _model.__name__

@@ -1,6 +1,8 @@
 """Configuration of the FlashMHF model family: a Llama backbone whose feed-forward layer is chosen by `ffn_type`."""
 
 import json
+import logging
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,8 +10,11 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig
 
 from flashmhf.layers import INITS, Scales, default_scales
+from flashmhf.models.config_checks import USED_BY, check_names, check_others, check_rope, check_values
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.prologue import GATES
+
+logger = logging.getLogger(__name__)
 
 FFN_TYPES = ("flashmhf", "mhffn", "pkv", "dense_moe", "swiglu")
 PRESETS = files("flashmhf.models") / "presets"
@@ -17,6 +22,9 @@ PRESETS = files("flashmhf.models") / "presets"
 
 class FlashMHFConfig(LlamaConfig):
     """`transformers.LlamaConfig` with the options of the feed-forward layer.
+
+    Every value is used or refused: an unknown name, a value of LlamaConfig's that this model does not have (another
+    activation than SiLU), and a value of a field that the chosen ffn_type does not use.
 
     Args:
         ffn_type: "flashmhf", "mhffn" (one sub-network, no gate), "dense_moe" (one head, no projections), "pkv"
@@ -67,14 +75,16 @@ class FlashMHFConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "gate" in kwargs:  # the former name of gate_type
             self.gate_type = kwargs.pop("gate")
+        self._check(kwargs)
+        if kwargs.pop("auto_map", None):
+            logger.warning("auto_map is not used: code that comes with a model is never run")
+        self._unused_fields_have_their_defaults()
         if self.num_ffn_heads is None:
             self.num_ffn_heads = self.num_attention_heads
         if self.num_ffn_kv_heads is None:
             self.num_ffn_kv_heads = self.num_ffn_heads
-        self._check_ffn()
-        gate_type = self.gate_type if self.ffn_type in ("flashmhf", "dense_moe") else None
-        heads = 1 if self.ffn_type == "dense_moe" else self.num_ffn_heads
-        scales = default_scales(self.init, heads, self.num_subnetworks, gate_type)
+        self._check_multiples()
+        scales = self._default_scales()
         self.score_scale = scales.score if self.score_scale is None else float(self.score_scale)
         self.gate_scale = scales.gate if self.gate_scale is None else float(self.gate_scale)
         self.output_scale = scales.output if self.output_scale is None else float(self.output_scale)
@@ -107,22 +117,55 @@ class FlashMHFConfig(LlamaConfig):
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
         return cls(**{**json.loads((PRESETS / f"{name}.json").read_text()), **overrides})
 
-    def _check_ffn(self) -> None:
-        for name, value, choices in (
-            ("ffn_type", self.ffn_type, FFN_TYPES),
-            ("gate_type", self.gate_type, (*GATES, None)),
-            ("init", self.init, INITS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+    def _check(self, others: dict[str, Any]) -> None:
+        """Checks the fields and `others`, which are not fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        check_names(others, values)
+        if others.pop("model_type", self.model_type) != self.model_type:
+            raise ValueError("model_type: expected 'flashmhf', got another")
+        for name, choices in (("ffn_type", FFN_TYPES), ("gate_type", (*GATES, None)), ("init", INITS)):
+            if values[name] not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {values[name]!r:.80}")
         check_name(self.backend)
+        check_values(values | others)
+        check_others(values | others)
+        for parameters in (self.rope_parameters, others.get("rope_scaling"), {"rope_theta": others.get("rope_theta")}):
+            check_rope(parameters)
+
+    def _unused_fields_have_their_defaults(self) -> None:
+        """Refuses other values of the fields that `ffn_type` does not use, except in what transformers has written:
+        earlier versions saved them, and a comparison derives one ffn_type from another."""
+        saved = self.transformers_version is not None
+        defaults = {
+            **{f"{name}_scale": scale for name, scale in self._default_scales()._asdict().items()},
+            "gate_type": None,
+            **({"ffn_projections": False} if self.ffn_type == "dense_moe" else {}),
+        }
+        for name, users in USED_BY.items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            used = self.ffn_type in users and (name != "gate_scale" or self.gate_type is not None)
+            if used or value in (default, defaults.get(name, default)):
+                continue
+            if not saved:
+                raise ValueError(
+                    f"{name}: expected {default!r}, since ffn_type {self.ffn_type} does not use it, got {value!r:.80}"
+                )
+            setattr(self, name, default)
+
+    def _default_scales(self) -> Scales:
+        heads = self.num_attention_heads if self.num_ffn_heads is None else self.num_ffn_heads
+        gate_type = self.gate_type if self.ffn_type in USED_BY["gate_type"] else None
+        return default_scales(self.init, 1 if self.ffn_type == "dense_moe" else heads, self.num_subnetworks, gate_type)
+
+    def _check_multiples(self) -> None:
         for name, divisor_name in (
             ("intermediate_size", "num_subnetworks"),
             ("hidden_size", "num_ffn_heads"),
             ("num_ffn_heads", "num_ffn_kv_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
         ):
             value, divisor = getattr(self, name), getattr(self, divisor_name)
-            if divisor < 1 or value % divisor != 0:
+            if divisor is not None and value % divisor != 0:
                 raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {value}")
 
 

@@ -110,7 +110,10 @@ def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[
 
 
 def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
-    return backends.select(_check(*tensors[:6], Prologue(*options[:3])), options[3])
+    q, k, u, v, gate_weight, norm_weight, *_ = tensors
+    gate_type, gate_total, norm_eps, backend, *_ = options
+    prologue = Prologue(gate_type, gate_total, norm_eps)
+    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, prologue), backend)
 
 
 @torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatter
 from PIL import Image
 
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.reports.style import FIGURE_INCHES, colours_of
+from flashmhf.reports.style import FIGURE_INCHES, colours_of, in_figure
 from flashmhf.reports.table import cell
 
 
@@ -104,7 +104,7 @@ def grid(chosen: Sequence[Panel], columns: int = 2) -> Figure:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, chosen, strict=False):
         _draw(axis, panel)
-        axis.set_title(panel.title, fontsize="medium")
+        axis.set_title(in_figure(panel.title), fontsize="medium")
     return figure
 
 
@@ -133,7 +133,9 @@ def _draw(axis: Axes, panel: Panel) -> None:
 def _lines(axis: Axes, panel: Panel) -> None:
     for (name, rows), colour in zip(panel.lines.items(), colours_of(panel.lines), strict=True):
         values, tokens = [row[panel.quantity] for row in rows], [row["tokens"] for row in rows]
-        axis.errorbar(tokens, values, _whiskers(panel, rows), fmt="o-", markersize=4, color=colour, label=name)
+        axis.errorbar(
+            tokens, values, _whiskers(panel, rows), fmt="o-", markersize=4, color=colour, label=in_figure(name)
+        )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _thousands(tokens)))
     if panel.quantity in LOGARITHMIC:
@@ -149,7 +151,14 @@ def _bars(axis: Axes, panel: Panel) -> None:
     names = list(panel.lines)
     rows = [rows[-1] for rows in panel.lines.values()]
     values = [row[panel.quantity] for row in rows]
-    bars = axis.barh(names, values, height=0.6, color=colours_of(names), xerr=_whiskers(panel, rows), ecolor="black")
+    bars = axis.barh(
+        [in_figure(name) for name in names],
+        values,
+        height=0.6,
+        color=colours_of(names),
+        xerr=_whiskers(panel, rows),
+        ecolor="black",
+    )
     axis.bar_label(bars, [cell(float(value)) for value in values], padding=3)
     axis.margins(x=0.2)
     axis.invert_yaxis()

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flashmhf.comparison.results import ComparisonResult, Curve, GateUsage, RunResult, Spread, VariantResult
 from flashmhf.reports.heads import draw_map
-from flashmhf.reports.style import COLOURS, FIGURE_INCHES, GREY, new_axes
+from flashmhf.reports.style import COLOURS, FIGURE_INCHES, GREY, in_figure, new_axes
 
 LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 MIN_SIZES = 3  # for a power law
@@ -37,7 +37,15 @@ def curves(result: ComparisonResult, loss: Loss, against: Literal["step", "time"
         label = None if run.variant in labelled else run.variant
         labelled.add(run.variant)
         x, y = _averaged(curve.steps if against == "step" else curve.elapsed_s), _averaged(curve.losses)
-        axes.plot(x, y, marker=marker, markersize=4, linewidth=1.2, label=label, **_line_style(result, run))
+        axes.plot(
+            x,
+            y,
+            marker=marker,
+            markersize=4,
+            linewidth=1.2,
+            label=label and in_figure(label),
+            **_line_style(result, run),
+        )
     axes.axhline(result.unigram_entropy_nats, color=GREY, linestyle="--", linewidth=1, label="unigram entropy")
     if against == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -69,11 +77,11 @@ def loss_against(result: ComparisonResult, size: Size, label: str) -> Figure:
             continue
         colour = COLOURS[ffn_type]
         sizes, losses = np.array(own).T
-        axes.scatter(sizes, losses, color=colour, label=ffn_type, zorder=3)
+        axes.scatter(sizes, losses, color=colour, label=in_figure(ffn_type), zorder=3)
         if len(set(sizes)) >= MIN_SIZES:
             exponent, log_scale = np.polyfit(np.log(sizes), np.log(losses), 1)
             fitted = np.exp(log_scale) * sizes**exponent
-            axes.plot(sizes, fitted, color=colour, label=f"{ffn_type}: size^{exponent:.3f}")
+            axes.plot(sizes, fitted, color=colour, label=in_figure(f"{ffn_type}: size^{exponent:.3f}"))
             axes.set(xscale="log", yscale="log")
     axes.margins(0.1)
     axes.legend(frameon=False, fontsize=9)
@@ -85,7 +93,9 @@ def bars(result: ComparisonResult, measure: Measure) -> Figure:
     spreads: list[tuple[VariantResult, Spread]] = [(row, getattr(row, measure)) for row in result.variants[::-1]]
     rows = [(row.variant, COLOURS[row.ffn_type], spread.mean) for row, spread in spreads if spread.mean is not None]
     figure, axes = plt.subplots(figsize=(FIGURE_INCHES[0], 0.6 + 0.4 * len(rows)), layout="constrained")
-    drawn = axes.barh([row[0] for row in rows], [row[2] for row in rows], color=[row[1] for row in rows], height=0.6)
+    drawn = axes.barh(
+        [in_figure(row[0]) for row in rows], [row[2] for row in rows], color=[row[1] for row in rows], height=0.6
+    )
     axes.bar_label(drawn, fmt="{:,.0f}", padding=3)
     axes.margins(x=0.15)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

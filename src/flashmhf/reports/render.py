@@ -11,13 +11,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from flashmhf.files import atomic_write
+from flashmhf.printable import printable
 
 PAGE_FILE = "report.html"
 
 
 def render(template: str, **values: Any) -> str:
     """The page that `templates/<template>` makes of the values. Text is escaped, a `Figure` is drawn and closed."""
-    return _ENVIRONMENT.get_template(template).render(values)
+    return printable(_ENVIRONMENT.get_template(template).render(values))
 
 
 def write_page(file: Path, template: str, **values: Any) -> None:

@@ -14,7 +14,7 @@ from flashmhf.reports.render import write_page
 from flashmhf.reports.style import BLUE, GREY, VERMILION, new_axes
 from flashmhf.reports.table import Table
 from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
-from flashmhf.training.run_files import RUN_FILE, read_run
+from flashmhf.training.run_files import RUN_FILE, read_result, read_run
 from flashmhf.training.run_log import RunLog, read_log
 
 TRAINING, VALIDATION = BLUE, VERMILION
@@ -67,6 +67,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         raise InputError(f"DIR: expected a run with at least one logged loss, got {folder}")
     config = read_run(folder)
     summary = _summary(folder, log)
+    result = read_result(folder)
     write_page(
         file,
         "run.html",
@@ -74,6 +75,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         summary=Table(("", "value"), [(_label(name), _shown(value)) for name, value in asdict(summary).items()]),
         curves=_curves(log),
         starts=_starts(log),
+        data=[] if result is None else [line for line in (result.data_read, result.bad_data) if line],
         options=config.options(),
     )
     return summary
@@ -81,10 +83,10 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
 
 def _summary(folder: Path, log: RunLog) -> RunSummary:
     def last(name: str) -> Any:
-        return next((row[name] for row in reversed(log.rows) if name in row), None)
+        return next((row[name] for row in reversed(log.rows) if row.get(name) is not None), None)
 
     speeds = sorted(speed for _, speed in log.curve("tokens_per_second"))
-    history = _history(folder)
+    history = read_history(folder)
     return RunSummary(
         steps=log.rows[-1]["step"],
         tokens=last("num_input_tokens_seen"),
@@ -100,11 +102,14 @@ def _summary(folder: Path, log: RunLog) -> RunSummary:
     )
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[dict[str, Any]]:
     """The Trainer's own log, from the end of the run or its newest checkpoint."""
     places = [folder, *checkpoints(folder)]
     state = next((place / TRAINER_STATE for place in places if (place / TRAINER_STATE).is_file()), None)
-    return [] if state is None else read_json(state)["log_history"]
+    history = [] if state is None else read_json(state).get("log_history")
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise InputError(f"expected the log_history of a run in {state}, got {history!r:.80}")
+    return history
 
 
 def _curves(log: RunLog) -> list[tuple[Figure, str]]:

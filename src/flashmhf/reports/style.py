@@ -1,5 +1,6 @@
 """How figures look: one set of colours, distinct for any colour vision (Okabe and Ito's), and plain axes."""
 
+import functools
 import itertools
 from collections.abc import Iterable
 
@@ -9,6 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+from flashmhf.printable import one_line
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"
@@ -37,6 +41,19 @@ def colours_of(names: Iterable[str]) -> list[str]:
             given[name] = own
     free = itertools.cycle([colour for colour in PALETTE if colour not in given.values()])
     return [given.get(name) or next(free) for name in names]
+
+
+def in_figure(name: str) -> str:
+    """A name as text of a figure: no mathematics, no characters that the font lacks, not left out of a legend."""
+    shown = "".join(
+        one if ord(one) in _characters() else one.encode("unicode_escape").decode() for one in one_line(name)
+    )
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def new_axes(x: str, y: str, height: float = FIGURE_INCHES[1]) -> tuple[Figure, Axes]:

@@ -3,9 +3,15 @@
 import csv
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from flashmhf.printable import one_line
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes text a formula in spreadsheets, at its beginning
+MARKDOWN = re.compile(r"[\\|<$]|\](?=[(\[])")  # what ends a cell, begins HTML or mathematics, or makes a link
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class Table:
         return cls(columns, [[record.get(column) for column in columns] for record in records])
 
     def markdown(self) -> str:
-        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self._cells()]
+        head, *body = [[_in_markdown(text) for text in line] for line in (self.columns, *self._cells())]
+        lines = [head, ["---", *("---:" for _ in head[1:])], *body]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
@@ -40,18 +47,28 @@ class Table:
         return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
     def csv(self) -> str:
-        """Values as they are, with all their digits."""
+        """Values as they are, with all their digits; text that spreadsheets would compute begins with a quote."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([self.columns, *self.rows])
+        writer.writerows([[_in_csv(value) for value in row] for row in (self.columns, *self.rows)])
         return text.getvalue()
 
     def _cells(self) -> Iterable[list[str]]:
         return ([cell(value) for value in row] for row in self.rows)
 
 
+def _in_markdown(text: str) -> str:
+    return MARKDOWN.sub(lambda found: "\\" + found[0], one_line(text))
+
+
+def _in_csv(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(FORMULA) else "") + one_line(value)
+
+
 def cell(value: Any) -> str:
-    """Four digits of a float, thousands separators, nothing for None; text as it is."""
+    """Four digits of a float, thousands separators, nothing for None; text in one line."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -60,4 +77,4 @@ def cell(value: Any) -> str:
         return ", ".join(f"{key}: {cell(content)}" for key, content in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(cell, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else one_line(str(value))

@@ -8,6 +8,7 @@ from flashmhf.data.config import DataConfig
 
 # Options that may differ when a run is resumed.
 MAY_CHANGE = ("max_non_finite_steps", "regional_compilation", "fused_loss", "tensor_parallel")
+NAMES = ("model", "data", "tokenizer")  # of what may be found under another path; `fingerprints` tell whether it is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,9 @@
 """A list of a folder's files with sizes and hashes, written last: the folder is complete exactly if it matches."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from flashmhf.files import flush, write_json
+from flashmhf.files import flush, read_json, write_json
 
 MANIFEST = "manifest.json"
 
@@ -31,8 +30,7 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
         return f"{MANIFEST} is missing"
     try:
         entries = {
-            name: (entry["size"], entry["sha256"])
-            for name, entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
+            name: (entry["size"], entry["sha256"]) for name, entry in read_json(folder / MANIFEST)["files"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is corrupt"
@@ -42,17 +40,20 @@ def check(folder: Path, *, contents: bool = True) -> str | None:
     if extra := sorted(files.keys() - entries.keys()):
         return f"{extra[0]} is not in its {MANIFEST}"
     for name, (size, sha256) in entries.items():
-        if files[name].stat().st_size != size:
-            return f"{name} has {files[name].stat().st_size} bytes instead of {size}"
-        if contents and _sha256(files[name]) != sha256:
-            return f"{name} does not have the sha256 it was written with"
+        try:
+            if files[name].stat().st_size != size:
+                return f"{name} has {files[name].stat().st_size} bytes instead of {size}"
+            if contents and _sha256(files[name]) != sha256:
+                return f"{name} does not have the sha256 it was written with"
+        except OSError as error:  # a broken disk
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
 def _files(folder: Path) -> dict[str, Path]:
     """Every file below `folder` except the manifest, by relative name."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in files.items() if name not in (MANIFEST, MANIFEST + ".tmp")}
+    return {name: path for name, path in files.items() if name != MANIFEST}
 
 
 def _sha256(file: Path) -> str:

@@ -74,6 +74,15 @@ class NonFiniteGuard:
         self._losses: list[Tensor] = []  # of the current step, as are the blocks
         self._blocks: list[Tensor] = []
 
+    @property
+    def in_a_row(self) -> int:
+        """How many of the last steps were skipped, up to now."""
+        return len(self._skipped)
+
+    def reset(self) -> None:
+        """Forgets the batches of a step that was not finished."""
+        self._losses, self._blocks = [], []
+
     def add(self, loss: Tensor, blocks: Tensor | None) -> None:
         """Takes the loss of a batch of the current step and the numbers of its blocks."""
         self._losses.append(loss)
@@ -101,7 +110,7 @@ class NonFiniteGuard:
             if not scaled:
                 model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
             self._skip(state, control, f"loss {loss:.4g}, gradient norm {mean_norm:.4g}")
-        self._losses, self._blocks = [], []
+        self.reset()
 
     def check_finite(self) -> None:
         """Raises RunError if too many skipped steps in a row ended training."""

@@ -8,30 +8,30 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
 
 from flashmhf.data.mixing import TrainingData, load_blocks
 from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_tokenizer
 from flashmhf.distributed.tensor_parallel import check_tensor_parallel, configure_tensor_parallel
+from flashmhf.errors import InputError, RunError
 from flashmhf.estimates.cost import model_cost
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
-from flashmhf.models.loading import load_config, load_model
+from flashmhf.models.loading import check_memory, load_config, load_model, new_model
 from flashmhf.training.callbacks import ProgressLines, StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
+from flashmhf.training.fingerprints import fingerprints
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
 from flashmhf.training.resuming import (
+    check_same_inputs,
     explain_full_disk,
-    finished_state,
     only_writer,
     prepare_output_dir,
 )
@@ -57,7 +57,8 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
 
     Raises:
         InputError: data, model, tokenizer, sizes or output folder do not fit.
-        RunError: `config.max_non_finite_steps` in a row had no finite loss and gradient; a checkpoint is saved.
+        RunError: `config.max_non_finite_steps` in a row had no finite loss and gradient; a checkpoint is saved. Or the
+            weights or the final validation loss are not finite; such weights are saved nowhere.
     """
     check_limit(config.max_non_finite_steps)
     if config.regional_compilation:
@@ -65,7 +66,10 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     check_base_width(config.mup_base_width, arguments)
     configure_tensor_parallel(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))
-    with only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext():
+    with (
+        only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext(),
+        explain_full_disk(output_dir),
+    ):
         return _train(config, arguments, output_dir, resume)
 
 
@@ -75,26 +79,24 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     (checkpoint,) = broadcast_object_list([checkpoint])
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    finished = None if checkpoint is None else finished_state(checkpoint, arguments)
-    model = _new_or_loaded_model(config, tokenizer) if finished is None else load_model(str(checkpoint))
+    model = _new_or_loaded_model(config, tokenizer)
     _prepare_model(model, config, arguments)
     with arguments.main_process_first(desc="data"):
         data = load_blocks(config.data, tokenizer, seed=_data_seed(arguments))
     if arguments.process_index == 0:
-        write_run(output_dir, config)
+        inputs = fingerprints(config, arguments, tokenizer, data)
+        if resume:
+            check_same_inputs(output_dir, inputs)
+        write_run(output_dir, config, inputs)
     stop = StopOnSignal()
     trainer = _trainer(model, config, arguments, data, tokenizer, stop)
-    if finished is None:
-        with stop, explain_full_disk(output_dir):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.guard.check_finite()
-    else:
-        trainer.state = finished
-        trainer.remove_callback(TensorBoardCallback)  # it would start another event file
+    with stop:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.guard.check_finite()
     validation_loss = None
     if stop.signal is None:
+        validation_loss = _final_loss(trainer)
         trainer.save_model()
-        validation_loss = trainer.evaluate().get("eval_loss")
     trainer.save_state()
     result = _result(trainer, model, data, validation_loss, stop.signal, time.perf_counter() - started)
     if stop.signal is None and arguments.process_index == 0:
@@ -104,10 +106,14 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
 
 def _prepare_model(model: PreTrainedModel, config: TrainConfig, arguments: TrainingArguments) -> None:
     """Sets how the model computes: compiled, with a fused loss."""
+    if arguments.label_smoothing_factor and config.fused_loss == "on":
+        raise InputError(
+            f"label-smoothing-factor: expected 0 with --fused-loss on, got {arguments.label_smoothing_factor}"
+        )
     check_tensor_parallel(model, arguments, compiled=config.regional_compilation, fused_loss=config.fused_loss == "on")
     if config.regional_compilation:
         compile_layers(model)
-    fused_loss = "off" if config.tensor_parallel > 1 else config.fused_loss
+    fused_loss = "off" if config.tensor_parallel > 1 or arguments.label_smoothing_factor else config.fused_loss
     use_fused_loss(model, fused_loss, arguments.device.type, arguments.bf16 or arguments.fp16)
 
 
@@ -136,6 +142,18 @@ def _trainer(
     return trainer
 
 
+def _final_loss(trainer: PretrainingTrainer) -> float:
+    """The validation loss of the final weights, before they are saved as the run's model."""
+    trainer.check_weights()
+    loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss):
+        raise RunError(
+            f"validation loss: expected a finite one after step {trainer.state.global_step}, got {loss}; "
+            "the final model was not saved, the checkpoints are kept"
+        )
+    return loss
+
+
 def _result(
     trainer: PretrainingTrainer,
     model: PreTrainedModel,
@@ -149,7 +167,7 @@ def _result(
         steps=state.global_step,
         tokens=state.num_input_tokens_seen,
         parameters=model.num_parameters(),
-        train_loss=next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
+        train_loss=next((row["loss"] for row in reversed(state.log_history) if row.get("loss") is not None), None),
         validation_loss=validation_loss,
         bits_per_byte=None if validation_loss is None else validation_loss / math.log(2) / data.bytes_per_token,
         tokens_per_second=median_tokens_per_second(state.log_history),
@@ -157,6 +175,7 @@ def _result(
         elapsed_s=elapsed_s,
         skipped_steps=count_skipped(state.log_history),
         tokens_used=data.tokens_used(state.num_input_tokens_seen),
+        data_read=data.read_summary(),
         bad_data=data.bad_summary(),
         interrupted_by=interrupted_by,
         output_dir=str(trainer.args.output_dir),
@@ -175,6 +194,7 @@ def _new_or_loaded_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase
     else:
         model_config = load_config(config.model)
         fit_vocabulary(model_config, tokenizer)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        check_memory(model_config)
+        model = new_model(model_config, torch.float32)
     check_context_length(model.config, config.data.context_length)
     return model

@@ -1,15 +1,18 @@
 """The two files that describe a run in its folder: run.json (its configuration) and result.json (what it achieved)."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flashmhf.errors import InputError
 from flashmhf.files import read_json, write_json
+from flashmhf.serialization import from_plain
 from flashmhf.training.config import TrainConfig
+from flashmhf.training.fingerprints import Fingerprints
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"  # written when the run has finished, not when it was interrupted
+FINGERPRINTS = "fingerprints"  # in run.json
 VERSION = 1  # of both formats; files from before they had one are read as version 0
 FORMER_NAMES = {"width_scaled_learning_rate": "mup_base_width"}  # of options in version 0
 
@@ -30,6 +33,7 @@ class TrainResult:
         elapsed_s: of this process.
         skipped_steps: without a finite loss and gradient, since the first start.
         tokens_used: from each source.
+        data_read: one line on the files that were read and those that were passed over.
         bad_data: one line on corrupt records that were skipped, or empty.
         interrupted_by: number of the signal that ended the run early, or None.
         output_dir: the run's folder.
@@ -49,6 +53,7 @@ class TrainResult:
     bad_data: str
     interrupted_by: int | None
     output_dir: str
+    data_read: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As result.json and `flashmhf train --json` show it."""
@@ -60,9 +65,9 @@ def was_begun(output_dir: Path) -> bool:
     return (output_dir / RUN_FILE).exists()
 
 
-def write_run(output_dir: Path, config: TrainConfig) -> None:
+def write_run(output_dir: Path, config: TrainConfig, prints: Fingerprints) -> None:
     """Writes run.json, and removes the result of an earlier process, which no longer holds."""
-    write_json(output_dir / RUN_FILE, {"version": VERSION, **config.options()})
+    write_json(output_dir / RUN_FILE, {"version": VERSION, **config.options(), FINGERPRINTS: asdict(prints)})
     (output_dir / RESULT_FILE).unlink(missing_ok=True)
 
 
@@ -77,7 +82,24 @@ def read_run(output_dir: Path) -> TrainConfig:
     options = {FORMER_NAMES.get(name, name): value for name, value in content.items()}
     if not isinstance(options.get("model"), str):
         raise InputError(f"{file}: expected the model of a training run, got {options.get('model')!r}")
-    return TrainConfig.from_options(options)
+    try:
+        return from_plain(TrainConfig, asdict(TrainConfig.from_options(options)))
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def read_fingerprints(output_dir: Path) -> Fingerprints | None:
+    """Those in run.json; None of a run by a version that did not record them.
+
+    Raises:
+        InputError: the file is damaged; names it.
+    """
+    file = output_dir / RUN_FILE
+    content = read_json(file, version=VERSION).get(FINGERPRINTS)
+    try:
+        return None if content is None else from_plain(Fingerprints, content)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def write_result(result: TrainResult) -> None:
@@ -95,9 +117,7 @@ def read_result(output_dir: Path) -> TrainResult | None:
     if not file.exists():
         return None
     content = read_json(file, version=VERSION)
-    names = [field.name for field in fields(TrainResult)]
-    if missing := [name for name in names if name not in content]:
-        raise InputError(
-            f"{file}: expected the {missing[0]} of a training run, got none; remove the file and resume the run"
-        )
-    return TrainResult(**{name: content[name] for name in names})
+    try:
+        return from_plain(TrainResult, content)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; remove the file and resume the run") from error

@@ -98,6 +98,15 @@ class Clock:
         return lap
 
 
+def speed(prefix: str, seconds: float, *, samples: int, steps: int) -> dict[str, float]:
+    """The Trainer's entries on the speed of training or evaluation, which it computes from the wall clock."""
+    return {
+        f"{prefix}_runtime": round(seconds, 4),
+        f"{prefix}_samples_per_second": round(samples / seconds, 3),
+        f"{prefix}_steps_per_second": round(steps / seconds, 3),
+    }
+
+
 def median_tokens_per_second(history: Sequence[dict[str, Any]]) -> float | None:
     """Of the entries of a Trainer's log."""
     speeds = [row["tokens_per_second"] for row in history if "tokens_per_second" in row]

@@ -5,12 +5,10 @@ reference stores without using it (the per-head norm's weight if the norm is off
 place in our models and goes to `unused.safetensors`. format.py defines the format.
 """
 
-import contextlib
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from flashmhf.errors import InputError
-from flashmhf.files import read_json
+from flashmhf.layers.former_shapes import ROWS
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import INDEX, WEIGHTS, check_safetensors
+from flashmhf.models.loading import CONFIG, Shapes, expected_shapes, read_config
 from flashmhf.models.reference.format import (
-    ROWS,
     from_reference_config,
     our_name,
     rows_from_reference,
@@ -34,6 +30,18 @@ from flashmhf.models.reference.format import (
     their_name,
     to_reference_config,
 )
+from flashmhf.models.weights import (
+    INDEX,
+    WEIGHTS,
+    StoredTensor,
+    check_floating_point,
+    check_number_of_layers,
+    check_safetensors,
+    stored_tensors,
+    tensor_names,
+)
+from flashmhf.new_folder import new_folder
+from flashmhf.untrusted import read_settings, reading
 
 UNUSED = "unused.safetensors"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # tokenizer and generation settings
@@ -51,61 +59,44 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
         "to", "tensors", "parameters", "files".
 
     Raises:
-        InputError: a tensor that is missing, unexpected or of the wrong shape, an unknown flag, a corrupt file, or a
-            model that the reference code cannot express.
+        InputError: a tensor that is missing, unexpected or of the wrong shape, an unknown flag, a corrupt file, a
+            model that the reference code cannot express, or another conversion to `destination` that is running.
+        OSError: the destination cannot be written: no space is left, for example.
     """
     if to not in ("flashmhf", "reference"):
         raise InputError(f"to: expected flashmhf or reference, got {to!r}")
     _check_folders(source, destination)
-    config = read_json(source / "config.json")
+    rename: Callable[[str], str]
     if to == "flashmhf":
-        ours = from_reference_config(config)
+        ours = from_reference_config(read_settings(source / CONFIG))
         new_config, rename = {**ours.to_dict(), "architectures": ["FlashMHFForCausalLM"]}, our_name
     else:
-        ours = _our_config(config, source)
+        ours = _our_config(source)
         new_config, rename = to_reference_config(ours), their_name
+    _check_settings(source)
     files = check_safetensors(source)
-    unused = _read_unused(source) if to == "reference" else {}
-    expected = _expected(ours, theirs=to == "flashmhf")
-    _check_tensors(files, expected, _unused_names(ours) if to == "flashmhf" else set())
-    with _atomic_folder(destination) as written:
+    stored = stored_tensors(files.values())
+    unused = _read_unused(source, ours) if to == "reference" else {}
+    check_floating_point(stored)
+    check_number_of_layers(stored, ours.num_hidden_layers)
+    expected, former = _expected(ours, theirs=to == "flashmhf")
+    _check_tensors(stored, expected, former, _unused_names(ours) if to == "flashmhf" else set())
+    with new_folder("DST", destination) as written:
         _write_shards(source, written, files, ours, rename, unused)
-        (written / "config.json").write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
+        (written / CONFIG).write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
         _copy_tokenizer(source, written)
     parameters = sum(math.prod(shape) for shape in expected.values())
     return {"to": to, "tensors": len(files), "parameters": parameters, "files": len(set(files.values()))}
 
 
-@contextlib.contextmanager
-def _atomic_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write to, which is renamed to `destination` at the end and removed on failure."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as parent:
-        folder = Path(parent) / destination.name
-        folder.mkdir()
-        yield folder
-        if destination.exists():
-            destination.rmdir()
-        folder.rename(destination)
-
-
-def _expected(ours: FlashMHFConfig, theirs: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the checkpoint must hold, from our model on the meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(ours)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if ours.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+def _expected(ours: FlashMHFConfig, theirs: bool) -> tuple[Shapes, Shapes]:
+    """Shapes of the tensors that the checkpoint must hold, and former shapes that some may have instead, by name."""
+    shapes, former = expected_shapes(ours)
     if not theirs:
-        return shapes
-    return {their_name(name): _their_shape(name, shape) for name, shape in shapes.items()}
-
-
-def _their_shape(our_tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if split_name(our_tensor)[1] in ROWS:
-        H_kv, E, F, D = shape
-        return (E * F, H_kv * D)
-    return shape
+        return shapes, former
+    for name, (H_kv, E, F, D) in former.items():
+        shapes[name] = (E * F, H_kv * D)
+    return {their_name(name): shape for name, shape in shapes.items()}, {}
 
 
 def _unused_names(ours: FlashMHFConfig) -> set[str]:
@@ -115,26 +106,26 @@ def _unused_names(ours: FlashMHFConfig) -> set[str]:
     return names
 
 
-def _check_tensors(files: dict[str, Path], expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
-    if missing := sorted(expected.keys() - files.keys()):
+def _check_tensors(stored: dict[str, StoredTensor], expected: Shapes, former: Shapes, optional: set[str]) -> None:
+    if missing := sorted(expected.keys() - stored.keys()):
         raise InputError(f"checkpoint: expected tensor {missing[0]} (of {len(missing)} missing), got none")
-    if extra := sorted(files.keys() - expected.keys() - optional):
+    if extra := sorted(stored.keys() - expected.keys() - optional):
         raise InputError(
-            f"checkpoint: expected no tensor {extra[0]} (of {len(extra)} extra), got it in {files[extra[0]]}"
+            f"checkpoint: expected no tensor {extra[0]} (of {len(extra)} extra), got it in {stored[extra[0]].file}"
         )
-    for name, shape in _shapes(files):
-        if name in expected and shape != expected[name]:
-            raise InputError(f"checkpoint: expected {name} of shape {expected[name]}, got {shape}")
+    for name, shape in expected.items():
+        if stored[name].shape not in (shape, former.get(name)):
+            raise InputError(f"checkpoint: expected {name} of shape {shape}, got {stored[name].shape}")
 
 
-def _shapes(files: dict[str, Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tuple(tensors.get_slice(name).get_shape())
-
-
-def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[str, Tensor]]) -> None:
+def _write_shards(
+    source: Path,
+    written: Path,
+    files: dict[str, Path],
+    ours: FlashMHFConfig,
+    rename: Callable[[str], str],
+    unused: dict[str, dict[str, Tensor]],
+) -> None:
     """Writes one file for each file of the source, with the same name and metadata."""
     to_reference = rename is their_name
     unused_names = set() if to_reference else _unused_names(ours)
@@ -143,7 +134,7 @@ def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[s
     weight_map: dict[str, str] = {}
     for file in sorted(set(files.values())):
         shard: dict[str, Tensor] = {}
-        with safe_open(file, framework="pt") as tensors:
+        with reading(f"checkpoint: {file}"), safe_open(file, framework="pt") as tensors:
             metadata = tensors.metadata()
             for name in tensors.keys():
                 tensor = tensors.get_tensor(name)
@@ -152,7 +143,7 @@ def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[s
                     continue
                 new_name = rename(name)
                 if to_reference and split_name(name)[1] in ROWS:
-                    tensor = rows_to_reference(tensor)
+                    tensor = rows_to_reference(tensor, ours)
                 elif not to_reference and split_name(new_name)[1] in ROWS:
                     tensor = rows_from_reference(tensor, ours)
                 shard[new_name] = tensor
@@ -163,8 +154,8 @@ def _write_shards(source, written, files, ours, rename, unused: dict[str, dict[s
         _add_missing_norms(written, ours, weight_map)
     if kept_unused:
         save_file(kept_unused, written / UNUSED, metadata=places)
-    if (source / INDEX).is_file():
-        index = read_json(source / INDEX)
+    if not (source / WEIGHTS).exists():
+        index = read_settings(source / INDEX)
         (written / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
 
 
@@ -186,36 +177,48 @@ def _add_missing_norms(written: Path, ours: FlashMHFConfig, weight_map: dict[str
         save_file(shard, written / file, metadata=metadata)
 
 
-def _read_unused(source: Path) -> dict[str, dict[str, Tensor]]:
+def _read_unused(source: Path, ours: FlashMHFConfig) -> dict[str, dict[str, Tensor]]:
     """The tensors that an earlier conversion set aside, by their original file."""
     by_file: dict[str, dict[str, Tensor]] = {}
-    if (source / UNUSED).is_file():
-        with safe_open(source / UNUSED, framework="pt") as tensors:
+    if (source / UNUSED).exists():
+        tensor_names(source / UNUSED)
+        with reading(f"checkpoint: {source / UNUSED}"), safe_open(source / UNUSED, framework="pt") as tensors:
             for name, file in (tensors.metadata() or {}).items():
+                if name not in _unused_names(ours):
+                    raise InputError(f"checkpoint: expected only unused tensors in {source / UNUSED}, got {name}")
                 by_file.setdefault(file, {})[name] = tensors.get_tensor(name)
     return by_file
 
 
 def _check_folders(source: Path, destination: Path) -> None:
-    if not (source / "config.json").is_file():
-        raise InputError(f"SRC: expected a folder with config.json, got {source}")
-    pickled = sorted(source.glob("pytorch_model*.bin"))
-    if pickled and not (source / WEIGHTS).exists() and not (source / INDEX).exists():
-        raise InputError(f"SRC: expected safetensors, got {pickled[0]}; pickled weights can run code and are not read")
+    if not (source / CONFIG).is_file():
+        raise InputError(f"SRC: expected a folder with {CONFIG}, got {source}")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"DST: expected a new or empty folder, got {destination}")
 
 
-def _our_config(config: dict[str, Any], source: Path) -> FlashMHFConfig:
-    if config.get("model_type") != FlashMHFConfig.model_type:
-        raise InputError(f"config.json: expected model_type 'flashmhf', got {config.get('model_type')!r}")
-    try:
-        return FlashMHFConfig.from_pretrained(source)
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"config.json: {str(error).splitlines()[0]}") from error
+def _our_config(source: Path) -> FlashMHFConfig:
+    model_type = read_settings(source / CONFIG).get("model_type")
+    if model_type != FlashMHFConfig.model_type:
+        raise InputError(f"{CONFIG}: expected model_type 'flashmhf', got {model_type!r:.80}")
+    config = read_config(source)
+    assert isinstance(config, FlashMHFConfig)
+    return config
+
+
+def _copied(source: Path) -> list[Path]:
+    """The settings that a conversion copies: those of the tokenizer and of generation."""
+    copied = (file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in COPIED_SUFFIXES)
+    return [file for file in copied if file.name not in (CONFIG, INDEX)]
+
+
+def _check_settings(source: Path) -> None:
+    """Raises InputError for a file of settings that is corrupt, instead of copying it."""
+    for file in sorted(source.glob("*.json")):
+        with reading(str(file)):
+            read_settings(file, strict=False)
 
 
 def _copy_tokenizer(source: Path, written: Path) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in ("config.json", INDEX):
-            shutil.copyfile(file, written / file.name)
+    for file in _copied(source):
+        shutil.copyfile(file, written / file.name)

@@ -12,15 +12,14 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig
+from flashmhf.untrusted import reading
 
 ARCHITECTURES = {"mhffnmoe": "MHFFNMoEForCausalLM", "mhffn": "MHFFNForCausalLM"}
 FFN_TYPES = {"mhffnmoe": "flashmhf", "mhffn": "mhffn"}
 OUTPUT_SCALE = math.sqrt(3 / 8)  # apply_final_scaling of the reference code
 
-FUNCTION_FLAGS = {
-    "num_heads",
-    "num_kuv_heads",
-    "num_experts",
+NUMBERS = {"num_heads", "num_kuv_heads", "num_experts"}
+SWITCHES = {
     "skip_linear",
     "apply_rmsnorm",
     "disable_original_mlp_rmsnorm",
@@ -57,7 +56,6 @@ RENAMED = {  # theirs -> ours, under model.layers.N.mlp.; their gate_weight is K
     "router": "gate_weight",
     "q_norm.weight": "q_norm.weight",
 }
-ROWS = ("k", "u", "v")  # stored by the reference as (d_ff, H_kv D)
 
 
 def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
@@ -67,6 +65,7 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
         InputError: another model_type, a flag that neither the reference code nor transformers has, or invalid sizes.
     """
     family, flags, backbone = _split_config(theirs)
+    _check_flags(family, flags)
     heads = flags.get("num_heads", 1)
     score_scale = 1.0
     if flags.get("apply_dot_scaling", False):
@@ -74,7 +73,7 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
     kept = {
         key: value for key, value in backbone.items() if key not in ("model_type", "architectures", "_name_or_path")
     }
-    try:
+    with reading("config.json"):
         return FlashMHFConfig(
             **{key: value for key, value in kept.items() if value is not None or key.endswith("_token_id")},
             ffn_type=FFN_TYPES[family],
@@ -90,19 +89,27 @@ def from_reference_config(theirs: dict[str, Any]) -> FlashMHFConfig:
             output_scale=OUTPUT_SCALE if flags.get("apply_final_scaling", False) else 1.0,
             reference_config=theirs,
         )
-    except (ValueError, TypeError) as error:
-        raise InputError(f"config.json: {str(error).splitlines()[0]}") from error
+
+
+def _check_flags(family: str, flags: dict[str, Any]) -> None:
+    for name in NUMBERS & flags.keys():
+        value, optional = flags[name], name == "num_kuv_heads"
+        if not (type(value) is int and value > 0) and not (optional and value in (None, 0)):
+            raise InputError(f"config.json: {family}_{name}: expected a whole number above 0, got {value!r:.80}")
+    for name in SWITCHES & flags.keys():
+        if not isinstance(flags[name], bool):
+            raise InputError(f"config.json: {family}_{name}: expected true or false, got {flags[name]!r:.80}")
 
 
 def _split_config(theirs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The family, its flags without their prefix, and the backbone's values, after checking that all are known."""
     family = theirs.get("model_type")
-    if family not in ARCHITECTURES:
-        raise InputError(f"config.json: expected model_type {' or '.join(ARCHITECTURES)}, got {family!r}")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise InputError(f"config.json: expected model_type {' or '.join(ARCHITECTURES)}, got {family!r:.80}")
     flags = {key.removeprefix(f"{family}_"): value for key, value in theirs.items() if key.startswith(f"{family}_")}
     backbone = {key: value for key, value in theirs.items() if not key.startswith(f"{family}_")}
     known = set(LlamaConfig().to_dict()) | set(PreTrainedConfig().to_dict()) | OLDER_KEYS
-    unknown = [f"{family}_{flag}" for flag in flags.keys() - FUNCTION_FLAGS - OTHER_FLAGS]
+    unknown = [f"{family}_{flag}" for flag in flags.keys() - NUMBERS - SWITCHES - OTHER_FLAGS]
     unknown += [key for key in backbone if key not in known]
     if unknown:
         raise InputError(
@@ -183,15 +190,15 @@ def their_name(name: str) -> str:
 
 
 def rows_from_reference(rows: Tensor, config: FlashMHFConfig) -> Tensor:
-    """K, U or V from (d_ff, H_kv D) to (H_kv, E, F, D); column block h is head h, row block e is sub-network e."""
+    """K, U or V from (d_ff, H_kv D) to (H_kv E, F, D); column block h is head h, row block e is sub-network e."""
     E, F = config.num_subnetworks, config.subnetwork_size
-    return rows.view(E, F, config.ffn_heads[1], -1).permute(2, 0, 1, 3).contiguous()
+    return rows.view(E, F, config.ffn_heads[1], -1).permute(2, 0, 1, 3).flatten(0, 1).contiguous()
 
 
-def rows_to_reference(rows: Tensor) -> Tensor:
-    """K, U or V from (H_kv, E, F, D) to (d_ff, H_kv D)."""
-    H_kv, E, F, D = rows.shape
-    return rows.permute(1, 2, 0, 3).reshape(E * F, H_kv * D).contiguous()
+def rows_to_reference(rows: Tensor, config: FlashMHFConfig) -> Tensor:
+    """K, U or V from (H_kv E, F, D), or the former (H_kv, E, F, D), to (d_ff, H_kv D)."""
+    E, F = config.num_subnetworks, config.subnetwork_size
+    return rows.reshape(-1, E, F, rows.shape[-1]).permute(1, 2, 0, 3).reshape(E * F, -1).contiguous()
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -202,4 +209,5 @@ def split_name(name: str) -> tuple[str | None, str]:
 def _function(config: FlashMHFConfig) -> dict[str, Any]:
     """The values of a configuration that affect what the model computes."""
     ignored = {"reference_config", "architectures", "transformers_version", "init", "backend", "dtype", "use_cache"}
+    ignored |= {"_name_or_path"}
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
