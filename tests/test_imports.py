@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": {"benchmarking", "comparison", "evaluation", "training", "errors", "files", "printable"},
     "cli": {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
-        *("reports", "comparison", "errors", "files", "printable"),
+        *("reports", "comparison", "errors", "files", "new_folder", "printable"),
     },
     "auto_classes": set(),
     "__init__": {"ops", "layers", "models", "auto_classes"},

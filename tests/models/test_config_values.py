@@ -72,6 +72,7 @@ REFUSED: dict[str, Any] = {
     "hidden_act": "gelu",
     "pretraining_tp": 2,
     "chunk_size_feed_forward": 4,
+    "return_dict": False,
     "is_encoder_decoder": True,
 }
 

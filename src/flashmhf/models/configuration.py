@@ -89,6 +89,8 @@ class FlashMHFConfig(LlamaConfig):
         self.gate_scale = scales.gate if self.gate_scale is None else float(self.gate_scale)
         self.output_scale = scales.output if self.output_scale is None else float(self.output_scale)
         super().__post_init__(**kwargs)
+        if self.head_dim is not None and self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
 
     @property
     def ffn_heads(self) -> tuple[int, int]:
@@ -160,6 +162,7 @@ class FlashMHFConfig(LlamaConfig):
     def _check_multiples(self) -> None:
         for name, divisor_name in (
             ("intermediate_size", "num_subnetworks"),
+            ("hidden_size", "num_attention_heads"),
             ("hidden_size", "num_ffn_heads"),
             ("num_ffn_heads", "num_ffn_kv_heads"),
             ("num_attention_heads", "num_key_value_heads"),
