@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 DESCRIPTOR = "FLASHMHF_LIFELINE"  # variable with the number of the pipe's end that a process inherits
 
@@ -18,6 +18,11 @@ def lifeline() -> Iterator[int]:
     finally:
         os.close(held_open)
         os.close(waiting)
+
+
+def child_environment(descriptor: int, environment: Mapping[str, str] | None) -> dict[str, str]:
+    """The variables of a process that inherits the descriptor of a `lifeline`; None for those of this process."""
+    return {**(os.environ if environment is None else environment), DESCRIPTOR: str(descriptor)}
 
 
 def end_with_parent() -> None:

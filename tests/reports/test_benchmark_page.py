@@ -10,9 +10,10 @@ import pytest
 
 from benchmark_results import FAILED, result, row
 from flashmhf.benchmarking.results import read_result
+from flashmhf.cli.output import check_folder
 from flashmhf.errors import InputError
 from flashmhf.reports.benchmark_figures import QUANTITIES, grid, panels
-from flashmhf.reports.benchmark_page import check_folder, comparison_summary, comparison_table, webpage, write_results
+from flashmhf.reports.benchmark_page import comparison_summary, comparison_table, webpage, write_results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect", "image", "link"}
@@ -77,7 +78,7 @@ def test_an_interrupt_leaves_the_earlier_files(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashmhf.files.flush", interrupt)
+    monkeypatch.setattr("flashmhf.files.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_results(result(row(median_ms=2.0)), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -109,7 +110,7 @@ def test_a_comparison_names_what_differs_and_nothing_else():
 def test_the_output_is_a_folder(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    check_folder(tmp_path / "new")
-    for path in (file, tmp_path / "rows.json"):
+    check_folder("output", str(tmp_path / "new/below"))
+    for path in (file, tmp_path / "rows.json", file / "below"):
         with pytest.raises(InputError, match="output: expected a folder"):
-            check_folder(path)
+            check_folder("output", str(path))

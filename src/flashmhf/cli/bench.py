@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
-from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
+from flashmhf.cli.output import Device, Json, check_folder, emit, pick_device, results_only
 from flashmhf.cli.terminal import say
 from flashmhf.errors import InputError
 
@@ -93,10 +93,10 @@ def bench(
     with results_only():
         from flashmhf.benchmarking.provenance import provenance
         from flashmhf.benchmarking.results import BenchmarkResult, read_result
-        from flashmhf.reports.benchmark_page import check_folder, write_results
+        from flashmhf.reports.benchmark_page import write_results
 
         if output is not None:
-            check_folder(Path(output))
+            check_folder("output", output)
         old = None if compare is None else read_result(Path(compare))
         names, picked = _choices("dtypes", dtypes, DTYPES), pick_device(device)
         workload: LayerShape | ModelWorkload

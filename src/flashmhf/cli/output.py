@@ -89,6 +89,18 @@ def check_file(output: str) -> None:
         raise InputError(f"output: expected a folder that can be written to, got {path.parent}")
 
 
+def check_folder(option: str, folder: str) -> None:
+    """Raises InputError if there is no such folder and none can be made, or a file was probably meant."""
+    from flashmhf.errors import InputError
+
+    path = Path(folder)
+    if path.suffix == ".json" or (path.exists() and not path.is_dir()):
+        raise InputError(f"{option}: expected a folder, got {folder!r}")
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{option}: expected a folder that can be written to, got {folder!r}")
+
+
 def pick_device(device: str | None) -> Any:
     """The named torch device, or the first GPU, or the CPU."""
     import torch

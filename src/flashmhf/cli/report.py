@@ -1,11 +1,13 @@
 """flashmhf report: the page of a training run or a comparison."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import Json, emit, results_only
+from flashmhf.cli.output import Json, check_file, emit, results_only
 
 
 def report(
@@ -23,16 +25,35 @@ def report(
         from flashmhf.reports.comparison import markdown_table, write_report
         from flashmhf.reports.render import PAGE_FILE
         from flashmhf.reports.run import write_run_report
+        from flashmhf.training.run_log import LOG_FILE
 
         file = Path(folder) / PAGE_FILE if output is None else Path(output)
+        if output is not None:
+            check_file(output)
         results = Path(folder) / RESULTS_FILE
         if results.is_file():
             comparison = read_comparison(results)
-            write_report(comparison, file)
-            summary, text = comparison.as_dict(), markdown_table(comparison)
+            with _drawing(results):
+                write_report(comparison, file)
+                text = markdown_table(comparison)
+            summary = comparison.as_dict()
         else:
-            summary = asdict(write_run_report(Path(folder), file))
+            with _drawing(Path(folder) / LOG_FILE):
+                summary = asdict(write_run_report(Path(folder), file))
             text = ", ".join(
                 f"{name.replace('_', ' ')} {value:,.6g}" for name, value in summary.items() if value is not None
             )
     emit({**summary, "report": str(file)}, f"{text}\nreport: {file}", json)
+
+
+@contextlib.contextmanager
+def _drawing(file: Path) -> Iterator[None]:
+    """A file may hold values of the right types that cannot be drawn, if somebody has changed it."""
+    from flashmhf.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        raise error if str(file.parent) in str(error) else InputError(f"{error} in {file}") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: cannot be drawn: {type(error).__name__}: {error}") from error

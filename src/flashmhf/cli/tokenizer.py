@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flashmhf.cli.output import BadData, Json, TextColumn, emit, results_only
+from flashmhf.cli.output import BadData, Json, TextColumn, check_folder, emit, results_only
 from flashmhf.data.config import DataConfig
 
 
@@ -25,7 +25,8 @@ def tokenizer(
         from flashmhf.new_folder import new_folder
 
         path = Path(folder)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        check_folder("DIR", folder)
+        if path.exists() and any(path.iterdir()):
             raise InputError(f"DIR: expected a new or empty folder, got {folder}")
         corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
         trained = train_bpe((text for batch in corpus.train.iter(16) for text in batch["text"]), vocab_size)

@@ -100,7 +100,7 @@ def _was_restarted() -> bool:
 def _text(result: "TrainResult") -> str:
     used = ", ".join(f"{tokens:,} of {source}" for source, tokens in result.tokens_used.items())
     lines = [f"tokens used: {used}"] if len(result.tokens_used) > 1 else []
-    lines += [result.bad_data] if result.bad_data else []
+    lines += [line for line in (result.data_read, result.bad_data) if line]
     return (
         f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s; "
         f"validation loss {result.validation_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte\n"

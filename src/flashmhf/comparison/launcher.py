@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import queue
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import torch
 from flashmhf.comparison.plan import Run
 from flashmhf.errors import Interrupted
 from flashmhf.files import append_to, write_json
-from flashmhf.lifeline import DESCRIPTOR, lifeline
+from flashmhf.lifeline import child_environment, lifeline
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class _Processes:
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], stderr: IO[bytes] | None) -> int:
+    def run(self, command: Sequence[str], environment: Mapping[str, str] | None, stderr: IO[bytes] | None) -> int:
         """The exit code, negative if a signal killed it.
 
         Raises:
@@ -55,7 +54,7 @@ class _Processes:
                 stderr=stderr,
                 start_new_session=True,
                 pass_fds=(self._parent,),
-                env={**environment, DESCRIPTOR: str(self._parent)},
+                env=child_environment(self._parent, environment),
             )
             self._running.add(process)
         code = process.wait()
@@ -92,14 +91,13 @@ def train_runs(
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
-    own = os.environ if environment is None else environment
 
     def train(run: Run, processes: _Processes) -> None:
         slot = slots.get()
         try:
             progress(f"run {runs.index(run) + 1} of {len(runs)}: {run.label}")
-            share = {} if environment is None else _share(environment, slot, jobs)
-            _train(run, {**own, **share}, jobs == 1, processes)
+            own = None if environment is None else {**environment, **_share(environment, slot, jobs)}
+            _train(run, own, jobs == 1, processes)
         finally:
             slots.put(slot)
 
@@ -132,7 +130,7 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _train(run: Run, environment: Mapping[str, str], alone: bool, processes: _Processes) -> None:
+def _train(run: Run, environment: Mapping[str, str] | None, alone: bool, processes: _Processes) -> None:
     write_json(run.config_file, run.options)
     with append_to(run.log) as log:
         code = processes.run(run.command, environment, None if alone else log)

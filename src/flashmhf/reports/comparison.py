@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmhf.comparison.results import ComparisonResult, Differences, GateUsage, Spread, SweepResult, VariantResult
+from flashmhf.errors import InputError
 from flashmhf.files import atomic_write
 from flashmhf.reports.curves import bars, curves, gate_maps, loss_against
 from flashmhf.reports.render import PAGE_FILE, write_page
@@ -47,13 +48,16 @@ def markdown_table(result: ComparisonResult) -> str:
 def write_report(result: ComparisonResult, file: Path) -> None:
     """Writes the page."""
     settings = result.settings
+    tokens = [run.tokens for run in result.runs if run.tokens is not None]
+    if not tokens or not result.variants:
+        raise InputError("DIR: expected a comparison with at least one run that has finished, got none")
     write_page(
         file,
         "comparison.html",
         title=f"Feed-forward layers compared: {', '.join(settings.variants)}",
         settings=settings,
         data=settings.data,
-        tokens=next(run.tokens for run in result.runs if run.tokens is not None),
+        tokens=tokens[0],
         depth=DEPTHS[settings.depth],
         best=_ranked(result)[0].variant,
         unigram=result.unigram_entropy_nats,

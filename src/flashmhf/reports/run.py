@@ -14,7 +14,7 @@ from flashmhf.reports.render import write_page
 from flashmhf.reports.style import BLUE, GREY, VERMILION, new_axes
 from flashmhf.reports.table import Table
 from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
-from flashmhf.training.run_files import RUN_FILE, read_run
+from flashmhf.training.run_files import RUN_FILE, read_result, read_run
 from flashmhf.training.run_log import RunLog, read_log
 
 TRAINING, VALIDATION = BLUE, VERMILION
@@ -67,6 +67,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         raise InputError(f"DIR: expected a run with at least one logged loss, got {folder}")
     config = read_run(folder)
     summary = _summary(folder, log)
+    result = read_result(folder)
     write_page(
         file,
         "run.html",
@@ -74,6 +75,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         summary=Table(("", "value"), [(_label(name), _shown(value)) for name, value in asdict(summary).items()]),
         curves=_curves(log),
         starts=_starts(log),
+        data=[] if result is None else [line for line in (result.data_read, result.bad_data) if line],
         options=config.options(),
     )
     return summary

@@ -175,6 +175,7 @@ def _result(
         elapsed_s=elapsed_s,
         skipped_steps=count_skipped(state.log_history),
         tokens_used=data.tokens_used(state.num_input_tokens_seen),
+        data_read=data.read_summary(),
         bad_data=data.bad_summary(),
         interrupted_by=interrupted_by,
         output_dir=str(trainer.args.output_dir),

@@ -33,6 +33,7 @@ class TrainResult:
         elapsed_s: of this process.
         skipped_steps: without a finite loss and gradient, since the first start.
         tokens_used: from each source.
+        data_read: one line on the files that were read and those that were passed over.
         bad_data: one line on corrupt records that were skipped, or empty.
         interrupted_by: number of the signal that ended the run early, or None.
         output_dir: the run's folder.
@@ -52,6 +53,7 @@ class TrainResult:
     bad_data: str
     interrupted_by: int | None
     output_dir: str
+    data_read: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As result.json and `flashmhf train --json` show it."""
