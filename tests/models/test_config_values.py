@@ -177,6 +177,13 @@ def test_fields_of_other_layers_are_refused(name, ffn_type):
     assert FlashMHFConfig(**saved).to_dict() == FlashMHFConfig(ffn_type=ffn_type).to_dict()
 
 
+def test_a_preset_with_another_layer_leaves_out_what_that_does_not_use():
+    config = FlashMHFConfig.from_preset("flashmhf-tiny", ffn_type="swiglu")
+    assert (config.ffn_type, config.q_norm) == ("swiglu", False)
+    with pytest.raises(ValueError, match="q_norm: expected False, since ffn_type swiglu does not use it, got True"):
+        FlashMHFConfig.from_preset("flashmhf-tiny", ffn_type="swiglu", q_norm=True)
+
+
 def test_a_gate_scale_without_a_gate_is_refused():
     with pytest.raises(ValueError, match="gate_scale: expected None"):
         FlashMHFConfig(gate_type=None, gate_scale=2.0)

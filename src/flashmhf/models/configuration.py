@@ -114,10 +114,16 @@ class FlashMHFConfig(LlamaConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "FlashMHFConfig":
-        """The preset `name`, one of `preset_names()`, with some values replaced."""
+        """The preset `name`, one of `preset_names()`, with some values replaced.
+
+        With another ffn_type, the preset's values of fields that it does not use are left out.
+        """
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
-        return cls(**{**json.loads((PRESETS / f"{name}.json").read_text()), **overrides})
+        values = json.loads((PRESETS / f"{name}.json").read_text())
+        ffn_type = overrides.get("ffn_type", values["ffn_type"])
+        unused = {field for field, users in USED_BY.items() if ffn_type not in users}
+        return cls(**{field: value for field, value in values.items() if field not in unused} | overrides)
 
     def _check(self, others: dict[str, Any]) -> None:
         """Checks the fields and `others`, which are not fields."""

@@ -169,7 +169,8 @@ def _check_tokens(settings: dict[str, Any]) -> None:
 def non_finite_weight(model: torch.nn.Module) -> str | None:
     """The name of the first parameter or buffer that holds NaN or infinity; None if there is none.
 
-    Of a sharded one, the part of this process counts. One pass over memory without a copy: 0.1 s per GB on one core.
+    Of a sharded one, the part of this process counts. One pass over memory without a copy: 0.15 s per GB in float32
+    and bfloat16 on one core.
     """
     for name, whole in [*model.named_parameters(), *model.named_buffers()]:
         tensor = whole.to_local() if isinstance(whole, DTensor) else whole
