@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 import typer
 
 import flashmhf.cli
@@ -66,6 +67,23 @@ def test_how_commands_end(monkeypatch, capsys, error):
     assert written.count("\n") == 1
     assert not set(written) & set("\x1b\x07\x9b\u202e")
     assert "owned" in written or error is KeyboardInterrupt
+
+
+def test_an_error_in_a_worker_process(monkeypatch, capsys):
+    def failing(**options):
+        def fetch(_):
+            raise InputError("data: expected text")
+
+        class Data(torch.utils.data.Dataset):
+            __len__, __getitem__ = (lambda self: 1), (lambda self, index: fetch(index))
+
+        next(iter(torch.utils.data.DataLoader(Data(), num_workers=1)))
+
+    monkeypatch.setattr(flashmhf.cli, "app", failing)
+    with pytest.raises(SystemExit) as caught:
+        flashmhf.cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "flashmhf: data: expected text\n"
 
 
 def test_options_that_are_misspelt(monkeypatch, capsys):

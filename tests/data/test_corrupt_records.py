@@ -1,9 +1,11 @@
 """Bad data: each kind is counted and named, and skipped or refused."""
 
 import json
+from itertools import islice
 
 import datasets
 import pytest
+import torch
 
 from flashmhf.data import corpus as corpus_module
 from flashmhf.data import files
@@ -142,6 +144,17 @@ def test_a_run_sums_up(folder):
     binary(folder)
     data = load_blocks(DataConfig(source=str(folder), context_length=16, bad_data="skip"), byte_tokenizer())
     assert data.bad_summary().startswith("bad data skipped: 1 binary file (data: expected text, got binary in ")
+
+
+def test_what_a_worker_process_skips_is_counted(tmp_path):
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(3500)]
+    lines[3400:3400] = ['{"text": ', '{"text": "\\ud83d"}', '{"text": ']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    config = DataConfig(source=str(tmp_path), context_length=64, bad_data="skip", streaming=True)
+    data = load_blocks(config, byte_tokenizer())
+    assert data.bad_data[0].counts == {}  # not read yet
+    list(islice(torch.utils.data.DataLoader(data.train, batch_size=None, num_workers=1), 600))
+    assert data.bad_data[0].counts == {"broken line": 2, "text with invalid characters": 1}
 
 
 LONG = "".join(f"line {i} of an é or 漢\r\n" for i in range(40))

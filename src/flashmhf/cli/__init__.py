@@ -76,12 +76,21 @@ def _fail_by_system(error: Exception) -> NoReturn:
 
 def _output_is_closed() -> bool:
     """Whether standard output is a pipe that nobody reads any more."""
+    if sys.platform == "win32":
+        return True
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _own_words(message: str) -> str:
+    """Of an error in a worker process, which arrives as its traceback, the last line without the error's type."""
+    if "Traceback (most recent call last)" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2] or message
+
+
 def _fail(message: str, code: int) -> NoReturn:
     if message:  # empty where help was printed instead
-        terminal.say(f"flashmhf: {' '.join(message.split())}")
+        terminal.say(f"flashmhf: {' '.join(_own_words(message).split())}")
     sys.exit(code)

@@ -1,12 +1,18 @@
 """Corrupt records: counted, named, and skipped or refused."""
 
 import contextlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+
+import torch
+from torch.utils.data import get_worker_info
 
 from flashmhf.data.config import REFUSE, SKIP
 from flashmhf.errors import InputError
 from flashmhf.printable import one_line
+
+logger = logging.getLogger(__name__)
 
 EMPTY = "empty document"  # always skipped, since nothing is lost
 BINARY = "binary file"
@@ -26,11 +32,14 @@ PLURALS = {
     NO_TEXT: "rows without text column",
     INVALID_TEXT: "texts with invalid characters",
 }
+KINDS = tuple(PLURALS)
 NAMED = 3  # per kind
 
 
 class CorruptRecords:
     """The corrupt records of a source.
+
+    The counts are shared with the worker processes of a data loader, which log the first few records of each kind.
 
     Args:
         policy: `refuse` raises InputError at the first that may have held text; `skip` counts them.
@@ -40,7 +49,7 @@ class CorruptRecords:
         if policy not in (SKIP, REFUSE):
             raise InputError(f"bad-data: expected {SKIP} or {REFUSE}, got {policy!r}")
         self.policy = policy
-        self.counts: Counter[str] = Counter()
+        self._counts = torch.zeros(len(KINDS), dtype=torch.int64).share_memory_()
         self._seen: set[int] = set()  # a stream that starts again meets the same ones
         self._named: defaultdict[str, list[str]] = defaultdict(list)
 
@@ -51,9 +60,16 @@ class CorruptRecords:
         if hash(message) in self._seen:
             return
         self._seen.add(hash(message))
-        self.counts[kind] += 1
+        self._counts[KINDS.index(kind)] += 1
         if len(self._named[kind]) < NAMED:
             self._named[kind].append(message)
+            if get_worker_info() is not None:
+                logger.warning("data: skipped %s: %s", kind, message)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many of each kind were skipped."""
+        return Counter({kind: count for kind, count in zip(KINDS, self._counts.tolist(), strict=True) if count})
 
     def summary(self) -> str:
         """One line on what was skipped, with the first few of each kind; empty if nothing was."""
@@ -61,9 +77,9 @@ class CorruptRecords:
             return ""
         parts = []
         for kind, count in sorted(self.counts.items()):
-            more = ", ..." if count > NAMED else ""
+            more = ["..."] if count > len(self._named[kind]) else []
             name = PLURALS[kind] if count > 1 else kind
-            parts.append(f"{count:,} {name} ({', '.join(self._named[kind])}{more})")
+            parts.append(f"{count:,} {name} ({', '.join(self._named[kind] + more)})")
         return f"bad data skipped: {'; '.join(parts)}"
 
 
