@@ -21,7 +21,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
     deadline = time.monotonic() + TIMEOUT_S
     try:
         while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"{function.__name__}: expected an end within {TIMEOUT_S} s"
+            assert time.monotonic() < deadline, f"{function}: expected an end within {TIMEOUT_S} s"
     finally:
         for process in context.processes:
             process.kill()

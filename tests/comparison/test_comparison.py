@@ -358,6 +358,9 @@ def test_a_signal_ends_all_runs_with_a_checkpoint(number, corpus_folder, model_f
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
+    name = signal.Signals(number).name
+    assert errors.splitlines()[-1] == f"flashmhf: {name}; the same command again continues the comparison"
+    assert "--resume" not in errors
     for folder in folders:
         assert [path.name for path in folder.glob("checkpoint-*")], errors
         assert not (folder / ".lock").exists()

@@ -1,5 +1,7 @@
 """Each layout over processes computes what one process does."""
 
+import functools
+
 import pytest
 import torch
 from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, one_step, resumed
@@ -13,6 +15,9 @@ from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
 ONE_HEAD = {"num_ffn_kv_heads": 1}
+
+
+resumed_from_former = functools.partial(resumed, former=True)
 
 
 def two_processes(folder: str) -> dict:
@@ -114,6 +119,15 @@ def test_curves_of_four_processes(tmp_path):
     results = run_ranks(curves, 4, tmp_path, "flashmhf", ["ddp", "fsdp", "tp", "tp x fsdp"], 20)
     for layout, losses in results.items():
         assert losses == pytest.approx(expected, rel=1e-3), layout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_sharded_checkpoint_with_the_former_shapes_resumes_on_four_processes(tmp_path, losses_after_three_steps):
+    layouts = ["fsdp", "tp x fsdp"]
+    results = run_ranks(resumed_from_former, 4, tmp_path, "flashmhf", layouts, str(tmp_path))
+    for layouts_of_both, losses in results.items():
+        assert losses == pytest.approx(losses_after_three_steps, rel=1e-4), layouts_of_both
 
 
 class FakeMesh:

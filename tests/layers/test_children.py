@@ -163,3 +163,36 @@ def test_functional_call_uses_the_given_parameters():
         double(doubled, name)
     values = dict(doubled.named_parameters())
     assert torch.equal(torch.func.functional_call(layer, values, (x,)), doubled(x))
+
+
+class Quantised(Tensor):
+    """Like torchao's: 8 bits and a scale, and hardly any operator."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: float) -> "Quantised":
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values: Tensor, scale: float) -> None:
+        self.values, self.scale = values, scale
+
+    def dequantize(self) -> Tensor:
+        return self.values.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(arguments[0].values, arguments[0].scale)
+        raise NotImplementedError(function)
+
+
+@pytest.mark.parametrize("name", ["k", "u", "v", "gate_weight", "q_norm.weight"])
+def test_a_quantised_parameter_is_dequantised(name):
+    layer, x = make().requires_grad_(False), torch.randn(5, 32)
+    rounded = copy.deepcopy(layer)
+    weight, (module, own) = layer.get_parameter(name), owner(layer, name)
+    scale = weight.abs().max().item() / 127
+    values = (weight / scale).round().to(torch.int8)
+    setattr(module, own, nn.Parameter(Quantised(values, scale), requires_grad=False))
+    with torch.no_grad():
+        rounded.get_parameter(name).copy_(values.float() * scale)
+    assert torch.equal(layer(x), rounded(x))

@@ -26,6 +26,7 @@ OPTIONS = {
 }
 LAYERS = {
     "FlashMHF": lambda **o: FlashMHF(32, 4, 3, 20, **o),
+    "FlashMHF, norm": lambda **o: FlashMHF(32, 4, 3, 20, q_norm=True, **o),
     "MHFFN": lambda **o: MHFFN(32, 4, 50, **o),
     "DenseMoE": lambda **o: DenseMoE(32, 3, 20, **o),
     "PKV": lambda **o: PKV(32, 4, 50, **o),
@@ -246,8 +247,8 @@ def test_options_that_a_layer_does_not_have_are_refused(make):
 
 
 def test_a_named_backend_reaches_the_operator():
-    layer = FlashMHF(32, 4, 1, 8, backend="triton")
-    with pytest.raises(ValueError, match="backend: 'triton' cannot run here"):
+    layer = FlashMHF(32, 4, 1, 8, backend="hopper")
+    with pytest.raises(ValueError, match="backend: 'hopper' cannot run here"):
         layer(torch.randn(3, 32))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -82,6 +83,11 @@ def test_selected_layers_are_replaced():
     assert not model.model.layers[1].mlp.training
 
 
+def with_adapter(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 OPTIONS = {
     "defaults": [{}],
     "one layer": [{"layers": [1], "q_norm": True, "init": "scaled"}],
@@ -147,6 +153,17 @@ def test_a_model_whose_backbone_was_given_is_loaded(tmp_path):
     assert torch.equal(load_model(str(tmp_path))(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.parametrize("wrap", [nn.Sequential, with_adapter], ids=["Sequential", "PEFT"])
+def test_a_wrapped_model_is_loaded(tmp_path, wrap):
+    model = make().eval()
+    wrapped = replace_ffn(wrap(model), num_heads=4, layers=[2])
+    if hasattr(wrapped, "unload"):
+        wrapped.unload()
+    expected = model(TOKENS).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path))(TOKENS).logits, expected)
+
+
 def test_a_class_that_does_not_know_the_layers_refuses_the_model(tmp_path):
     replaced([{"num_heads": 4}]).save_pretrained(tmp_path)
     for known in (LlamaForCausalLM, LlamaModel, Qwen3ForCausalLM):
@@ -209,6 +226,12 @@ def test_errors_leave_the_model_unchanged():
     model = make()
     with pytest.raises(ValueError, match="layers: expected 0 to 2, got 3"):
         replace_ffn(model, layers=[0, 3])
+    quantised = make()
+    quantised.model.layers[0].mlp.gate_proj.weight = nn.Parameter(
+        torch.zeros(2, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(ValueError, match=r"model: expected .* of floating-point numbers, got torch\.uint8"):
+        replace_ffn(quantised)
     with pytest.raises(ValueError, match="hidden_size: expected a multiple of num_heads 5, got 64"):
         replace_ffn(model, num_heads=5)
     assert not any(isinstance(module, FlashMHF) for module in model.modules())

@@ -3,18 +3,13 @@
 import itertools
 
 import pytest
-import torch
 
 
 @pytest.fixture(params=[False, True], ids=["rows_first", "tokens_first"])
 def fused(request, monkeypatch):
     """Makes the backend `triton` use its fused backward, on the CPU; whether tokens come first."""
-    from triton_interpreter import interpret_triton
-
     from flashmhf.ops.triton import tiles
 
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
     rows = itertools.product(tiles.FUSED, tiles.BLOCK_DS)
     monkeypatch.setattr(tiles, "FUSED_FASTER", frozenset(rows))
     tiles_by_device = {

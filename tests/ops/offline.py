@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(script: str, *arguments: object) -> list:
-    """The parsed JSON lines that a script prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def run(script: str, *arguments: object, **variables: str) -> list:
+    """The parsed JSON lines that a script prints, with these environment variables."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
     command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

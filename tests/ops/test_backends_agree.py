@@ -5,7 +5,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import NAMES, Shape, assert_within_budget, eager_results, exact_results, make_inputs
-from triton_interpreter import interpret_triton
 
 from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
@@ -42,15 +41,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(params=[row.name for row in backends.BACKENDS if row.name != "hopper"])
-def backend(request, monkeypatch) -> str:
+def backend(request) -> str:
     """Every backend except `hopper`, which does not support float32 (tests/ops/hopper).
 
     Without a GPU, Triton's kernels run in its interpreter.
     """
-    if request.param == "triton" and not torch.cuda.is_available():
-        if (reason := backends.backends()["triton"]) and "installed" in reason:
-            pytest.skip(reason)
-        interpret_triton(monkeypatch)
+    if reason := backends.backends()[request.param]:
+        pytest.skip(reason)
     return request.param
 
 
@@ -77,8 +74,6 @@ def test_forward_and_gradients(backend, shape, dtype, gate, poisoned_memory):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_memory):
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
     monkeypatch.setattr(tiles, "SPLIT_MAX_TOKENS", 0)
     check("triton", make_inputs(shape, torch.float32))
 
@@ -87,8 +82,6 @@ def test_triton_forward_without_splitting_the_rows(shape, monkeypatch, poisoned_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, Shape((70,), 4, 2, 1, 70, 64)], ids=str)
 def test_triton_backward_with_tokens_first(shape, dtype, gate, monkeypatch, poisoned_memory):
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
     monkeypatch.setattr(
         triton_backward, "tile_for", lambda *arguments: tiles.tile_for(*arguments)._replace(tokens_first=True)
     )
@@ -112,9 +105,7 @@ def test_larger_shapes(backend, shape, dtype, gate, poisoned_memory):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("T", "group", "E", "F", "D"), ODD)
-def test_odd_shapes_triton(T, group, E, F, D, dtype, monkeypatch, poisoned_memory):
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
+def test_odd_shapes_triton(T, group, E, F, D, dtype, poisoned_memory):
     check("triton", make_inputs(Shape((T,), group, 1, E, F, D), dtype))
 
 
@@ -142,21 +133,18 @@ def test_any_shape_blockwise(data, poisoned_memory):
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_triton(data, poisoned_memory, monkeypatch):
-    with monkeypatch.context() as patch:
-        if not torch.cuda.is_available():
-            interpret_triton(patch)
-        H_kv = data.draw(st.integers(1, 2))
-        shape = Shape(
-            lead=tuple(data.draw(st.lists(st.integers(0, 4), max_size=3))),
-            H=H_kv * data.draw(st.integers(1, 2)),
-            H_kv=H_kv,
-            E=data.draw(st.integers(1, 3)),
-            F=data.draw(st.integers(1, 70)),
-            D=data.draw(st.integers(1, 70)),
-        )
-        dtype = data.draw(st.sampled_from((torch.float32, torch.float16)))
-        check("triton", make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
+def test_any_shape_triton(data, poisoned_memory):
+    H_kv = data.draw(st.integers(1, 2))
+    shape = Shape(
+        lead=tuple(data.draw(st.lists(st.integers(0, 4), max_size=3))),
+        H=H_kv * data.draw(st.integers(1, 2)),
+        H_kv=H_kv,
+        E=data.draw(st.integers(1, 3)),
+        F=data.draw(st.integers(1, 70)),
+        D=data.draw(st.integers(1, 70)),
+    )
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float16)))
+    check("triton", make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
 
 
 LAYOUTS = {

@@ -7,7 +7,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import NAMES, Shape, eager_results, exact_results, make_inputs, rounding
-from triton_interpreter import interpret_triton
 
 from flashmhf.ops import blockwise
 from flashmhf.ops.flash_mhf import flash_mhf
@@ -127,7 +126,5 @@ def test_scales_of_float16_in_float16_tiles(scales, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES.keys())
-def test_scales_triton(scales, dtype, monkeypatch):
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
+def test_scales_triton(scales, dtype):
     assert_no_worse_than_eager("triton", scaled(make_inputs(SMALL, dtype), scales))

@@ -8,7 +8,6 @@ from problems import Shape, make_inputs
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import interpret_triton
 
 from flashmhf import FlashMHF
 from flashmhf.ops.flash_mhf import flash_mhf
@@ -250,9 +249,7 @@ def test_a_batch_is_one_call_and_weights_are_not_copied_for_tokens():
 
 
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "per sample"])
-def test_on_triton(transform, monkeypatch):
-    if not torch.cuda.is_available():
-        interpret_triton(monkeypatch)
+def test_on_triton(transform):
     layer = make_layer("triton", torch.float32)
     expected = make_layer("reference", torch.float32)
     expected.load_state_dict(layer.state_dict())

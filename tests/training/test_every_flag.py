@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import flashmhf.training.run as training_run
 from flashmhf.data.config import DataConfig
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, RunError
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.run_log import read_log
@@ -106,12 +106,16 @@ def test_a_batch_that_does_not_fit_is_made_smaller(config, tmp_path, monkeypatch
     step = PretrainingTrainer.training_step
 
     def small_memory(trainer, model, inputs, *args, **options):
-        if len(inputs["input_ids"]) > 2:
+        if len(inputs["input_ids"]) > 2 and trainer.state.global_step >= first:
             trainer.guard.add(torch.tensor(float("nan")), None)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return step(trainer, model, inputs, *args, **options)
 
     monkeypatch.setattr(PretrainingTrainer, "training_step", small_memory)
+    first = 0
     run = train(config, tmp_path / "run", "--auto-find-batch-size true")
     assert (run.result.steps, run.result.skipped_steps) == (3, 0)
     assert run.result.tokens in (3 * 2 * 32, 3 * 32)
+    first = 2  # it would train the same weights from the first step on again
+    with pytest.raises(RunError, match=r"auto-find-batch-size: .* got no memory after step 2"):
+        train(config, tmp_path / "late", "--auto-find-batch-size true")

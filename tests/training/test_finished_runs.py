@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
 from flashmhf.training.arguments import parse_arguments
+from flashmhf.training.callbacks import StopOnSignal
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST
 from flashmhf.training.run import train
@@ -44,6 +46,16 @@ def test_the_best_model_stays_and_so_does_the_result(run, tmp_path):
     assert (again.steps, again.validation_loss, again.train_loss) == (6, first.validation_loss, first.train_loss)
     assert list((tmp_path / "run/runs").rglob("events.*")) == curves
     assert not any(row.get("train_loss") == 0 for row in state(tmp_path / "run")["log_history"])
+
+
+def test_the_newest_checkpoint_stays_next_to_the_best_one(run, tmp_path):
+    """Without it, the command typed again would train from the best one on."""
+    start(run, tmp_path / "run", *BEST, "--save-total-limit", "1")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    log = (tmp_path / "run/log.jsonl").read_text()
+    start(run, tmp_path / "run", *BEST, "--save-total-limit", "1", resume=True)
+    again = (tmp_path / "run/log.jsonl").read_text().removeprefix(log)
+    assert '"loss"' not in again
 
 
 def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(run, tmp_path, monkeypatch):
@@ -101,3 +113,19 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed_with_a_new_one(run, t
     assert start(run, tmp_path / "bare", "--max-steps", "2", *flags, resume=True).steps == 2  # none is needed
     with pytest.raises(InputError, match="resume: expected a checkpoint with the optimizer's state, got checkpoint-2"):
         start(run, tmp_path / "bare", "--max-steps", "4", *flags, resume=True)
+
+
+def test_a_signal_saves_a_checkpoint_although_only_better_ones_are_saved(run, tmp_path, monkeypatch):
+    """The Trainer would forget it in a step that evaluates without finding a better model."""
+    ended = StopOnSignal.on_step_end
+
+    def at_the_second_step(stop, args, state, control, **options):
+        if state.global_step == 2:
+            stop._receive(signal.SIGTERM, None)
+        return ended(stop, args, state, control, **options)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", at_the_second_step)
+    flags = ("--max-steps", "4", "--save-strategy", "best", "--eval-steps", "1", "--greater-is-better", "true")
+    result = start(run, tmp_path / "run", *flags, "--metric-for-best-model", "loss")
+    assert (result.steps, result.interrupted_by) == (2, signal.SIGTERM)
+    assert (tmp_path / "run/checkpoint-2").is_dir()

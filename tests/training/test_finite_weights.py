@@ -78,6 +78,20 @@ def test_weights_that_stop_being_finite_end_the_run_and_keep_the_good_checkpoint
     assert start(run, tmp_path / "run", resume=True).steps == 6
 
 
+def test_checkpoints_of_skipped_steps_displace_no_older_one(run, tmp_path, monkeypatch):
+    """Finite weights after which no loss is finite: only older ones may be of use."""
+    compute = PretrainingTrainer.compute_loss
+
+    def overflows(trainer, model, *args, **options):
+        loss = compute(trainer, model, *args, **options)
+        return loss * math.inf if model.training and trainer.state.global_step >= 3 else loss
+
+    monkeypatch.setattr(PretrainingTrainer, "compute_loss", overflows)
+    result = start(replace(run, max_non_finite_steps=1000), tmp_path / "run", "--save-total-limit", "1")
+    assert result.skipped_steps == 3
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+
+
 def test_the_last_step_is_checked_too(run, tmp_path, monkeypatch):
     poison_after(monkeypatch, 6)
     with pytest.raises(RunError, match="weights: expected finite values after step 6"):

@@ -76,6 +76,8 @@ def _fail_by_system(error: Exception) -> NoReturn:
 
 def _output_is_closed() -> bool:
     """Whether standard output is a pipe that nobody reads any more."""
+    if sys.platform == "win32":
+        return True
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

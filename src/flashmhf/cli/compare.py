@@ -53,7 +53,7 @@ Jobs = Annotated[int, typer.Option(help="Runs at a time.")]
 DocumentBytes = Annotated[int, typer.Option(help="Score this many bytes of each held-out document, from its start.")]
 
 ABLATIONS = ("gate_type", "q_norm", "projections", "head_dim", "subnetworks")
-DECIDED = ("streaming", "resume", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
+DECIDED = ("streaming", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
 VALIDATION_TOKENS = DataConfig.validation_tokens // 4  # for each of many short runs
 
 
@@ -84,6 +84,7 @@ def compare(
     regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
     fused_loss: FusedLoss = TrainConfig.fused_loss,
     document_bytes: DocumentBytes = 2**16,
+    resume: Annotated[bool, typer.Option("--resume", help="Changes nothing: a comparison is always resumed.")] = False,
     json: Json = False,
 ) -> None:
     """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train`, too."""

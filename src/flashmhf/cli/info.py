@@ -32,7 +32,7 @@ def info(
 ) -> None:
     """Parameters, FLOPs and saved bytes per token, and backends. Without a model: presets and backends."""
     with results_only():
-        from flashmhf.ops.backends import backends
+        from flashmhf.ops.backends import backends, interprets_triton
 
         report: dict[str, Any] = {"model": model}
         if model is None:
@@ -65,7 +65,9 @@ def info(
                 lines += _operator_lines(operator)
         report["backends"] = backends()
         lines += ["backends:"]
-        lines += [f"  {name}: {reason or 'runs here'}" for name, reason in report["backends"].items()]
+        runs = {"triton": "runs here, in Triton's interpreter"} if interprets_triton() else {}
+        for name, reason in report["backends"].items():
+            lines.append(f"  {name}: {reason or runs.get(name, 'runs here')}")
     emit(report, "\n".join(lines), json)
 
 

@@ -22,6 +22,7 @@ def tokenizer(
         from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import train_bpe
         from flashmhf.errors import InputError
+        from flashmhf.new_folder import new_folder
 
         path = Path(folder)
         check_folder("DIR", folder)
@@ -29,7 +30,8 @@ def tokenizer(
             raise InputError(f"DIR: expected a new or empty folder, got {folder}")
         corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
         trained = train_bpe((text for batch in corpus.train.iter(16) for text in batch["text"]), vocab_size)
-        trained.save_pretrained(path)
+        with new_folder("DIR", path) as unfinished:
+            trained.save_pretrained(unfinished)
         sample = corpus.validation[0]["text"][:100_000]
         bytes_per_token = len(sample.encode()) / max(len(trained(sample)["input_ids"]), 1)
     result = {"folder": folder, "vocab_size": len(trained), "validation_bytes_per_token": bytes_per_token}

@@ -60,7 +60,7 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
     content = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK_FILE)
     if content and SETTINGS_FILE not in content:
         raise InputError(f"output-dir: expected a new or empty folder, got {output_dir} with {', '.join(content[:3])}")
-    mine: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    mine = _plain(settings)
     if content:
         file = output_dir / SETTINGS_FILE
         earlier = read_json(file)
@@ -69,8 +69,12 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
                 f"output-dir: expected version {VERSION} of {file}, got {earlier.get('version', 'none')}; "
                 "a comparison by another version of flashmhf cannot be continued"
             )
-        before = _read_inputs(file, earlier)
-        _check_settings(output_dir, earlier, mine, NAMES if before is not None else ())
+        try:
+            before = from_plain(Inputs, earlier[INPUTS]) if INPUTS in earlier else None
+            then = _plain(from_plain(Comparison, earlier))
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from error
+        _check_settings(output_dir, then, mine, NAMES if before is not None else ())
         if before is None:
             logger.warning("%s is of an older version: make sure that data and models are those of then", file)
         elif difference := _difference(before, inputs):
@@ -78,13 +82,10 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
     write_json(output_dir / SETTINGS_FILE, {"version": VERSION, **mine, INPUTS: asdict(inputs)})
 
 
-def _read_inputs(file: Path, content: dict[str, Any]) -> Inputs | None:
-    if INPUTS not in content:
-        return None
-    try:
-        return from_plain(Inputs, content[INPUTS])
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from error
+def _plain(settings: Comparison) -> dict[str, Any]:
+    """As JSON holds them."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return content
 
 
 def _difference(before: Inputs, now: Inputs) -> str | None:
@@ -101,9 +102,9 @@ def _difference(before: Inputs, now: Inputs) -> str | None:
 def _check_settings(output_dir: Path, earlier: dict[str, Any], mine: dict[str, Any], by_content: tuple) -> None:
     before = dict(_flat(earlier))
     for name, value in _flat(mine):
-        if name in by_content and (name != "models" or len(value) == len(before.get(name) or ())):
+        found = before[name]
+        if name in by_content and (name != "models" or len(value) == len(found)):
             continue
-        found = before.get(name)
         if found != value and not (name in GROWING and _extends(found, value)):
             raise InputError(f"output-dir: {output_dir} holds a comparison with {name} {found!r}; got {value!r}")
 

@@ -32,12 +32,16 @@ from flashmhf.ops.gated_mhf import gated_mhf
 from flashmhf.ops.prologue import GATES
 
 
-def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter that is distributed by tensor parallelism, otherwise the parameter itself.
+def local(parameter: Tensor) -> Tensor:
+    """What the operator computes with: this rank's shard of a DTensor, the values of a quantised tensor.
 
-    A DTensor is recognised by its method, so that a layer on one device does not import torch.distributed.
+    Both are recognised by their methods, so that a layer imports neither torch.distributed nor torchao.
     """
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    if type(parameter) is nn.Parameter:
+        return parameter
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()
+    return parameter if type(parameter).dequantize is Tensor.dequantize else parameter.dequantize()
 
 
 class HeadRMSNorm(nn.Module):

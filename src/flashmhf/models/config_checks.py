@@ -29,12 +29,13 @@ WHOLE = {  # name: smallest and largest value; the largest are far beyond any mo
 }
 POSITIVE = ("rms_norm_eps", "score_scale", "gate_scale", "output_scale")
 FLAGS = ("q_norm", "ffn_projections", "ffn_norm", "recompute_q", "mlp_bias", "attention_bias", "tie_word_embeddings")
-OPTIONAL_FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
+OPTIONAL_FLAGS = ("use_cache", "output_hidden_states", "output_attentions")
 FIXED = {  # of LlamaConfig and its base, but without effect on this model: the only value that is taken
     "hidden_act": "silu",
     "pretraining_tp": 1,
     "chunk_size_feed_forward": 0,
     "is_encoder_decoder": False,
+    "return_dict": True,
     "per_layer_config": None,
     **dict.fromkeys(("experts_implementation", "_experts_implementation", "_experts_implementation_internal")),
 }
@@ -128,7 +129,7 @@ def check_others(values: dict[str, Any]) -> None:
         check_attention(name, values.get(name))
     quantization = values.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if isinstance(quantization, dict) and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, None):
+    if isinstance(quantization, dict) and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
         raise ValueError(f"quantization_config: expected a quant_method that transformers knows, got {method!r:.80}")
     if isinstance(quantization, str | int | float | list):
         raise ValueError(f"quantization_config: expected an object, got {quantization!r:.80}")

@@ -134,7 +134,6 @@ def load_model(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedMode
             raise InputError(f"model: expected the tensors of its config.json, got {folder} with {problem}: {first}")
     if (tensor := non_finite_weight(model)) is not None:
         raise RunError(f"model: expected finite weights, got NaN or infinity in {tensor} of {folder}")
-    model.config.return_dict = True
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Replaces the feed-forward layers of an existing model, for fine-tuning studies."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -50,9 +50,19 @@ def replace_ffn(
     for owner, ffn in zip(owners, new, strict=True):
         ffn.train(owner.mlp.training)
         owner.mlp = ffn
-    if isinstance(model, PreTrainedModel):
-        record_layers(model, owners)
+    for inner in _transformers_models(model):
+        contained = {id(module) for module in inner.modules()}
+        record_layers(inner, [owner for owner in owners if id(owner) in contained])
     return model
+
+
+def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The module itself, or those that it wraps, as PEFT does."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from _transformers_models(child)
 
 
 def _swiglu_owners(model: nn.Module, layers: list[int] | None) -> list[Any]:
@@ -79,6 +89,8 @@ def _like(
 ) -> FlashMHF:
     """A FlashMHF layer for the place of a SwiGLU layer."""
     weight = old.gate_proj.weight
+    if not weight.is_floating_point():
+        raise ValueError(f"model: expected feed-forward layers of floating-point numbers, got {weight.dtype}")
     hidden_size = weight.shape[1]
     if num_heads is None:
         num_heads = hidden_size // DEFAULT_HEAD_DIM if hidden_size % DEFAULT_HEAD_DIM == 0 else 1

@@ -104,6 +104,8 @@ def record_layers(model: PreTrainedModel, owners: list[nn.Module]) -> None:
     The configuration of a model with a head is copied before, since the caller's other models may share it; that of a
     backbone alone is shared with its head.
     """
+    if not owners:
+        return
     names = {id(module): name for name, module in model.base_model.named_modules()}
     layers = {names[id(owner)]: _arguments(owner.mlp) for owner in owners}  # type: ignore[arg-type]
     if isinstance(model.config, _RecordsLayers):

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,6 +23,7 @@ TRITON_MIN_CAPABILITY = (8, 0)
 TRITON_MAX_HEAD_DIM = 256
 HOPPER_CAPABILITY = (9, 0)
 HOPPER_MIN_TRITON = (3, 6)
+TRITON_KERNELS = "flashmhf.ops.triton.common"
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,29 @@ class Backend:
 
     `unsupported_reason(problem)` says why it cannot run a problem (None: on this machine at all), without importing the
     module. `auto_skip_reason(problem)` says why `auto` skips it although it can run the problem.
-    `unverified_warning(problem)` is logged once when a user selects the backend by name.
+    `warning(problem)` is logged once when a user selects the backend by name.
     """
 
     name: str
     module: str
     unsupported_reason: Callable[[Problem | None], str | None]
     auto_skip_reason: Callable[[Problem], str | None] = lambda problem: None
-    unverified_warning: Callable[[Problem], str | None] = lambda problem: None
+    warning: Callable[[Problem], str | None] = lambda problem: None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors, too; TRITON_INTERPRET decides on import."""
+    if find_spec("triton") is None or not (os.environ.get("TRITON_INTERPRET") or TRITON_KERNELS in sys.modules):
+        return False
+    return bool(importlib.import_module(TRITON_KERNELS).INTERPRETED)
 
 
 def _triton_unsupported_reason(problem: Problem | None) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if problem is None:
-        return None if torch.cuda.is_available() else "needs a CUDA or ROCm GPU, and none is available"
-    if problem.device.type != "cuda":
-        return f"needs tensors on a CUDA or ROCm GPU, got {problem.device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < TRITON_MIN_CAPABILITY:
-        return f"needs compute capability 8.0 or later, got {torch.cuda.get_device_capability(problem.device)}"
+    reason = _interpreter_unsupported_reason(problem) if interprets_triton() else _gpu_unsupported_reason(problem)
+    if reason is not None or problem is None:
+        return reason
     if problem.dtype == torch.float64:
         return "supports float32, float16 and bfloat16, got float64"
     if problem.D > TRITON_MAX_HEAD_DIM:
@@ -55,7 +62,33 @@ def _triton_unsupported_reason(problem: Problem | None) -> str | None:
     return None
 
 
+def _interpreter_unsupported_reason(problem: Problem | None) -> str | None:
+    if not importlib.import_module(TRITON_KERNELS).LIBRARY_INTERPRETED:
+        return "TRITON_INTERPRET was set after triton was imported; set it before"
+    if problem is not None and problem.device.type not in ("cpu", "cuda"):
+        return f"needs tensors on a CPU or GPU for Triton's interpreter (TRITON_INTERPRET), got {problem.device.type}"
+    if problem is not None and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter (TRITON_INTERPRET) multiplies bfloat16 wrongly; use float32 or float16"
+    return None
+
+
+def _gpu_unsupported_reason(problem: Problem | None) -> str | None:
+    if problem is None:
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f"needs a CUDA or ROCm GPU, and PyTorch {torch.__version__} is built without either"
+        return None if torch.cuda.is_available() else "needs a CUDA or ROCm GPU, and none is available"
+    if problem.device.type != "cuda":
+        late = os.environ.get("TRITON_INTERPRET") and importlib.import_module("triton").knobs.runtime.interpret
+        hint = " (TRITON_INTERPRET was set after the kernels were imported)" if late else ""
+        return f"needs tensors on a CUDA or ROCm GPU, got {problem.device.type}{hint}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < TRITON_MIN_CAPABILITY:
+        return f"needs compute capability 8.0 or later, got {torch.cuda.get_device_capability(problem.device)}"
+    return None
+
+
 def _hopper_unsupported_reason(problem: Problem | None) -> str | None:
+    if interprets_triton():
+        return "Triton's interpreter (TRITON_INTERPRET) does not run Gluon kernels"
     if reason := _triton_unsupported_reason(problem):
         return reason
     version = _triton_version()
@@ -91,10 +124,18 @@ def _hopper_auto_skip_reason(problem: Problem) -> str | None:
     return None if tokens <= problem.T else f"is faster only from {tokens} tokens on"
 
 
-def _hopper_unverified_warning(problem: Problem) -> str | None:
+def _hopper_warning(problem: Problem) -> str | None:
     if hopper_tiles.configuration(problem.D, problem.dtype) in hopper_tiles.VERIFIED:
         return None
     return "its kernels have not been verified on a GPU for this head dim and dtype; compare with another backend"
+
+
+def _triton_auto_skip_reason(problem: Problem) -> str | None:
+    return "Triton's interpreter (TRITON_INTERPRET) is for debugging" if interprets_triton() else None
+
+
+def _triton_warning(problem: Problem) -> str | None:
+    return "runs in Triton's interpreter (TRITON_INTERPRET), thousands of times slower" if interprets_triton() else None
 
 
 def _runs_everywhere(problem: Problem | None) -> None:
@@ -107,9 +148,15 @@ BACKENDS = (
         "flashmhf.ops.hopper.backend",
         _hopper_unsupported_reason,
         _hopper_auto_skip_reason,
-        _hopper_unverified_warning,
+        _hopper_warning,
     ),
-    Backend("triton", "flashmhf.ops.triton.backend", _triton_unsupported_reason),
+    Backend(
+        "triton",
+        "flashmhf.ops.triton.backend",
+        _triton_unsupported_reason,
+        _triton_auto_skip_reason,
+        _triton_warning,
+    ),
     Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
     Backend("reference", "flashmhf.ops.reference", _runs_everywhere),
 )
@@ -143,7 +190,7 @@ def select(problem: Problem, name: str) -> ModuleType:
         (backend,) = (backend for backend in BACKENDS if backend.name == name)
         if reason := backend.unsupported_reason(problem):
             raise ValueError(f"backend: {name!r} cannot run here: {reason}")
-        if warning := backend.unverified_warning(problem):
+        if warning := backend.warning(problem):
             _warn_once(name, warning)
         return _load(backend.module)
     skipped: list[str] = []

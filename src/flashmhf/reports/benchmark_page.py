@@ -1,6 +1,5 @@
 """A benchmark's result as files: JSON, CSV, a picture, and a page."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from flashmhf.benchmarking.comparing import IDENTITY, Comparison
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.results import BenchmarkResult
-from flashmhf.files import atomic_write
+from flashmhf.files import atomic_write, json_text
 from flashmhf.reports.benchmark_figures import draw_panel, grid, panels, png
 from flashmhf.reports.render import PAGE_FILE, render
 from flashmhf.reports.table import Table
@@ -17,7 +16,7 @@ from flashmhf.reports.table import Table
 def write_results(result: BenchmarkResult, folder: Path) -> None:
     """Writes results.json, .csv and .png and report.html atomically, after all of them have been made."""
     contents: dict[str, str | bytes] = {
-        "results.json": json.dumps(result.to_json(), indent=2) + "\n",
+        "results.json": json_text(result.to_json(), indent=2) + "\n",
         "results.csv": Table.of(result.records(), empty_columns=True).csv(),
         "results.png": png(grid(panels(result.kind, result.rows))),
         PAGE_FILE: webpage(result),

@@ -1,5 +1,6 @@
 """Maps of layers by heads: `flashmhf inspect` as a picture, and as a table."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from flashmhf.evaluation.inspection import FIGURES, HeadReport
+from flashmhf.files import atomic_write
 from flashmhf.reports.table import Table
 
 COLUMNS = 4  # of maps
@@ -44,10 +46,12 @@ def draw_heads(reports: list[HeadReport], file: Path) -> None:
         for report in reports:
             values[report.layer, report.head] = getattr(report, name)
         figure.colorbar(draw_map(axis, values, name.replace("_", " ")), ax=axis)
+    drawn = io.BytesIO()
     try:
-        figure.savefig(file, dpi=120)
+        figure.savefig(drawn, format="png", dpi=120)
     finally:
         plt.close(figure)
+    atomic_write(file, drawn.getvalue())
 
 
 def draw_map(axis: Axes, values: np.ndarray, title: str, **limits: Any) -> AxesImage:

@@ -45,8 +45,14 @@ class CheckpointWriter:
         return str(Path(output_dir) / UNFINISHED) if self._writing else output_dir
 
     @contextlib.contextmanager
-    def writing(self, output_dir: Path, state: TrainerState) -> Iterator[None]:
-        """Within the context the Trainer writes the checkpoint of `state`; it gets its name at the end."""
+    def writing(self, output_dir: Path, state: TrainerState, *, displacing: bool) -> Iterator[None]:
+        """Within the context the Trainer writes the checkpoint of `state`; it gets its name at the end.
+
+        Args:
+            output_dir: the run's folder.
+            state: of the Trainer, after the last step.
+            displacing: whether older checkpoints beyond `save_total_limit` are deleted then.
+        """
         if self._arguments.should_save:
             remove_unfinished(output_dir)
         self._accelerator.wait_for_everyone()
@@ -61,6 +67,9 @@ class CheckpointWriter:
         self._accelerator.wait_for_everyone()
         if self._arguments.should_save:
             self._finish(output_dir, state)
+            if displacing:
+                kept = state.best_model_checkpoint
+                rotate(output_dir, self._arguments.save_total_limit, None if kept is None else Path(kept))
         self._accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -85,8 +94,6 @@ class CheckpointWriter:
         state.save_to_json(str(unfinished / TRAINER_STATE))
         write_manifest(unfinished)
         give_name(unfinished, output_dir / name)
-        best = state.best_model_checkpoint
-        rotate(output_dir, self._arguments.save_total_limit, None if best is None else Path(best))
 
 
 def replace_model(written: Path, folder: Path) -> None:

@@ -151,7 +151,11 @@ def _lines(file: Path) -> list[dict[str, Any]]:
             line = parse_json(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and _is_number(line.get("time")) and any(map(_is_number, map(line.get, NUMBERED))):
+        if (
+            isinstance(line, dict)
+            and _is_number(line.get("time"))
+            and any(isinstance(line.get(name), int) for name in NUMBERED)
+        ):
             lines.append({name: value for name, value in line.items() if _is_number(value) or name in NOT_NUMBERS})
     return lines
 

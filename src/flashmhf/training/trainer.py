@@ -94,8 +94,13 @@ class PretrainingTrainer(Trainer):
     # Before the first step: a new optimizer, then the state of the checkpoint that the run resumes from.
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
+        if self.state.global_step > self._resumed_at:  # --auto-find-batch-size starts again, with the weights of now
+            raise RunError(
+                f"auto-find-batch-size: expected batches that fit from the first step on, got no memory after step "
+                f"{self.state.global_step}; start again with a smaller --per-device-train-batch-size"
+            )
         self._training_since_s = time.monotonic()
-        self.guard.reset()  # --auto-find-batch-size starts again within a step
+        self.guard.reset()
         trained = super()._init_training_state(max_steps, *args, **options)
         find_best_checkpoint(self.state, self.args)
         self._resumed_at = self.state.global_step
@@ -228,7 +233,9 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
-        with self._meter.paused(), self._checkpoints.writing(Path(self._get_output_dir(trial)), self.state):
+        folder = Path(self._get_output_dir(trial))
+        displacing = self.guard.in_a_row == 0  # otherwise older weights may be the last good ones
+        with self._meter.paused(), self._checkpoints.writing(folder, self.state, displacing=displacing):
             super()._save_checkpoint(model, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -261,6 +268,13 @@ class PretrainingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     # After the last step, with --load-best-model-at-end.
+
+    def _finalize_training(self, *args: Any, **options: Any) -> Any:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # with a limit of 1, the Trainer would delete the newest checkpoint and keep the best one
+            return super()._finalize_training(*args, **options)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

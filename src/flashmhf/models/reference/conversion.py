@@ -30,7 +30,6 @@ from flashmhf.models.reference.format import (
     their_name,
     to_reference_config,
 )
-from flashmhf.models.reference.new_folder import new_folder
 from flashmhf.models.weights import (
     INDEX,
     WEIGHTS,
@@ -41,6 +40,7 @@ from flashmhf.models.weights import (
     stored_tensors,
     tensor_names,
 )
+from flashmhf.new_folder import new_folder
 from flashmhf.untrusted import read_settings, reading
 
 UNUSED = "unused.safetensors"
@@ -81,7 +81,7 @@ def convert(source: Path, destination: Path, *, to: str = "flashmhf") -> dict[st
     check_number_of_layers(stored, ours.num_hidden_layers)
     expected, former = _expected(ours, theirs=to == "flashmhf")
     _check_tensors(stored, expected, former, _unused_names(ours) if to == "flashmhf" else set())
-    with new_folder(destination) as written:
+    with new_folder("DST", destination) as written:
         _write_shards(source, written, files, ours, rename, unused)
         (written / CONFIG).write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
         _copy_tokenizer(source, written)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 # Arguments that depend on the number of tokens and gain nothing from specialisation: one kernel serves every length.
 DO_NOT_SPECIALIZE = ("T", "L", "stride_gateb", "stride_dgateb", "tiles_per_split")
@@ -67,3 +68,8 @@ def load_tokens(
     """The (tokens, BLOCK_D) tile of one head, with zeros outside the tokens and beyond D."""
     rows = token_offsets(offs_t, L, stride_b, stride_l, FLAT) + head * stride_h
     return load_tile(ptr + rows[:, None] + offs_d[None, :] * stride_x, mask_t, offs_d < D, False, offs_d.shape[0] == D)
+
+
+# Whether the kernels, and the library functions that they call, run in Triton's interpreter: TRITON_INTERPRET decides
+# when a module is imported.
+INTERPRETED, LIBRARY_INTERPRETED = (not isinstance(function, JITFunction) for function in (load_tile, tl.sum))

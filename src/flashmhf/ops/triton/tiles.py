@@ -15,6 +15,7 @@ import torch
 import triton
 
 from flashmhf.ops import measured
+from flashmhf.ops.triton.common import INTERPRETED
 
 logger = logging.getLogger(__name__)
 
@@ -245,9 +246,9 @@ def triton_version() -> tuple[int, ...]:
 def has_fast_tanh(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether SiLU uses NVIDIA's `tanh.approx.f32`, whose error of 2^-11 does not exceed float16's rounding.
 
-    Triton's interpreter, which runs on CPU tensors, does not have the instruction.
+    Triton's interpreter does not have the instruction.
     """
-    return dtype.itemsize == 2 and device.type != "cpu" and device_class(device) != "gfx942"
+    return dtype.itemsize == 2 and not INTERPRETED and device_class(device) != "gfx942"
 
 
 def target_programs(device: torch.device, dtype: torch.dtype, D: int, T: int) -> int:

@@ -9,13 +9,18 @@ from safetensors import SafetensorError
 
 from flashmhf.errors import InputError
 from flashmhf.files import atomic_rename, exclusive_lock
+from flashmhf.system_errors import system_error
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(argument: str, destination: Path) -> Iterator[Path]:
     """A folder to write to, which is renamed to `destination` at the end and removed on failure.
 
     It is beside `destination`. What a killed process left of it, the next call for the same destination removes.
+
+    Args:
+        argument: the name of `destination` in messages.
+        destination: a new or empty folder.
 
     Raises:
         InputError: another process writes to `destination`.
@@ -36,6 +41,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     except BlockingIOError:
-        raise InputError(f"DST: expected a folder that no other process writes, got {destination}") from None
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        raise OSError(f"DST: {destination} cannot be written: {error}") from error
+        raise InputError(f"{argument}: expected a folder that no other process writes, got {destination}") from None
+    except Exception as error:  # Rust's libraries have errors of their own for a full disk
+        if not isinstance(error, OSError | SafetensorError) and system_error(error) is None:
+            raise
+        raise OSError(f"{argument}: {destination} cannot be written: {error}") from error
