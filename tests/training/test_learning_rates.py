@@ -61,7 +61,8 @@ def test_sizes_and_changes_do_not_depend_on_the_number_of_heads():
 
 def small(variant: str, **values: object) -> FlashMHFForCausalLM:
     heads = 2 if variant != "swiglu" else None
-    defaults = {"num_ffn_heads": heads, "ffn_type": variant, "mlp_bias": True, "init": "reference"}
+    defaults = {"num_ffn_heads": heads, "ffn_type": variant, "init": "reference"}
+    defaults |= {"mlp_bias": variant != "dense_moe"}
     return tiny_model(**(defaults | values))
 
 
