@@ -19,8 +19,12 @@ def leaves(dtype=torch.float64, has_gate=True, has_norm=True, T=(2, 3), H=4, H_k
     return [None if shape is None else torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
+def options_of(inputs) -> dict[str, float]:
+    return OPTIONS if inputs[4] is not None else {**OPTIONS, "gate_total": 1.0}
+
+
 def formula(*inputs, kind="sigmoid"):
-    return reference.gated_forward(*inputs, Prologue(kind, **OPTIONS))
+    return reference.gated_forward(*inputs, Prologue(kind, **options_of(inputs)))
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def triton_runs_here(monkeypatch):
 
 
 def compare(inputs, backend, kind="sigmoid", tolerance=None):
-    out = gated_mhf(*inputs, gate_type=kind, backend=backend, **OPTIONS)
+    out = gated_mhf(*inputs, gate_type=kind, backend=backend, **options_of(inputs))
     expected = formula(*inputs, kind=kind)
     torch.testing.assert_close(out, expected, **(tolerance or {}))
     needed = [x for x in inputs if x is not None]
@@ -64,8 +68,8 @@ def test_one_gradient_at_a_time(needed):
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_opcheck(parts):
-    options = ("sigmoid", 2.5, 1e-3, "blockwise")
     inputs = leaves(torch.float64, *parts)
+    options = ("sigmoid", *options_of(inputs).values(), "blockwise")
     torch.library.opcheck(torch.ops.flashmhf.gated_mhf.default, (*inputs, *options))
     plain = [None if x is None else x.detach() for x in inputs]
     needs = [True, False, True, True, parts[0], parts[1]]
@@ -81,7 +85,7 @@ def test_first_and_second_derivatives(backend, parts):
 
     def call(*given):
         rest = iter(given)
-        return gated_mhf(*(None if x is None else next(rest) for x in inputs), backend=backend, **OPTIONS)
+        return gated_mhf(*(None if x is None else next(rest) for x in inputs), backend=backend, **options_of(inputs))
 
     assert torch.autograd.gradcheck(call, present)
     assert torch.autograd.gradgradcheck(call, present)
@@ -124,6 +128,8 @@ def test_flops():
         ({4: torch.randn(4, 6, 2)}, r"gate_weight: expected shape \(4, 6, 3\), got \(4, 6, 2\)"),
         ({5: torch.randn(4, 5)}, r"norm_weight: expected shape \(4, 6\), got \(4, 5\)"),
         ({5: torch.randn(4, 6, device="meta")}, "norm_weight: expected q's device cpu, got meta"),
+        ({4: torch.ones(4, 6, 3, dtype=torch.int64)}, "gate_weight: expected float64, .*, got torch.int64"),
+        ({5: torch.ones(4, 6, dtype=torch.bool)}, "norm_weight: expected float64, .*, got torch.bool"),
     ],
 )
 def test_bad_weights(changes, message):
@@ -132,6 +138,22 @@ def test_bad_weights(changes, message):
         gated_mhf(*inputs)
 
 
-def test_unknown_gate_type():
-    with pytest.raises(ValueError, match="gate_type: expected one of sigmoid, softmax, got 'relu'"):
-        gated_mhf(*leaves(), gate_type="relu")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_type": "relu"}, "gate_type: expected one of sigmoid, softmax, got 'relu'"),
+        ({"gate_total": float("nan")}, "gate_total: expected a finite number, got nan"),
+        ({"norm_eps": -1e-6}, "norm_eps: expected a finite number >= 0, got -1e-06"),
+        ({"norm_eps": float("inf")}, "norm_eps: expected a finite number >= 0, got inf"),
+        ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, blockwise, reference, got 'cuda'"),
+    ],
+)
+def test_bad_options(options, message, device):
+    with pytest.raises(ValueError, match=message):
+        gated_mhf(*(x.detach().to(device) for x in leaves()), **options)
+
+
+def test_a_total_without_a_gate():
+    with pytest.raises(ValueError, match="gate_total: expected 1 without gate_weight, got 2"):
+        gated_mhf(*leaves(has_gate=False), gate_total=2)

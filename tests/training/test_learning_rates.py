@@ -61,8 +61,8 @@ def test_sizes_and_changes_do_not_depend_on_the_number_of_heads():
 
 def small(variant: str, **values: object) -> FlashMHFForCausalLM:
     heads = 2 if variant != "swiglu" else None
-    defaults = {"num_ffn_heads": heads, "ffn_type": variant, "init": "reference"}
-    defaults |= {"mlp_bias": variant != "dense_moe"}
+    bias = variant != "dense_moe"  # which has no projections
+    defaults = {"num_ffn_heads": heads, "ffn_type": variant, "mlp_bias": bias, "init": "reference"}
     return tiny_model(**(defaults | values))
 
 

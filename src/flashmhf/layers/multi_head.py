@@ -206,7 +206,7 @@ class FlashMHF(nn.Module):
             gate_weight,
             norm_weight,
             gate_type=self.gate_type or "sigmoid",
-            gate_total=self.output_scale,
+            gate_total=1.0 if self.gate_type is None else self.output_scale,
             norm_eps=0.0 if norm_weight is None or self.q_norm is None else self.q_norm.eps,
             backend=self.backend,
         )

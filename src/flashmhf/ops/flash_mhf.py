@@ -94,6 +94,7 @@ def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
 @torch.library.register_fake("flashmhf::flash_mhf", lib=_LIBRARY)
 def _forward_fake(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     Problem.of(q, k, u, v, gate)
+    backends.check_name(backend)
     return q.new_empty(q.shape)
 
 

@@ -4,6 +4,7 @@ The normed Q and the gate are recomputed in the backward. Like `flash_mhf` it ru
 `backends.select` returns; second derivatives go through the reference.
 """
 
+import math
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
 from flashmhf.ops.autograd import is_transformed, register_autograd
 from flashmhf.ops.batching import TOKENS, WEIGHTS, register_vmap
-from flashmhf.ops.problem import Problem
+from flashmhf.ops.problem import DTYPES, Problem
 from flashmhf.ops.prologue import GATES, Prologue
 from flashmhf.ops.second_derivatives import differentiate_gradients
 
@@ -50,9 +51,9 @@ def gated_mhf(
         q, k, u, v, backend: as in `flash_mhf`; q is the projected input before its norm.
         gate_weight: (H, D, E), the weight of the gate's logits, or None for a plain sum over sub-networks.
         norm_weight: (H, D), the weight of an RMSNorm of each head, or None for no norm.
-        gate_type: "sigmoid" (of the logits, divided by its sum over E) or "softmax".
-        gate_total: what the gate sums to over E.
-        norm_eps: epsilon of the norm.
+        gate_type: "sigmoid" (of the logits, divided by its sum over E) or "softmax"; not used without gate_weight.
+        gate_total: what the gate sums to over E; 1 without gate_weight.
+        norm_eps: epsilon of the norm; not used without norm_weight.
 
     Returns:
         (..., H, D), contiguous, in q's dtype. Norm and gate are computed in float32.
@@ -110,13 +111,15 @@ def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[
 
 def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
     q, k, u, v, gate_weight, norm_weight, *_ = tensors
-    gate_type, _, _, backend, *_ = options
-    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, gate_type), backend)
+    gate_type, gate_total, norm_eps, backend, *_ = options
+    prologue = Prologue(gate_type, gate_total, norm_eps)
+    return backends.select(_check(q, k, u, v, gate_weight, norm_weight, prologue), backend)
 
 
 @torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)
 def _forward_fake(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend) -> Tensor:
-    _check(q, k, u, v, gate_weight, norm_weight, gate_type)
+    _check(q, k, u, v, gate_weight, norm_weight, Prologue(gate_type, gate_total, norm_eps))
+    backends.check_name(backend)
     return q.new_empty(q.shape)
 
 
@@ -128,17 +131,30 @@ def _backward_fake(
     return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
 
 
-def _check(q, k, u, v, gate_weight, norm_weight, gate_type) -> Problem:
+def _check(q, k, u, v, gate_weight, norm_weight, prologue: Prologue) -> Problem:
     problem = replace(Problem.of(q, k, u, v), has_gate=gate_weight is not None)
-    if gate_type not in GATES:
-        raise ValueError(f"gate_type: expected one of {', '.join(GATES)}, got {gate_type!r}")
-    shapes = {"gate_weight": (problem.H, problem.D, problem.E), "norm_weight": (problem.H, problem.D)}
-    for name, weight in (("gate_weight", gate_weight), ("norm_weight", norm_weight)):
-        if weight is not None and weight.shape != shapes[name]:
-            raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(weight.shape)}")
-        if weight is not None and weight.device != q.device:
-            raise ValueError(f"{name}: expected q's device {q.device}, got {weight.device}")
+    if prologue.gate_type not in GATES:
+        raise ValueError(f"gate_type: expected one of {', '.join(GATES)}, got {prologue.gate_type!r}")
+    if not math.isfinite(prologue.gate_total):
+        raise ValueError(f"gate_total: expected a finite number, got {prologue.gate_total}")
+    if gate_weight is None and prologue.gate_total != 1.0:
+        raise ValueError(f"gate_total: expected 1 without gate_weight, got {prologue.gate_total:g}")
+    if not 0.0 <= prologue.norm_eps < math.inf:
+        raise ValueError(f"norm_eps: expected a finite number >= 0, got {prologue.norm_eps}")
+    _check_weight("gate_weight", gate_weight, (problem.H, problem.D, problem.E), q.device)
+    _check_weight("norm_weight", norm_weight, (problem.H, problem.D), q.device)
     return problem
+
+
+def _check_weight(name: str, weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if weight is None:
+        return
+    if weight.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.device != device:
+        raise ValueError(f"{name}: expected q's device {device}, got {weight.device}")
 
 
 def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor | None]:
