@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": {"benchmarking", "comparison", "evaluation", "training", "errors", "files", "printable"},
     "cli": {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),
-        *("reports", "comparison", "errors", "files", "lifeline", "printable", "system_errors"),
+        *("reports", "comparison", "errors", "files", "lifeline", "new_folder", "printable", "system_errors"),
     },
     "auto_classes": set(),
     "__init__": {"ops", "layers", "models", "auto_classes"},

@@ -1,15 +1,20 @@
 """A comparison's folder: the same settings and inputs go on wherever they lie, others are refused by name."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from flashmhf.comparison import Comparison
 from flashmhf.comparison.claim import SETTINGS_FILE, Inputs, claim
+from flashmhf.comparison.run import check_same_data
 from flashmhf.data.config import DataConfig
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, RunError
 from flashmhf.files import read_json, write_json
 from flashmhf.training.config import TrainConfig
+from flashmhf.training.fingerprints import Fingerprints
+from flashmhf.training.run_files import write_run
 
 DATA = DataConfig(source="books", context_length=64)
 SETTINGS = Comparison(variants=("swiglu",), models=("a.json", "b.json"), train=TrainConfig(model="", data=DATA))
@@ -77,3 +82,24 @@ def test_inputs_that_cannot_be_read_are_named(tmp_path, inputs):
     write_json(tmp_path / SETTINGS_FILE, read_json(tmp_path / SETTINGS_FILE) | {"inputs": inputs})
     with pytest.raises(InputError, match=r"compare\.json: Inputs"):
         claim(tmp_path, SETTINGS, INPUTS)
+
+
+def test_a_run_that_read_other_text_is_named(tmp_path):
+    """The files changed after the comparison had read them."""
+    prints = Fingerprints(
+        data=((1.0, "of the run"),),
+        tokenizer="",
+        config={},
+        weights=None,
+        seed=0,
+        data_seed=0,
+        sequences_per_step=1,
+        arguments={},
+    )
+    write_run(tmp_path, SETTINGS.train, prints)
+    run: Any = SimpleNamespace(folder=tmp_path, finished=True, label="swiglu, seed 0")
+    corpus: Any = SimpleNamespace(fingerprint="of the run")
+    check_same_data([run], corpus)
+    corpus.fingerprint = "of the comparison"
+    with pytest.raises(RunError, match="files that do not change during a comparison, but swiglu, seed 0 read other"):
+        check_same_data([run], corpus)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flashmhf.comparison import Comparison, compare
-from flashmhf.comparison.launcher import train_runs
+from flashmhf.comparison.launcher import signals_interrupt, train_runs
 from flashmhf.data.config import DataConfig
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, Interrupted
 from flashmhf.training.config import TrainConfig
 
 
@@ -72,6 +72,18 @@ def test_a_run_that_dies_ends_no_other_and_is_tried_again(tmp_path, caplog, end,
     runs[0].code = FINISH
     train_runs(runs, jobs, os.environ, lambda line: None)
     assert runs[0].finished
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_interrupt():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 PARENT = """

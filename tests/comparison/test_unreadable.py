@@ -8,6 +8,7 @@ import pytest
 from damage import DAMAGES, assert_one_line, wrong_values
 from flashmhf.comparison import Comparison, compare, read_comparison
 from flashmhf.comparison.claim import SETTINGS_FILE, Inputs, claim
+from flashmhf.comparison.evaluate import read_evaluation
 from flashmhf.comparison.results import RESULTS_FILE
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
@@ -75,3 +76,11 @@ def test_results_of_a_wrong_type(finished, tmp_path):
     for what, content in wrong_values(finished / RESULTS_FILE):
         write_json(tmp_path / RESULTS_FILE, content)
         assert_one_line(what, lambda: read_comparison(tmp_path / RESULTS_FILE), (InputError,))
+
+
+def test_an_evaluation_that_cannot_be_read_is_computed_again(tmp_path, caplog):
+    assert read_evaluation(tmp_path) is None
+    for content in ("{", "[]", '{"nats_per_token": "low"}'):
+        (tmp_path / "evaluation.json").write_text(content)
+        assert read_evaluation(tmp_path) is None
+        assert "evaluation.json is computed again" in caplog.messages[-1]

@@ -106,6 +106,7 @@ CASES = {
     "list_with_more.json": (b'[{"text": "a"}] more', [], ["Extra data"]),
     "empty.jsonl": (b"", [], ["empty.jsonl"]),
     "empty.parquet": (parquet(pyarrow.array([], pyarrow.string())), [], ["empty.parquet"]),
+    "encrypted.parquet": (b"PARE" + parquet(["a"])[4:-4] + b"PARE", [], ["encrypted.parquet: "]),
     "text.parquet": (b"just text", [], ["text.parquet: "]),
     "parquet.jsonl": (parquet(["a"]), [], ["parquet.jsonl, line 1"]),
     "parquet.txt": (parquet(["a"]), [], ["got binary"]),
@@ -299,7 +300,7 @@ def hub_dataset(tmp_path, monkeypatch, column):
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda name, *rest, streaming=False: load(str(tmp_path / name), *rest, streaming=streaming),
+        lambda name, *rest, **options: load(str(tmp_path / name), *rest, **options),
     )
     (tmp_path / "owner/books").mkdir(parents=True)
     (tmp_path / "owner/books/train.parquet").write_bytes(parquet(column))
@@ -327,3 +328,12 @@ def test_a_damaged_dataset_on_the_hub(tmp_path, monkeypatch, streaming):
     with pytest.raises(InputError, match=r"^data: .*owner/books") as caught:
         list(load_corpus("owner/books", streaming=streaming).train)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: bytes(len(content))])
+def test_the_cache_of_a_dataset_on_the_hub_is_damaged(tmp_path, monkeypatch, damage):
+    hub_dataset(tmp_path, monkeypatch, [f"text {i}" for i in range(400)])
+    expected = sorted(load_corpus("owner/books").train["text"])
+    for file in (tmp_path / "cache").rglob("*.arrow"):
+        file.write_bytes(damage(file.read_bytes()))
+    assert sorted(load_corpus("owner/books").train["text"]) == expected

@@ -177,6 +177,14 @@ def test_from_the_command_line(only_own_tasks, folder, tasks_path, tmp_path, mon
         "task: broken\ndataset_path: json\n",
         "task: broken\noutput_type: odd\n",
         CHOICE.format(name="broken", data="{data}").replace("{{question}}", "{{query}}"),
+        CHOICE.format(name="broken", data="{data}").replace("{{question}}", "{{question"),
+        CHOICE.format(name="broken", data="{data}").replace("split: test", "split: tset"),
+        CHOICE.format(name="broken", data="{data}").replace("metric: acc\n", "metric: odd\n"),
+        CHOICE.format(name="broken", data="{data}").replace('"{{question}}"', "!function missing.function"),
+        CHOICE.format(name="broken", data="{data}").replace('"{{question}}"', "!!python/object/apply:os.abort []"),
+        "task: 5\n",
+        "just text",
+        "\0\1",
     ],
 )
 def test_a_broken_definition(only_own_tasks, model, tasks_path, tmp_path, content):

@@ -72,6 +72,7 @@ REFUSED: dict[str, Any] = {
     "hidden_act": "gelu",
     "pretraining_tp": 2,
     "chunk_size_feed_forward": 4,
+    "return_dict": False,
     "is_encoder_decoder": True,
 }
 
@@ -174,6 +175,13 @@ def test_fields_of_other_layers_are_refused(name, ffn_type):
         FlashMHFConfig(**values)
     saved = FlashMHFConfig(ffn_type=ffn_type).to_dict() | values  # as earlier versions saved it
     assert FlashMHFConfig(**saved).to_dict() == FlashMHFConfig(ffn_type=ffn_type).to_dict()
+
+
+def test_a_preset_with_another_layer_leaves_out_what_that_does_not_use():
+    config = FlashMHFConfig.from_preset("flashmhf-tiny", ffn_type="swiglu")
+    assert (config.ffn_type, config.q_norm) == ("swiglu", False)
+    with pytest.raises(ValueError, match="q_norm: expected False, since ffn_type swiglu does not use it, got True"):
+        FlashMHFConfig.from_preset("flashmhf-tiny", ffn_type="swiglu", q_norm=True)
 
 
 def test_a_gate_scale_without_a_gate_is_refused():

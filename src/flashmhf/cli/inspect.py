@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flashmhf.cli.output import (
+    BadData,
     Data,
     Device,
     Json,
@@ -25,6 +26,7 @@ def inspect(
     tokens: Annotated[int, typer.Option(help="About how many held-out tokens to pass through the model.")] = 4096,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Also draw every figure, into this PNG.")] = None,
     text_column: TextColumn = DataConfig.text_column,
+    bad_data: BadData = DataConfig.bad_data,
     tokenizer: Annotated[str | None, typer.Option(metavar="bytes|DIR|ID", help="Default: the model's own.")] = None,
     device: Device = None,
     json: Json = False,
@@ -45,7 +47,7 @@ def inspect(
         loaded = load_model(model).to(pick_device(device))
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
-        documents = load_corpus(data, text_column=text_column).validation
+        documents = load_corpus(data, text_column=text_column, bad_data=bad_data).validation
         with progress_bar("inspecting") as progress:
             reports = inspection.inspect(loaded, own_tokenizer, documents, tokens=tokens, progress=progress)
         if output is not None:

@@ -65,7 +65,7 @@ def _compare(
     for variant in variants:
         write_json(plan.config_file(variant), variant.config.to_dict())
     runs = _train(plan, progress, jobs, environment)
-    _check_same_data(runs, corpus)
+    check_same_data(runs, corpus)
     held_out = HeldOut.of(settings, corpus.validation, tokenizer)
     scores = score_runs(runs, held_out, jobs, progress)
     unigram = unigram_entropy(tokenize(corpus.validation, tokenizer))
@@ -85,8 +85,8 @@ def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: 
     return runs
 
 
-def _check_same_data(runs: list[Run], corpus: Corpus) -> None:
-    """Each process reads the data itself, perhaps days after the first one did."""
+def check_same_data(runs: list[Run], corpus: Corpus) -> None:
+    """Raises RunError if a run was trained on other text: each process reads the data itself, perhaps days later."""
     for run in runs:
         inputs = read_fingerprints(run.folder) if run.finished else None
         if inputs is not None and [key for _, key in inputs.data] != [corpus.fingerprint]:

@@ -1,6 +1,6 @@
 """From a SOURCE of text to blocks of tokens: documents, token ids, blocks of a fixed length.
 
-An EOS token ends each document.
+An EOS token ends each document. The text of a special token in a document, such as <|endoftext|>, becomes that token.
 
 A SOURCE is `stdlib` (the Python standard library of this machine), a file or folder of .txt, .jsonl or .parquet
 (compressed too), or the id of a dataset on the Hub, `owner/name` or `owner/name:subset`.

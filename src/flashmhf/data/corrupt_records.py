@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from flashmhf.data.config import REFUSE, SKIP
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, RunError
 from flashmhf.printable import one_line
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def naming(where: str) -> Iterator[None]:
     """Whatever a library raises while it reads `where` becomes an InputError that names it."""
     try:
         yield
-    except InputError:
+    except (InputError, RunError):
         raise
     except Exception as error:  # readers and decoders raise dozens of unrelated types
         raise InputError(f"data: could not read {where}: {reason(error)}") from error

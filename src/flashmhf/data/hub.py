@@ -1,5 +1,6 @@
 """Datasets on the Hub as rows."""
 
+import logging
 from pathlib import Path
 
 import datasets
@@ -13,12 +14,22 @@ from flashmhf.data.fingerprints import short_hash
 from flashmhf.data.workers import MAX_ROWS
 from flashmhf.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 
 def hub_splits(source: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream, nothing is read yet."""
     name, _, subset = source.partition(":")
     try:
-        return datasets.load_dataset(name, subset or None, streaming=streaming)
+        try:
+            return datasets.load_dataset(name, subset or None, streaming=streaming)
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and type(error) is not OSError:  # as the Hub client's are
+                raise
+            # Its files in the cache are damaged: they are made from the download again.
+            logger.warning("data: %s is read into the cache again: %s", source, reason(error))
+            again = datasets.DownloadMode.REUSE_CACHE_IF_EXISTS
+            return datasets.load_dataset(name, subset or None, streaming=streaming, download_mode=again)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         why = reason(error)
         if error.__cause__ is not None:
@@ -55,4 +66,5 @@ def hub_rows(documents: Dataset | IterableDataset, where: str, text_column: str)
         made = in_arrow.map(rows, cache_file_name=str(folder / "rows.arrow"), load_from_cache_file=False, **options)
         return made.with_format(None)
 
-    return cached(short_hash("rows", documents._fingerprint, where, text_column, list(ROW)), build)
+    with naming(where):
+        return cached(short_hash("rows", documents._fingerprint, where, text_column, list(ROW)), build)

@@ -16,6 +16,12 @@ from flashmhf.models.checks import check_context_length, check_vocabulary
 # The paper's downstream tasks, in its order.
 ALIASES = {"paper": ("hellaswag", "social_iqa", "piqa", "openbookqa", "winogrande", "race")}
 
+# What lm-eval raises for definitions and data that do not fit.
+DEFINITION_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError),
+    *(DatasetsError, TemplateError),
+)
+
 
 def evaluate_tasks(
     model: PreTrainedModel,
@@ -60,15 +66,17 @@ def _run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=tasks_path)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
     wrapped = HFLM(pretrained=model, backend="causal", trust_remote_code=False, **options)
     try:
+        manager = TaskManager(include_path=tasks_path)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            raise InputError(f"tasks: expected names that lm-eval knows, got {', '.join(unknown)}")
         with finite_logits(model):
             report = simple_evaluate(wrapped, tasks=names, task_manager=manager)
-    except (OSError, ValueError, DatasetsError, TemplateError) as error:
+    except InputError:
+        raise
+    except DEFINITION_ERRORS as error:
         raise InputError(f"tasks: {', '.join(names)}: {_first_lines(error)}") from error
     assert report is not None  # only ranks other than the first get None
     return report["results"]
@@ -77,6 +85,8 @@ def _run_tasks(
 def _first_lines(error: BaseException) -> str:
     """The first line of an error, and of its cause."""
     said = str(error).partition("\n")[0]
+    if isinstance(error, LookupError | TypeError | AttributeError | AssertionError):
+        said = f"{type(error).__name__} {said}".strip()
     return said if error.__cause__ is None else f"{said} ({_first_lines(error.__cause__)})"
 
 

@@ -28,6 +28,8 @@ def accept_former_shapes(optimizer: Optimizer, model: nn.Module) -> None:
     """Has `optimizer.load_state_dict` accept what an optimizer kept of K, U and V in their former shape."""
 
     def convert(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if any(isinstance(key, str) for key in state_dict["state"]):
+            return state_dict  # by names, as a sharded checkpoint is loaded, which has been converted
         order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return {**state_dict, "state": in_present_shapes(state_dict["state"], order, model)}
 

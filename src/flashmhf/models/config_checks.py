@@ -69,7 +69,15 @@ ROPE_NUMBERS = {  # rope_type: its numbers besides rope_theta
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
+ROPE_REQUIRED = {  # besides rope_type; transformers fills in rope_theta and original_max_position_embeddings
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 ROPE_OTHERS = {"yarn": ("truncate",), "longrope": ("short_factor", "long_factor")}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification", None)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_LABELS = 2**20
 
@@ -114,6 +122,11 @@ def check_values(values: dict[str, Any]) -> None:
     pad, vocabulary = values.get("pad_token_id"), values.get("vocab_size")
     if pad is not None and (type(pad) is not int or not 0 <= pad < (vocabulary or 0)):
         raise ValueError(f"pad_token_id: expected a token of the vocabulary of {vocabulary}, got {pad!r:.80}")
+    for name in ("bos_token_id", "eos_token_id"):
+        tokens = values.get(name)
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token is not None and (type(token) is not int or not 0 <= token <= WHOLE["vocab_size"][1]):
+                raise ValueError(f"{name}: expected a token, got {tokens!r:.80}")
     if not isinstance(values.get("reference_config"), dict | None):
         raise ValueError(f"reference_config: expected an object, got {values['reference_config']!r:.80}")
 
@@ -133,6 +146,14 @@ def check_others(values: dict[str, Any]) -> None:
         raise ValueError(f"quantization_config: expected a quant_method that transformers knows, got {method!r:.80}")
     if isinstance(quantization, str | int | float | list):
         raise ValueError(f"quantization_config: expected an object, got {quantization!r:.80}")
+    for name in ("transformers_version", "tokenizer_class", "_name_or_path"):
+        if not isinstance(values.get(name), str | None):
+            raise ValueError(f"{name}: expected text, got {values[name]!r:.80}")
+    if values.get("problem_type") not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type: expected one of {PROBLEM_TYPES[:3]}, got {values['problem_type']!r:.80}")
+    for name in ("id2label", "label2id"):
+        if values.get(name) is not None and (not isinstance(values[name], dict) or not values[name]):
+            raise ValueError(f"{name}: expected an object with labels, got {values[name]!r:.80}")
     labels = values.get("num_labels")
     if labels is not None and (type(labels) is not int or not 1 <= labels <= MAX_LABELS):
         raise ValueError(f"num_labels: expected a whole number from 1 to {MAX_LABELS}, got {labels!r:.80}")
@@ -147,6 +168,9 @@ def check_rope(parameters: Any) -> None:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         raise ValueError(f"rope_type: expected one of {', '.join(ROPE_NUMBERS)}, got {kind!r:.80}")
+    for name in ROPE_REQUIRED.get(kind, ()):
+        if parameters.get(name) is None:
+            raise ValueError(f"rope_parameters: expected {name} for rope_type {kind}, got none")
     numbers = ("rope_theta", *ROPE_NUMBERS[kind])
     for name, value in parameters.items():
         if name not in (*numbers, *ROPE_OTHERS.get(kind, ()), "rope_type", "type"):

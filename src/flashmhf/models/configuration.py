@@ -89,6 +89,8 @@ class FlashMHFConfig(LlamaConfig):
         self.gate_scale = scales.gate if self.gate_scale is None else float(self.gate_scale)
         self.output_scale = scales.output if self.output_scale is None else float(self.output_scale)
         super().__post_init__(**kwargs)
+        if self.head_dim is not None and self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
 
     @property
     def ffn_heads(self) -> tuple[int, int]:
@@ -112,10 +114,16 @@ class FlashMHFConfig(LlamaConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "FlashMHFConfig":
-        """The preset `name`, one of `preset_names()`, with some values replaced."""
+        """The preset `name`, one of `preset_names()`, with some values replaced.
+
+        With another ffn_type, the preset's values of fields that it does not use are left out.
+        """
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
-        return cls(**{**json.loads((PRESETS / f"{name}.json").read_text()), **overrides})
+        values = json.loads((PRESETS / f"{name}.json").read_text())
+        ffn_type = overrides.get("ffn_type", values["ffn_type"])
+        unused = {field for field, users in USED_BY.items() if ffn_type not in users}
+        return cls(**{field: value for field, value in values.items() if field not in unused} | overrides)
 
     def _check(self, others: dict[str, Any]) -> None:
         """Checks the fields and `others`, which are not fields."""
@@ -160,6 +168,7 @@ class FlashMHFConfig(LlamaConfig):
     def _check_multiples(self) -> None:
         for name, divisor_name in (
             ("intermediate_size", "num_subnetworks"),
+            ("hidden_size", "num_attention_heads"),
             ("hidden_size", "num_ffn_heads"),
             ("num_ffn_heads", "num_ffn_kv_heads"),
             ("num_attention_heads", "num_key_value_heads"),

@@ -154,14 +154,23 @@ def check_folder(folder: str) -> Path:
     check_safetensors(path)
     if (path / GENERATION_CONFIG).exists():
         with reading(f"model: {path / GENERATION_CONFIG}"):
-            GenerationConfig.from_dict(read_settings(path / GENERATION_CONFIG))
+            _check_tokens(GenerationConfig.from_dict(read_settings(path / GENERATION_CONFIG)).to_dict())
     return path
+
+
+def _check_tokens(settings: dict[str, Any]) -> None:
+    for name, tokens in settings.items():
+        if name.endswith("_token_id") and tokens is not None:
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if type(token) is not int or token < 0:
+                    raise ValueError(f"{name}: expected a token, got {tokens!r:.80}")
 
 
 def non_finite_weight(model: torch.nn.Module) -> str | None:
     """The name of the first parameter or buffer that holds NaN or infinity; None if there is none.
 
-    Of a sharded one, the part of this process counts. One pass over memory without a copy: 0.1 s per GB on one core.
+    Of a sharded one, the part of this process counts. One pass over memory without a copy: 0.15 s per GB in float32
+    and bfloat16 on one core.
     """
     for name, whole in [*model.named_parameters(), *model.named_buffers()]:
         tensor = whole.to_local() if isinstance(whole, DTensor) else whole

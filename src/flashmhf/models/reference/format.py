@@ -131,9 +131,10 @@ def to_reference_config(ours: FlashMHFConfig) -> dict[str, Any]:
         if _function(original) == _function(ours):
             return ours.reference_config
     family, flags = _reference_flags(ours)
-    backbone = LlamaConfig(
-        **{key: value for key, value in ours.to_dict().items() if key in LlamaConfig().to_dict()}
-    ).to_dict()
+    with reading("config.json"):
+        backbone = LlamaConfig(
+            **{key: value for key, value in ours.to_dict().items() if key in LlamaConfig().to_dict()}
+        ).to_dict()
     rope = backbone.pop("rope_parameters")
     if rope.get("rope_type", "default") != "default":
         raise InputError(
