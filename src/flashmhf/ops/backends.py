@@ -116,8 +116,8 @@ def _triton_version() -> str | None:
 
 
 def _hopper_auto_skip_reason(problem: Problem) -> str | None:
-    if reason := _hopper_unsupported_reason(problem):
-        return reason
+    if problem.D > TRITON_MAX_HEAD_DIM:
+        return f"supports head dims up to {TRITON_MAX_HEAD_DIM}, got {problem.D}"
     tokens = hopper_tiles.FASTER_FROM.get(hopper_tiles.configuration(problem.D, problem.dtype))
     if tokens is None:
         return "has not been measured to be correct and faster on a GPU for this head dim and dtype"
@@ -197,6 +197,7 @@ def select(problem: Problem, name: str) -> ModuleType:
         return _load(backend.module)
     skipped: list[str] = []
     for backend in BACKENDS:
+        # The reason to skip first: it needs no import of triton.
         reason = backend.auto_skip_reason(problem) or backend.unsupported_reason(problem)
         if reason is None:
             _log_choice(backend.name, problem.device.type, tuple(skipped))
