@@ -42,14 +42,6 @@ def test_a_profiler_sees_both_operators():
     assert {"flashmhf::gated_mhf", "flashmhf::gated_mhf_backward"} <= names
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_loops_over_the_batch():
-    q, *rest = (x.detach() for x in leaves())
-    several = torch.stack([q, 2 * q])
-    got = torch.func.vmap(lambda q: gated_mhf(q, *rest))(several)
-    torch.testing.assert_close(got, torch.stack([gated_mhf(q, *rest) for q in several]))
-
-
 class Logged(torch.Tensor):
     """Records the functions that it is passed to."""
 

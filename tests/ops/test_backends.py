@@ -38,6 +38,16 @@ def test_auto_selects_the_first_backend_that_can_run_and_logs_it_once(caplog):
     assert "triton" in record.getMessage()
 
 
+def test_auto_does_not_import_triton_for_cpu_tensors():
+    script = """
+import json, sys, torch, flashmhf
+q, w = torch.ones(3, 2, 8), torch.ones(2, 1, 4, 8)
+flashmhf.flash_mhf(q, w, w, w)
+print(json.dumps("triton" in sys.modules))
+"""
+    assert offline.run(script) == [False]
+
+
 def test_a_named_backend_never_falls_back(compiled_triton):
     with pytest.raises(ValueError, match="backend: 'triton' cannot run here: "):
         flashmhf.flash_mhf(*(torch.randn(3, 2, 8), *(torch.randn(2, 1, 4, 8) for _ in range(3))), backend="triton")

@@ -56,19 +56,11 @@ def register_autograd(
     function = _autograd_function(below_autograd, differentiate, num_tensors)
     # Function.apply checks for transforms, of which a plain call has none, before it calls its base class.
     plain_apply = super(torch.autograd.Function, function).apply
-
-    def apply(*inputs: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
-            return function.apply(*inputs)
-        with enable_single_level_autograd_function():
-            return plain_apply(*inputs)
+    apply = _apply_at_a_level(function, plain_apply)
 
     def autograd_kernel(keyset: Any, *inputs: Any) -> Any:
         keyset = None if keyset.raw_repr() in _PLAIN else keyset
-        may_have_tangents = forward_ad._current_level >= 0 or (
-            keyset is not None and _is_transformed_or_traced(inputs[0])
-        )
-        if may_have_tangents and any(map(_has_tangent, inputs[:num_tensors])):
+        if _may_have_tangents(keyset, inputs[0]) and any(map(_has_tangent, inputs[:num_tensors])):
             with without_autocast(inputs[0].device.type):
                 return formula(*inputs)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
@@ -84,9 +76,23 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _is_transformed_or_traced(x: Tensor) -> bool:
-    """Programs of torch.compile enter a dual level without setting `forward_ad._current_level`."""
-    return type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+def _apply_at_a_level(function: Any, plain_apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Under a transform `Function.apply` would start at the outermost level again; this stays at the kernel's."""
+
+    def apply(*inputs: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        with enable_single_level_autograd_function():
+            return plain_apply(*inputs)
+
+    return apply
+
+
+def _may_have_tangents(keyset: Any, x: Tensor) -> bool:
+    """Programs of torch.compile, which trace subclasses, enter a dual level without setting `_current_level`."""
+    if forward_ad._current_level >= 0:
+        return True
+    return keyset is not None and (type(x) is not Tensor or torch._C._are_functorch_transforms_active())
 
 
 def _has_tangent(x: Tensor | None) -> bool:

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -43,10 +41,8 @@ class Backend:
 
 
 def interprets_triton() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors, too; TRITON_INTERPRET decides on import."""
-    if find_spec("triton") is None or not (os.environ.get("TRITON_INTERPRET") or TRITON_KERNELS in sys.modules):
-        return False
-    return bool(importlib.import_module(TRITON_KERNELS).INTERPRETED)
+    """Whether Triton's kernels run in its interpreter, also on CPU tensors: see TRITON_INTERPRET. Imports triton."""
+    return find_spec("triton") is not None and importlib.import_module(TRITON_KERNELS).INTERPRETED
 
 
 def _triton_unsupported_reason(problem: Problem | None) -> str | None:
@@ -78,7 +74,7 @@ def _gpu_unsupported_reason(problem: Problem | None) -> str | None:
             return f"needs a CUDA or ROCm GPU, and PyTorch {torch.__version__} is built without either"
         return None if torch.cuda.is_available() else "needs a CUDA or ROCm GPU, and none is available"
     if problem.device.type != "cuda":
-        late = os.environ.get("TRITON_INTERPRET") and importlib.import_module("triton").knobs.runtime.interpret
+        late = problem.device.type == "cpu" and importlib.import_module("triton").knobs.runtime.interpret
         hint = " (TRITON_INTERPRET was set after the kernels were imported)" if late else ""
         return f"needs tensors on a CUDA or ROCm GPU, got {problem.device.type}{hint}"
     if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < TRITON_MIN_CAPABILITY:
@@ -87,6 +83,8 @@ def _gpu_unsupported_reason(problem: Problem | None) -> str | None:
 
 
 def _hopper_unsupported_reason(problem: Problem | None) -> str | None:
+    if problem is not None and problem.device.type != "cuda":
+        return f"needs tensors on a CUDA GPU, got {problem.device.type}"
     if interprets_triton():
         return "Triton's interpreter (TRITON_INTERPRET) does not run Gluon kernels"
     if reason := _triton_unsupported_reason(problem):
@@ -118,6 +116,8 @@ def _triton_version() -> str | None:
 
 
 def _hopper_auto_skip_reason(problem: Problem) -> str | None:
+    if problem.D > TRITON_MAX_HEAD_DIM:
+        return f"supports head dims up to {TRITON_MAX_HEAD_DIM}, got {problem.D}"
     tokens = hopper_tiles.FASTER_FROM.get(hopper_tiles.configuration(problem.D, problem.dtype))
     if tokens is None:
         return "has not been measured to be correct and faster on a GPU for this head dim and dtype"
@@ -131,6 +131,8 @@ def _hopper_warning(problem: Problem) -> str | None:
 
 
 def _triton_auto_skip_reason(problem: Problem) -> str | None:
+    if problem.device.type == "cpu":  # known without importing triton
+        return "runs on a CPU only in Triton's interpreter (TRITON_INTERPRET), for debugging"
     return "Triton's interpreter (TRITON_INTERPRET) is for debugging" if interprets_triton() else None
 
 
@@ -195,7 +197,8 @@ def select(problem: Problem, name: str) -> ModuleType:
         return _load(backend.module)
     skipped: list[str] = []
     for backend in BACKENDS:
-        reason = backend.unsupported_reason(problem) or backend.auto_skip_reason(problem)
+        # The reason to skip first: it needs no import of triton.
+        reason = backend.auto_skip_reason(problem) or backend.unsupported_reason(problem)
         if reason is None:
             _log_choice(backend.name, problem.device.type, tuple(skipped))
             return _load(backend.module)

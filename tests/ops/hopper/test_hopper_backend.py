@@ -92,6 +92,7 @@ def test_tensors_that_tma_cannot_address_are_copied():
 def test_reasons_why_it_cannot_run(monkeypatch):
     gpu = Problem(3, 2, 2, 1, 4, 64, torch.bfloat16, torch.device("cuda"), has_gate=False)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "interprets_triton", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     (hopper,) = (row for row in backends.BACKENDS if row.name == "hopper")
     assert hopper.unsupported_reason(gpu) is None
