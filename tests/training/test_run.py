@@ -209,7 +209,7 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused(run, tmp_path):
     refused("model: expected a preset .*, a JSON file or a folder, got 'flashmhf-2t'", model="flashmhf-2t")
     refused("context-length: expected 2 to the model's 128, got 129", context_length=129)
     refused("tokenizer: expected bytes, a tokenizer's folder or a Hub id, got 'no/such'", tokenizer="no/such")
-    (tmp_path / "bad.json").write_text('{"hidden_size": 33, "num_ffn_heads": 2}')
+    (tmp_path / "bad.json").write_text('{"hidden_size": 33, "num_attention_heads": 3, "num_ffn_heads": 2}')
     refused(
         "model: .*bad.json: hidden_size: expected a multiple of num_ffn_heads 2, got 33",
         model=str(tmp_path / "bad.json"),
