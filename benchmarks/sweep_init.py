@@ -95,7 +95,7 @@ def train_run(run: Run, data: str) -> dict:
     config = FlashMHFConfig.from_preset(
         f"{run.variant}-tiny",
         init=run.init,
-        q_norm=run.q_norm,
+        q_norm=run.q_norm and run.variant in ("flashmhf", "mhffn"),
         num_ffn_heads=run.num_ffn_heads,
         score_scale=run.score_scale,
         gate_scale=run.gate_scale,

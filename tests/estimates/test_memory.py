@@ -13,7 +13,7 @@ from ranks import run_ranks
 SEQUENCES, LENGTH = 4, 256
 CONFIGS = {
     "flashmhf": {},
-    "swiglu": {"ffn_type": "swiglu"},
+    "swiglu": {"ffn_type": "swiglu", "q_norm": False},
     "parameters first": {"hidden_size": 512, "intermediate_size": 3072},
 }
 

@@ -154,6 +154,7 @@ def test_unknown_names_are_refused_everywhere(tmp_path, name):
 
 
 UNUSED = {
+    "mlp_bias": True,
     "gate_type": "softmax",
     "gate_scale": 7.0,
     "q_norm": True,
@@ -182,6 +183,11 @@ def test_a_preset_with_another_layer_leaves_out_what_that_does_not_use():
     assert (config.ffn_type, config.q_norm) == ("swiglu", False)
     with pytest.raises(ValueError, match="q_norm: expected False, since ffn_type swiglu does not use it, got True"):
         FlashMHFConfig.from_preset("flashmhf-tiny", ffn_type="swiglu", q_norm=True)
+
+
+def test_biases_without_projections_are_refused():
+    with pytest.raises(ValueError, match="mlp_bias: expected False, since ffn_type flashmhf does not use it"):
+        FlashMHFConfig(ffn_projections=False, mlp_bias=True)
 
 
 def test_a_gate_scale_without_a_gate_is_refused():

@@ -93,12 +93,11 @@ def generate(
             f"(the model's context is {longest}), got {max_new_tokens}"
         )
     set_seed(seed)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if tokenizer.pad_token_id is None:
-        ends["pad_token_id"] = tokenizer.eos_token_id
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     options: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False}
-    with _generation_config(model, GenerationConfig(**ends)), finite_logits(model):
+    own = GenerationConfig(eos_token_id=end, pad_token_id=end if pad is None else pad)
+    with _generation_config(model, own), finite_logits(model):
         output = cast(Any, model).generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),

@@ -161,9 +161,7 @@ def evaluate_tokenized(
     batch_size = _batch_size(model, context_length)
     with torch.inference_mode(), onednn_linear(model):
         for batch in window_batches(documents.tokens["input_ids"], context_length, stride, batch_size):
-            losses = _losses(model, batch)
-            _check_finite(model, batch, losses, documents.origins)
-            totals.add(batch, losses)
+            totals.add(batch, _finite_losses(model, batch, documents.origins))
             if progress is not None:
                 progress(int(totals.position_tokens.sum()), total)
     per_document = _per_document(documents, totals.document_nats, lengths)
@@ -202,8 +200,9 @@ def _batch_size(model: PreTrainedModel, context_length: int) -> int:
     return max(1, elements // (context_length * model.config.vocab_size))
 
 
-def _check_finite(model: PreTrainedModel, batch: Batch, losses: np.ndarray, origins: list[str]) -> None:
-    """Raises RunError for a loss that is not finite; names the document and where in the model it comes from."""
+def _finite_losses(model: PreTrainedModel, batch: Batch, origins: list[str]) -> np.ndarray:
+    """`_losses`; raises RunError for one that is not finite, with the document and where in the model it comes from."""
+    losses = _losses(model, batch)
     finite = np.isfinite(losses).all(1)
     if not finite.all():
         window = int(np.argmin(finite))
@@ -211,6 +210,7 @@ def _check_finite(model: PreTrainedModel, batch: Batch, losses: np.ndarray, orig
         raise RunError(
             f"loss: expected a finite one, got {losses[window].sum()} in {origins[batch.documents[window]]}; {source}"
         )
+    return losses
 
 
 def _per_document(documents: TokenizedDocuments, nats: np.ndarray, lengths: np.ndarray) -> list[DocumentLoss]:

@@ -42,6 +42,7 @@ FIXED = {  # of LlamaConfig and its base, but without effect on this model: the 
 # Fields that only some values of ffn_type use. The numbers of heads and sub-networks are not among them: one set of
 # sizes describes all models of a comparison.
 USED_BY = {
+    "mlp_bias": ("flashmhf", "mhffn", "pkv", "swiglu"),  # without ffn_projections, there is nothing to add it to
     "gate_type": ("flashmhf", "dense_moe"),
     "gate_scale": ("flashmhf", "dense_moe"),
     "q_norm": ("flashmhf", "mhffn"),

@@ -152,6 +152,7 @@ class FlashMHFConfig(LlamaConfig):
         for name, users in USED_BY.items():
             value, default = getattr(self, name), getattr(type(self), name)
             used = self.ffn_type in users and (name != "gate_scale" or self.gate_type is not None)
+            used = used and (name != "mlp_bias" or self.ffn_projections or self.ffn_type in ("pkv", "swiglu"))
             if used or value in (default, defaults.get(name, default)):
                 continue
             if not saved:

@@ -17,6 +17,7 @@ from transformers import (
 
 from flashmhf.data.mixing import TrainingData, load_blocks
 from flashmhf.data.tokenizer import check_same_tokenizer, fit_vocabulary, load_tokenizer
+from flashmhf.data.workers import loading_in_workers
 from flashmhf.distributed.tensor_parallel import check_tensor_parallel, configure_tensor_parallel
 from flashmhf.errors import InputError, RunError
 from flashmhf.estimates.cost import model_cost
@@ -90,12 +91,13 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
         write_run(output_dir, config, inputs)
     stop = StopOnSignal()
     trainer = _trainer(model, config, arguments, data, tokenizer, stop)
-    with stop:
+    with stop, loading_in_workers():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.guard.check_finite()
     validation_loss = None
     if stop.signal is None:
-        validation_loss = _final_loss(trainer)
+        with loading_in_workers():
+            validation_loss = _final_loss(trainer)
         trainer.save_model()
     trainer.save_state()
     result = _result(trainer, model, data, validation_loss, stop.signal, time.perf_counter() - started)
