@@ -73,6 +73,7 @@ def claims(entries: list[dict], claim: str) -> list[dict]:
 
 def chosen_by_auto(tokens: int, monkeypatch, dtype: torch.dtype = torch.bfloat16) -> str:
     """What `auto` would run on a Hopper GPU."""
+    monkeypatch.setattr("flashmhf.ops.backends.interprets_triton", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     problem = Problem(tokens, 8, 8, 7, 384, 128, dtype, torch.device("cuda"), has_gate=True)

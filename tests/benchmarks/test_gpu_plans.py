@@ -84,6 +84,7 @@ def test_an_old_triton_is_a_one_line_error(monkeypatch):
 
 
 def test_an_unsupported_gpu_is_a_one_line_error(monkeypatch):
+    monkeypatch.setattr("flashmhf.ops.backends.interprets_triton", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
