@@ -103,16 +103,15 @@ def _backward_tile(
     row_sums: tuple[Tensor | None, ...],
     subnetworks: slice,
 ) -> None:
-    """Accumulates one tile's gradients. Five buffers: m, n, a = SiLU(M), p and d = dA."""
+    """Accumulates one tile's gradients. Four buffers: m, n, a (SiLU(M), P, and SiLU(M) again) and d = dA."""
     q, dout, gate = blocks
     k, u, v = rows
     dq_sum, dgate_sum = block_sums
     dk_sum, du_sum, dv_sum = row_sums
-    m, n, a, p, d = workspace.tiles("mnapd", q, k)
+    m, n, a, d = workspace.tiles("mnad", q, k)
     torch.bmm(q, k.mT, out=m)
     torch.bmm(q, u.mT, out=n)
-    torch.ops.aten.silu.out(m, out=a)
-    torch.mul(a, n, out=p)
+    p = torch.ops.aten.silu.out(m, out=a).mul_(n)
     if dv_sum is not None:
         _add_product(dv_sum, workspace.round(_apply_gate(p, gate, subnetworks, out=d)).mT, dout)
     if dq_sum is None and dgate_sum is None and dk_sum is None and du_sum is None:
@@ -122,7 +121,7 @@ def _backward_tile(
         products = p.mul_(d).unflatten(-1, (subnetworks.stop - subnetworks.start, -1))
         dgate_sum[..., subnetworks] += products.sum(-1)
     _apply_gate(d, gate, subnetworks, out=d)
-    dn = workspace.round(a.mul_(d))
+    dn = workspace.round(torch.ops.aten.silu.out(m, out=a).mul_(d))  # again: a fifth buffer saves 4 % in bfloat16
     dm = workspace.round(torch.ops.aten.silu_backward.grad_input(d.mul_(n), m, grad_input=m))
     if dq_sum is not None:
         _add_product(dq_sum, dm, k)
