@@ -1,5 +1,7 @@
 """The operator with norm and gate: against the formula, under PyTorch's machinery, and what it saves."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -58,6 +60,57 @@ def test_matches_the_formula_on_triton(parts, triton_runs_here, poisoned_memory)
     compare(leaves(torch.float32, *parts, D=16, F=20), "auto", tolerance={"rtol": 1e-3, "atol": 1e-3})
 
 
+def three_dimensions(inputs):
+    """K, U and V as (H_kv E, F, D), as the layer holds them."""
+    return [x.detach().flatten(0, 1).requires_grad_() if i in (1, 2, 3) else x for i, x in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_weights_of_three_dimensions(backend, request, poisoned_memory):
+    if backend == "triton":
+        request.getfixturevalue("triton_runs_here")
+    for _ in range(3):  # recorded, then replayed
+        inputs = leaves(torch.float32, D=16, F=20)
+        flat = three_dimensions(inputs)
+        out, want = (gated_mhf(*x, backend=backend, **OPTIONS) for x in (flat, inputs))
+        assert torch.equal(out, want)
+        vector = torch.randn_like(out)
+        grads, wanted = torch.autograd.grad(out, flat, vector), torch.autograd.grad(want, inputs, vector)
+        for grad, other, x in zip(grads, wanted, flat, strict=True):
+            assert grad.shape == x.shape
+            assert torch.equal(grad.flatten(), other.flatten())
+
+
+def test_derivatives_and_batches_of_weights_of_three_dimensions():
+    inputs = three_dimensions(leaves(T=(2,), E=2, F=3, D=2))
+    function = functools.partial(gated_mhf, **OPTIONS)
+    torch.library.opcheck(torch.ops.flashmhf.gated_mhf.default, (*inputs, "sigmoid", *OPTIONS.values(), "blockwise"))
+    torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(function, inputs)
+    for dims in ((None, 0, 0, 0, None, None), (0, None, None, None, None, None), (0, 0, 0, 0, 0, 0)):
+        batched = [x if dim is None else torch.stack([x, 2 * x, -x]) for x, dim in zip(inputs, dims, strict=True)]
+        each = [function(*(x if dim is None else x[i] for x, dim in zip(batched, dims, strict=True))) for i in range(3)]
+        torch.testing.assert_close(torch.vmap(function, dims)(*batched), torch.stack(each))
+
+
+@pytest.mark.parametrize(
+    ("number", "shape", "message"),
+    [
+        (1, (7, 5, 6), "k: expected a multiple of gate_weight's E rows"),
+        (2, (6, 4, 6), "u: expected k's shape"),
+        (3, (6, 5, 7), "v: expected k's shape"),
+        (4, (4, 6, 0), "k: expected a multiple of gate_weight's E rows"),
+        (4, (4, 6), "k: expected a multiple of gate_weight's E rows"),
+        (4, None, "k: expected shape .H_kv, E, F, D."),
+    ],
+)
+def test_bad_weights_of_three_dimensions(number, shape, message):
+    inputs = three_dimensions(leaves())
+    inputs[number] = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        gated_mhf(*inputs, norm_eps=1e-3)
+
+
 @pytest.mark.parametrize("needed", range(6))
 def test_one_gradient_at_a_time(needed):
     inputs = leaves()
@@ -111,8 +164,9 @@ def test_saves_only_its_inputs():
     assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in inputs}
 
 
-def test_flops():
-    inputs = leaves(torch.float32)
+@pytest.mark.parametrize("shapes", [list, three_dimensions])
+def test_flops(shapes):
+    inputs = shapes(leaves(torch.float32))
     product, gate = 2 * inputs[0].numel() * 3 * 5, 2 * inputs[0].numel() * 3
     with FlopCounterMode(display=False) as forward:
         out = gated_mhf(*inputs)

@@ -186,7 +186,8 @@ class FlashMHF(nn.Module):
         """x (..., hidden_size) -> (..., hidden_size)."""
         # Before the checkpoint: what parametrises a weight during the forward, like an adapter, is gone when the
         # backward recomputes.
-        weights = (self._rows("k"), self._rows("u"), self._rows("v"), self._gate_weight(), self._norm_weight())
+        rows = self._rows if self.gate_type is None else self._weight  # with a gate, the operator views them, for less
+        weights = (rows("k"), rows("u"), rows("v"), self._gate_weight(), self._norm_weight())
         if self.recompute_q and torch.is_grad_enabled() and not is_transformed():
             out = checkpoint(self._sub_networks, x, *weights, use_reentrant=False, context_fn=_save_operator_output)
         else:
@@ -239,7 +240,7 @@ class FlashMHF(nn.Module):
         return weight if factor == 1.0 else weight * factor
 
     def _rows(self, name: str) -> Tensor:
-        """This rank's K, U or V as the operator takes it, (H_kv, E, F, D)."""
+        """This rank's K, U or V as (H_kv, E, F, D)."""
         return self._weight(name).view(self._local_rows_shape)
 
     def _weight(self, name: str) -> Tensor:

@@ -23,18 +23,19 @@ def _backward_flops(dout_shape, q_shape, k_shape, *args, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.flashmhf.gated_mhf)
 def _gated_forward_flops(q_shape, k_shape, u_shape, v_shape, gate_weight_shape, *args, **kwargs) -> int:
-    return 3 * _product_flops(q_shape, k_shape) + _gate_flops(q_shape, gate_weight_shape)
+    return 3 * _product_flops(q_shape, k_shape, gate_weight_shape) + _gate_flops(q_shape, gate_weight_shape)
 
 
 @register_flop_formula(torch.ops.flashmhf.gated_mhf_backward)
 def _gated_backward_flops(dout_shape, q_shape, k_shape, u_shape, v_shape, gate_weight_shape, *args, **kwargs) -> int:
-    return 8 * _product_flops(q_shape, k_shape) + 2 * _gate_flops(q_shape, gate_weight_shape)
+    return 8 * _product_flops(q_shape, k_shape, gate_weight_shape) + 2 * _gate_flops(q_shape, gate_weight_shape)
 
 
 def _gate_flops(q_shape, gate_weight_shape) -> int:
     return 0 if gate_weight_shape is None else 2 * q_shape.numel() * gate_weight_shape[-1]
 
 
-def _product_flops(q_shape, k_shape) -> int:
-    _, E, F, _ = k_shape
-    return 2 * q_shape.numel() * E * F
+def _product_flops(q_shape, k_shape, gate_weight_shape=None) -> int:
+    """k (H_kv, E, F, D), or (H_kv E, F, D) with a gate."""
+    E = k_shape[-3] if len(k_shape) == 4 else gate_weight_shape[-1]
+    return 2 * q_shape.numel() * E * k_shape[-2]

@@ -5,6 +5,7 @@ The normed Q and the gate are recomputed in the backward. Like `flash_mhf` it ru
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,8 @@ def gated_mhf(
     """`flash_mhf` of the normed q, with a gate computed from it.
 
     Args:
-        q, k, u, v, backend: as in `flash_mhf`; q is the projected input before its norm.
+        q, k, u, v, backend: as in `flash_mhf`; q is the projected input before its norm. With gate_weight, k, u and v
+            may also be (H_kv E, F, D), and so are their gradients.
         gate_weight: (H, D, E), the weight of the gate's logits, or None for a plain sum over sub-networks.
         norm_weight: (H, D), the weight of an RMSNorm of each head, or None for no norm.
         gate_type: "sigmoid" (of the logits, divided by its sum over E) or "softmax"; not used without gate_weight.
@@ -81,11 +83,29 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients that are needed, in the order of the inputs (an operator cannot return None in a list)."""
     tensors = (q, k, u, v, gate_weight, norm_weight, dout)
-    return call_cache.run(_select, _compute_backward, tensors, (gate_type, gate_total, norm_eps, backend, *needs))
+    grads = call_cache.run(_select, _compute_backward, tensors, (gate_type, gate_total, norm_eps, backend, *needs))
+    return _in_shapes(grads, tensors, needs)
+
+
+def _rows(k: Tensor, u: Tensor, v: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, ...]:
+    """K, U and V as (H_kv, E, F, D). Below autograd this costs nothing in a replayed call."""
+    if gate_weight is None or k.dim() != 3:
+        return k, u, v
+    E = gate_weight.shape[-1]
+    return tuple(x.view(x.shape[0] // E, E, *x.shape[1:]) for x in (k, u, v))
+
+
+def _in_shapes(grads: list[Tensor], tensors: tuple[Any, ...], needs: Sequence[bool]) -> list[Tensor]:
+    """Gradients of K, U and V in the shape in which these were given."""
+    if tensors[1].dim() != 3:
+        return grads
+    inputs = [x for x, need in zip(tensors, needs, strict=False) if need]
+    return [grad if grad.dim() == x.dim() else grad.view(x.shape) for grad, x in zip(grads, inputs, strict=True)]
 
 
 def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     q, k, u, v, gate_weight, norm_weight = tensors
+    k, u, v = _rows(k, u, v, gate_weight)
     with without_autocast(q.device.type):
         normed, gate = run.prologue_forward(q, gate_weight, norm_weight, Prologue(*options[:3]))
         return run.forward(normed, k, u, v, gate).contiguous()
@@ -93,6 +113,7 @@ def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[A
 
 def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> list[Tensor]:
     q, k, u, v, gate_weight, norm_weight, dout = tensors
+    k, u, v = _rows(k, u, v, gate_weight)
     prologue, needs = Prologue(*options[:3]), options[4:]
     needs_prologue = needs[0] or needs[4] or needs[5]
     op_needs = (needs_prologue, *needs[1:4], needs_prologue and gate_weight is not None)
@@ -132,7 +153,10 @@ def _backward_fake(
 
 
 def _check(q, k, u, v, gate_weight, norm_weight, prologue: Prologue) -> Problem:
-    problem = replace(Problem.of(q, k, u, v), has_gate=gate_weight is not None)
+    if gate_weight is not None and k.dim() == 3:
+        _check_rows(k, u, v, gate_weight)
+    rows_k, rows_u, rows_v = _rows(k, u, v, gate_weight)
+    problem = replace(Problem.of(q, rows_k, rows_u, rows_v), has_gate=gate_weight is not None)
     if prologue.gate_type not in GATES:
         raise ValueError(f"gate_type: expected one of {', '.join(GATES)}, got {prologue.gate_type!r}")
     if not math.isfinite(prologue.gate_total):
@@ -144,6 +168,19 @@ def _check(q, k, u, v, gate_weight, norm_weight, prologue: Prologue) -> Problem:
     _check_weight("gate_weight", gate_weight, (problem.H, problem.D, problem.E), q.device)
     _check_weight("norm_weight", norm_weight, (problem.H, problem.D), q.device)
     return problem
+
+
+def _check_rows(k: Tensor, u: Tensor, v: Tensor, gate_weight: Tensor) -> None:
+    """Of (H_kv E, F, D)."""
+    E = gate_weight.shape[-1] if gate_weight.dim() == 3 else 0
+    if E < 1 or k.shape[0] % E != 0:
+        raise ValueError(
+            f"k: expected a multiple of gate_weight's E rows (H, D, E), got {tuple(k.shape)} and "
+            f"{tuple(gate_weight.shape)}"
+        )
+    for name, x in (("u", u), ("v", v)):
+        if x.shape != k.shape:
+            raise ValueError(f"{name}: expected k's shape {tuple(k.shape)}, got {tuple(x.shape)}")
 
 
 def _check_weight(name: str, weight: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
@@ -168,14 +205,17 @@ def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None)
 
 def _forward_formula(q, k, u, v, gate_weight, norm_weight, *options) -> Tensor:
     _select((q, k, u, v, gate_weight, norm_weight), options)
+    k, u, v = _rows(k, u, v, gate_weight)
     return reference.gated_forward(q, k, u, v, gate_weight, norm_weight, Prologue(*options[:3]))
 
 
 def _gradients(dout, q, k, u, v, gate_weight, norm_weight, needs, *options) -> list[Tensor]:
     """The formula of the backward operator."""
+    tensors = (q, k, u, v, gate_weight, norm_weight)
+    k, u, v = _rows(k, u, v, gate_weight)
     inputs = (q, k, u, v, gate_weight, norm_weight)
     grads = reference.gated_backward(dout, *inputs, tuple(needs), Prologue(*options[:3]))
-    return [grad for grad in grads if grad is not None]
+    return _in_shapes([grad for grad in grads if grad is not None], tensors, needs)
 
 
 register_autograd(_LIBRARY, "gated_mhf", _forward, _differentiate_forward, _forward_formula)
