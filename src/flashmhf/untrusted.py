@@ -33,14 +33,14 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         logger.debug("%s cannot be read", what, exc_info=True)
-        raise InputError(f"{what}: {one_line(error)}") from error
+        raise InputError(f"{what}: {reason_of(error)}") from error
     except BaseException as error:
         if type(error).__module__ != RUST_PANIC:
             raise
-        raise InputError(f"{what}: {one_line(error)}") from error
+        raise InputError(f"{what}: {reason_of(error)}") from error
 
 
-def one_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What an error says, in one line: the first, with those that it announces by a colon."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # not its repr
     lines = [line.strip() for line in text.splitlines() if line.strip()]
