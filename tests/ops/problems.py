@@ -103,8 +103,6 @@ def assert_within_budget(
 def rounding(got: Tensor, precision: torch.dtype, num_activations: int = FEW) -> float:
     if precision == torch.float64:  # the reference rounds as well
         return 64 * torch.finfo(torch.float64).eps
-    if (
-        min(got.numel(), num_activations) < FEW
-    ):  # eager may be exact by chance: roundings of M, SiLU(M), P and of long sums
+    if min(got.numel(), num_activations) < FEW:  # eager may be exact by chance: roundings of M, SiLU(M), P, long sums
         return 4 * torch.finfo(precision).eps
     return torch.finfo(got.dtype).eps / 2
