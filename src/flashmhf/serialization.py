@@ -1,10 +1,17 @@
-"""Dataclasses from what JSON holds. `dataclasses.asdict` is the other direction."""
+"""Dataclasses from what JSON holds. `dataclasses.asdict`, and then `as_plain`, is the other direction."""
 
+import json
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+
+def as_plain(values: dict[str, Any], *, default: Any = None) -> dict[str, Any]:
+    """The values as `json.loads` would return them once they were written; `default` as of `json.dumps`."""
+    content: dict[str, Any] = json.loads(json.dumps(values, default=default))
+    return content
 
 
 def from_plain(kind: type[T], value: Any) -> T:

@@ -1,6 +1,5 @@
 """The folder of a comparison: new, or with the same settings and inputs as before."""
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from flashmhf.comparison.settings import Comparison
 from flashmhf.data.tokenizer import tokenizer_key
 from flashmhf.errors import InputError
 from flashmhf.files import read_json, write_json
-from flashmhf.serialization import from_plain
+from flashmhf.serialization import as_plain, from_plain
 from flashmhf.training.fingerprints import changes, config_values
 from flashmhf.training.resuming import LOCK_FILE
 
@@ -60,7 +59,7 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
     content = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK_FILE)
     if content and SETTINGS_FILE not in content:
         raise InputError(f"output-dir: expected a new or empty folder, got {output_dir} with {', '.join(content[:3])}")
-    mine = _plain(settings)
+    mine = as_plain(asdict(settings))
     if content:
         file = output_dir / SETTINGS_FILE
         earlier = read_json(file)
@@ -71,7 +70,7 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
             )
         try:
             before = from_plain(Inputs, earlier[INPUTS]) if INPUTS in earlier else None
-            then = _plain(from_plain(Comparison, earlier))
+            then = as_plain(asdict(from_plain(Comparison, earlier)))
         except ValueError as error:
             raise InputError(f"{file}: {error}") from error
         _check_settings(output_dir, then, mine, NAMES if before is not None else ())
@@ -80,12 +79,6 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
         elif difference := _difference(before, inputs):
             raise InputError(f"output-dir: {output_dir} holds a comparison {difference}")
     write_json(output_dir / SETTINGS_FILE, {"version": VERSION, **mine, INPUTS: asdict(inputs)})
-
-
-def _plain(settings: Comparison) -> dict[str, Any]:
-    """As JSON holds them."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return content
 
 
 def _difference(before: Inputs, now: Inputs) -> str | None:

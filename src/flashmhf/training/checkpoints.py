@@ -165,9 +165,9 @@ def loading(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def check_resumable(checkpoint: Path, arguments: TrainingArguments) -> None:
-    """Raises InputError if a run with these arguments cannot load the state of the checkpoint's optimizer."""
-    if not (checkpoint / SCHEDULER).is_file():  # the Trainer would go on with a new optimizer
+def check_resumable(checkpoint: Path) -> None:
+    """Raises InputError if a checkpoint has no optimizer, since the Trainer would go on with a new one."""
+    if not (checkpoint / SCHEDULER).is_file():
         raise InputError(
             f"resume: expected a checkpoint with the optimizer's state, got {checkpoint.name}, "
             "which was written with --save-only-model"

@@ -1,7 +1,6 @@
 """What a run was given, by content rather than by path, and how a resumed run differs from the one before."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from flashmhf.data.mixing import TrainingData
 from flashmhf.data.tokenizer import fit_vocabulary, tokenizer_key
 from flashmhf.models.loading import load_config
+from flashmhf.serialization import as_plain
 from flashmhf.training.config import TrainConfig
 
 # Arguments whose new values a checkpoint would override without a word, since the optimizer's state holds the old ones.
@@ -71,7 +71,7 @@ def fingerprints(
 ) -> Fingerprints:
     """Of a run that is about to start or to be resumed."""
     processes = arguments.world_size // config.tensor_parallel
-    values = _plain(arguments.to_dict())
+    values = as_plain(arguments.to_dict(), default=str)
     return Fingerprints(
         data=tuple(zip(data.weights, data.fingerprints, strict=True)),
         tokenizer=tokenizer_key(tokenizer),
@@ -89,7 +89,7 @@ def config_values(model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     config = load_config(model)
     if not Path(model).is_dir():
         fit_vocabulary(config, tokenizer)
-    return {name: value for name, value in _plain(config.to_dict()).items() if name not in IGNORED}
+    return {name: value for name, value in as_plain(config.to_dict(), default=str).items() if name not in IGNORED}
 
 
 def weights_key(folder: Path) -> str:
@@ -130,12 +130,6 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
     for name in sorted(earlier.keys() & now.keys()):
         if earlier[name] != now[name]:
             yield name, earlier[name], now[name]
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON holds them."""
-    content: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    return content
 
 
 def _short(prints: Fingerprints) -> str:

@@ -133,7 +133,7 @@ class PretrainingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self._finished:
-            check_resumable(Path(checkpoint), self.args)
+            check_resumable(Path(checkpoint))
         with loading(checkpoint):
             if checkpoint is not None and (self._tensor_parallel > 1 or is_sharded(Path(checkpoint))):
                 load_training_state(Path(checkpoint), self.model, self._plain_optimizer(), self.lr_scheduler)
