@@ -16,23 +16,13 @@ from flashmhf.errors import RunError
 from flashmhf.files import exclusive_lock
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / FOLDER
-
-
 @pytest.fixture
-def books(tmp_path):
-    folder = tmp_path / "books"
-    folder.mkdir()
-    for i in range(40):
-        (folder / f"{i:02d}.txt").write_text(f"Book {i}. " + "word after word " * (50 + i))
-    return str(folder)
+def entries(own_cache):
+    return own_cache / FOLDER
 
 
 def read(books):
-    corpus = load_corpus(books)
+    corpus = load_corpus(str(books))
     return corpus.validation["text"][:], tokenize(corpus.train, byte_tokenizer())["input_ids"][:]
 
 
@@ -80,67 +70,67 @@ DAMAGES = [cut, cut_to_nothing, zero, zero_the_middle, lengthen, remove, make_a_
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("pattern", ["*.arrow", SEAL])
-def test_a_damaged_entry_is_built_again(books, own_cache, caplog, pattern, damage):
+def test_a_damaged_entry_is_built_again(books, entries, caplog, pattern, damage):
     expected = read(books)
-    files = sorted(own_cache.rglob(pattern))
+    files = sorted(entries.rglob(pattern))
     assert len(files) == 2  # of rows and of tokens
     for file in files:
         damage(file)
     caplog.clear()
     assert read(books) == expected
     for file in files:
-        (entry,) = {parent for parent in file.parents if parent.parent == own_cache}
+        (entry,) = {parent for parent in file.parents if parent.parent == entries}
         assert any(str(entry) in record.getMessage() for record in caplog.records)
     caplog.clear()
     assert read(books) == expected
     assert not [record for record in caplog.records if "built again" in record.getMessage()]
-    assert all(path.is_dir() and path.suffix == "" for path in own_cache.iterdir())
+    assert all(path.is_dir() and path.suffix == "" for path in entries.iterdir())
 
 
-def test_a_file_or_a_link_in_the_place_of_an_entry(books, own_cache, tmp_path):
+def test_a_file_or_a_link_in_the_place_of_an_entry(books, entries, tmp_path):
     expected = read(books)
-    rows, tokens = own_cache.iterdir()
+    rows, tokens = entries.iterdir()
     shutil.rmtree(rows)
     rows.write_text("")
     tokens.rename(tmp_path / "moved")
     tokens.symlink_to(tmp_path / "moved")
     (tmp_path / "moved" / SEAL).unlink()
     assert read(books) == expected
-    assert all(path.is_dir() and not path.is_symlink() for path in own_cache.iterdir())
+    assert all(path.is_dir() and not path.is_symlink() for path in entries.iterdir())
     assert (tmp_path / "moved").exists()
 
 
-def test_a_cache_that_cannot_be_written(books, own_cache):
-    own_cache.parent.mkdir()
-    own_cache.write_text("a file")
-    with pytest.raises(RunError, match=f"could not write the cache in {own_cache}: .*; HF_DATASETS_CACHE selects"):
+def test_a_cache_that_cannot_be_written(books, entries):
+    entries.parent.mkdir()
+    entries.write_text("a file")
+    with pytest.raises(RunError, match=f"could not write the cache in {entries}: .*; HF_DATASETS_CACHE selects"):
         read(books)
 
 
 @pytest.mark.parametrize("limit", [1000, 30_000])
-def test_a_full_disk(books, own_cache, limit):
+def test_a_full_disk(books, entries, limit):
     """Stood in for by a limit on the size of files."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(RunError, match=f"could not write the cache in {own_cache}: File too large") as caught:
+        with pytest.raises(RunError, match=f"could not write the cache in {entries}: File too large") as caught:
             read(books)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
-    assert not list(own_cache.glob(f"*{BUILDING}"))
+    assert not list(entries.glob(f"*{BUILDING}"))
     assert len(read(books)[1]) > 30
 
 
-def test_what_a_killed_process_left_is_removed(books, own_cache):
-    own_cache.mkdir(parents=True)
+def test_what_a_killed_process_left_is_removed(books, entries):
+    entries.mkdir(parents=True)
     for name in ("left", "in_use"):
-        (own_cache / f"{name}{BUILDING}").mkdir()
-        (own_cache / f"{name}{BUILDING}/part.arrow").write_bytes(b"part")
+        (entries / f"{name}{BUILDING}").mkdir()
+        (entries / f"{name}{BUILDING}/part.arrow").write_bytes(b"part")
     held, parent = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:  # another process still builds one of them
-        with exclusive_lock(own_cache / "in_use.lock"):
+        with exclusive_lock(entries / "in_use.lock"):
             os.write(held[1], b"1")
             os.read(parent[0], 1)
         os._exit(0)
@@ -148,7 +138,7 @@ def test_what_a_killed_process_left_is_removed(books, own_cache):
     read(books)
     os.write(parent[1], b"1")
     os.waitpid(child, 0)
-    assert [path.name for path in own_cache.glob(f"*{BUILDING}")] == [f"in_use{BUILDING}"]
+    assert [path.name for path in entries.glob(f"*{BUILDING}")] == [f"in_use{BUILDING}"]
 
 
 def test_processes_that_need_the_same_entry_build_it_once(tmp_path):

@@ -18,11 +18,6 @@ from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def texts(documents) -> list[str]:
     return sorted(row["text"] for row in documents)
 

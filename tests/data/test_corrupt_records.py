@@ -16,12 +16,6 @@ from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 GOOD = [f"Good text number {i}, long enough to be cut." for i in range(30)]
 
 

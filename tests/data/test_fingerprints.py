@@ -9,11 +9,6 @@ from flashmhf.data import DataConfig, load_blocks, load_corpus
 from flashmhf.data.tokenizer import byte_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path):
     made = tmp_path / "data"

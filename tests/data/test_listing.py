@@ -16,11 +16,6 @@ from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path):
     made = tmp_path / "data"

@@ -1,6 +1,5 @@
 """Sources by weight: the syntax, what is refused, and what a run says it used."""
 
-import datasets
 import pytest
 
 from flashmhf.data.config import DataConfig
@@ -10,11 +9,6 @@ from flashmhf.errors import InputError
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import train
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

@@ -27,8 +27,7 @@ WORLDS = [1, 2, 4]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def process_state():
     PartialState()
 
 

@@ -18,21 +18,6 @@ from flashmhf.data.tokens import tokenize
 from flashmhf.data.workers import count_rows, count_workers
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def books(tmp_path):
-    folder = tmp_path / "books"
-    folder.mkdir()
-    for i in range(40):
-        (folder / f"{i:02d}.txt").write_text(f"Book {i}. " + "word after word " * (50 + i))
-    return folder
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """Documents encoded in this process since the list was cleared."""

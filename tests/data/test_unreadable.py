@@ -23,11 +23,6 @@ from flashmhf.errors import InputError
 GOOD = [f"Good text number {i}, long enough to be cut." for i in range(30)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def jsonl(*lines):
     return b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
 

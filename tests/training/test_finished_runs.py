@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.callbacks import StopOnSignal
@@ -20,13 +19,6 @@ FLAGS = ["--per-device-train-batch-size", "4", "--report-to", "tensorboard", "--
 # The first checkpoint, of the highest loss, is the best one for sure.
 BEST = ["--max-steps", "6", "--eval-steps", "2", "--save-steps", "2", "--save-total-limit", "9"]
 BEST += ["--load-best-model-at-end", "true", "--metric-for-best-model", "loss", "--greater-is-better", "true"]
-
-
-@pytest.fixture
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
-    )
 
 
 def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> TrainResult:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmhf.data.config import DataConfig
 from flashmhf.errors import RunError
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
@@ -19,13 +18,6 @@ from flashmhf.training.trainer import PretrainingTrainer
 
 FLAGS = ["--per-device-train-batch-size", "4", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--max-steps", "6", "--save-steps", "2", "--eval-steps", "2"]
-
-
-@pytest.fixture
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
-    )
 
 
 def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False):

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from flashmhf.data.config import DataConfig
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.checkpoints import UNFINISHED
-from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import check
 from flashmhf.training.run import train
 
@@ -21,16 +19,9 @@ FLAGS += ["--eval-strategy", "no", "--save-steps", "2"]
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(run, tmp_path_factory) -> Path:
+def finished(short_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    train(run, parse_arguments(FLAGS, str(folder)))
+    train(short_run, parse_arguments(FLAGS, str(folder)))
     return folder
 
 
@@ -60,7 +51,7 @@ def fail_at(monkeypatch, number: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_at_every_file_of_a_run_that_is_finished_again(run, finished, tmp_path):
+def test_at_every_file_of_a_run_that_is_finished_again(short_run, finished, tmp_path):
     number, ended = 0, False
     while not ended:
         number += 1
@@ -68,7 +59,7 @@ def test_at_every_file_of_a_run_that_is_finished_again(run, finished, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             calls = fail_at(patch, number)
             try:
-                train(run, parse_arguments(FLAGS, str(folder)), resume=True)
+                train(short_run, parse_arguments(FLAGS, str(folder)), resume=True)
                 ended = True
             except OSError as error:
                 assert str(error).endswith("; --resume continues from checkpoint-2")  # noqa: PT017
@@ -81,15 +72,15 @@ def test_at_every_file_of_a_run_that_is_finished_again(run, finished, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_before_the_first_step(run, tmp_path, monkeypatch, number):
+def test_before_the_first_step(short_run, tmp_path, monkeypatch, number):
     fail_at(monkeypatch, number)
     with pytest.raises(OSError, match=r"^a disk or a quota is full \(.*run\.json'\); no checkpoint has been written"):
-        train(run, parse_arguments(FLAGS, str(tmp_path / "run")))
+        train(short_run, parse_arguments(FLAGS, str(tmp_path / "run")))
     if (tmp_path / "run").exists():
         assert_nothing_is_left(tmp_path / "run")
 
 
-def test_while_the_final_model_is_written(run, finished, tmp_path, monkeypatch):
+def test_while_the_final_model_is_written(short_run, finished, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
 
     def half(tensors, file, *args, **options) -> None:
@@ -98,30 +89,30 @@ def test_while_the_final_model_is_written(run, finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", half)
     with pytest.raises(OSError, match=r"^a disk or a quota is full \(Error while serializing: .*from checkpoint-2$"):
-        train(run, parse_arguments(FLAGS, str(folder)), resume=True)
+        train(short_run, parse_arguments(FLAGS, str(folder)), resume=True)
     assert hash_of_model(folder) == hash_of_model(finished)
     assert_nothing_is_left(folder)
 
 
-def test_what_a_kill_left_of_the_final_model_is_removed(run, finished, tmp_path):
+def test_what_a_kill_left_of_the_final_model_is_removed(short_run, finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     (folder / UNFINISHED / "model").mkdir(parents=True)
     (folder / UNFINISHED / "model/model.safetensors").write_bytes(b"half of it")
     (folder / "model-00001-of-00002.safetensors").touch()  # of an older model that was split
-    train(run, parse_arguments(FLAGS, str(folder)), resume=True)
+    train(short_run, parse_arguments(FLAGS, str(folder)), resume=True)
     assert hash_of_model(folder) == hash_of_model(finished)
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
     assert_nothing_is_left(folder)
 
 
-def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(run, finished, tmp_path):
+def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(short_run, finished, tmp_path):
     folder, victim = Path(shutil.copytree(finished, tmp_path / "run")), tmp_path / "victim"
     shutil.copytree(finished / "checkpoint-2", victim / "checkpoint-9")
     (folder / UNFINISHED).symlink_to(victim)
     (folder / "model.safetensors").unlink()
     (tmp_path / "precious").write_text("precious")
     (folder / "model.safetensors").symlink_to(tmp_path / "precious")
-    train(run, parse_arguments(FLAGS, str(folder)), resume=True)
+    train(short_run, parse_arguments(FLAGS, str(folder)), resume=True)
     assert check(victim / "checkpoint-9") is None
     assert (tmp_path / "precious").read_text() == "precious"
     assert hash_of_model(folder) == hash_of_model(finished)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmhf.data.config import DataConfig
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.shuffling import ShuffledBlocks
 from flashmhf.data.tokenizer import byte_tokenizer
@@ -25,13 +24,6 @@ from flashmhf.training.trainer import PretrainingTrainer
 
 FLAGS = ["--per-device-train-batch-size", "2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
 FLAGS += ["--eval-strategy", "no", "--save-strategy", "no", "--logging-nan-inf-filter", "false", "--warmup-steps", "0"]
-
-
-@pytest.fixture(scope="module")
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
-    )
 
 
 def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False, **changes) -> TrainResult:
@@ -65,10 +57,10 @@ def spoil(monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
-def test_a_step_without_a_finite_loss_is_skipped(run, tmp_path, spoil, caplog, factor):
+def test_a_step_without_a_finite_loss_is_skipped(short_run, tmp_path, spoil, caplog, factor):
     sums = spoil({3: factor})
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        result = start(run, tmp_path / "run")
+        result = start(short_run, tmp_path / "run")
     assert result.steps == 6
     assert result.skipped_steps == 1
     assert sums[2] == sums[3]  # nothing was learnt from it, not even by weight decay
@@ -80,7 +72,7 @@ def test_a_step_without_a_finite_loss_is_skipped(run, tmp_path, spoil, caplog, f
     assert all(torch.isfinite(p).all() for p in load_model(str(tmp_path / "run")).parameters())
 
 
-def test_a_step_with_a_finite_loss_but_not_gradient_is_skipped(run, tmp_path, monkeypatch, caplog):
+def test_a_step_with_a_finite_loss_but_not_gradient_is_skipped(short_run, tmp_path, monkeypatch, caplog):
     step = PretrainingTrainer.training_step
 
     def overflowing(self, model, *args, **options):
@@ -91,12 +83,12 @@ def test_a_step_with_a_finite_loss_but_not_gradient_is_skipped(run, tmp_path, mo
 
     monkeypatch.setattr(PretrainingTrainer, "training_step", overflowing)
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        assert start(run, tmp_path / "run").skipped_steps == 1
+        assert start(short_run, tmp_path / "run").skipped_steps == 1
     assert "step 2 skipped: loss 5." in caplog.text
     assert "gradient norm inf" in caplog.text
 
 
-def test_blocks_are_those_of_the_batch(run, tmp_path, spoil, monkeypatch):
+def test_blocks_are_those_of_the_batch(short_run, tmp_path, spoil, monkeypatch):
     seen = []
     get = ShuffledBlocks.__getitem__
 
@@ -107,17 +99,17 @@ def test_blocks_are_those_of_the_batch(run, tmp_path, spoil, monkeypatch):
 
     monkeypatch.setattr(ShuffledBlocks, "__getitem__", recording)
     spoil({1: math.nan, 2: math.nan})
-    start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
+    start(short_run, tmp_path / "run", "--gradient-accumulation-steps", "3")
     first, second = history(tmp_path / "run", "skipped")
     assert first["blocks"] + second["blocks"] == seen[:12]
 
 
-def test_documents_are_those_of_the_blocks(run, corpus_folder, tmp_path, spoil, caplog):
+def test_documents_are_those_of_the_blocks(short_run, corpus_folder, tmp_path, spoil, caplog):
     spoil({1: math.nan})
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        start(run, tmp_path / "run")
+        start(short_run, tmp_path / "run")
     (row,) = history(tmp_path / "run", "skipped")
-    data = load_blocks(run.data, byte_tokenizer(), seed=42).train
+    data = load_blocks(short_run.data, byte_tokenizer(), seed=42).train
     by_block = {int(item["block"]): item["input_ids"] for item in map(data.__getitem__, range(len(data)))}
     for block, description in zip(row["blocks"], row["documents"], strict=True):
         files = re.findall(rf"{corpus_folder}/(\d\d)\.txt", description)
@@ -128,7 +120,7 @@ def test_documents_are_those_of_the_blocks(run, corpus_folder, tmp_path, spoil, 
     assert f"blocks {row['blocks'][0]}, {row['blocks'][1]}: documents {row['documents'][0]}; " in caplog.text
 
 
-def test_the_blocks_with_the_worst_losses_come_first(run, tmp_path, monkeypatch):
+def test_the_blocks_with_the_worst_losses_come_first(short_run, tmp_path, monkeypatch):
     compute, seen = PretrainingTrainer.compute_loss, []
 
     def one_in_three(self, model, inputs, *args, **options):
@@ -143,7 +135,7 @@ def test_the_blocks_with_the_worst_losses_come_first(run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(PretrainingTrainer, "compute_loss", one_in_three)
     monkeypatch.setattr(PretrainingTrainer, "training_step", recording)
-    start(run, tmp_path / "run", "--gradient-accumulation-steps", "3")
+    start(short_run, tmp_path / "run", "--gradient-accumulation-steps", "3")
     (row,) = history(tmp_path / "run", "skipped")
     assert row["blocks"] == seen[1] + seen[2] + seen[0]
 
@@ -159,36 +151,38 @@ def test_a_message_names_a_bounded_number_of_blocks():
     assert _described([step([], [])]) == "unknown"
 
 
-def test_a_stream_has_blocks_without_documents(run, tmp_path, spoil, caplog):
+def test_a_stream_has_blocks_without_documents(short_run, tmp_path, spoil, caplog):
     spoil({2: math.nan})
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        start(replace(run, data=replace(run.data, streaming=True)), tmp_path / "run")
+        start(replace(short_run, data=replace(short_run.data, streaming=True)), tmp_path / "run")
     (row,) = history(tmp_path / "run", "skipped")
     assert (row["blocks"], row["documents"]) == ([2, 3], [])
     assert "; blocks 2, 3: documents not known of a stream" in caplog.text
 
 
-def test_too_many_in_a_row_end_the_run_with_a_saved_state(run, tmp_path, spoil):
+def test_too_many_in_a_row_end_the_run_with_a_saved_state(short_run, tmp_path, spoil):
     spoil({1: math.nan, 3: math.nan, 4: math.nan})
     message = (
         r"max-non-finite-steps: expected a finite loss and gradient within 2 steps, got none in steps 3 to 4 "
         r"\(blocks \d+, \d+, \d+, \d+: documents .*\.txt.*\); checkpoint-4 holds the weights from before them"
     )
     with pytest.raises(RunError, match=message):
-        start(run, tmp_path / "run", max_non_finite_steps=2)
+        start(short_run, tmp_path / "run", max_non_finite_steps=2)
     saved = tmp_path / "run/checkpoint-4"
     rows = [row for row in json.loads((saved / "trainer_state.json").read_text())["log_history"] if "skipped" in row]
     assert [row["step"] for row in rows] == [1, 3, 4]
     spoil({})
-    again = start(run, tmp_path / "run", max_non_finite_steps=2, resume=True)  # continues with the data after them
+    again = start(
+        short_run, tmp_path / "run", max_non_finite_steps=2, resume=True
+    )  # continues with the data after them
     assert (again.steps, again.skipped_steps) == (6, 3)
 
 
-def test_a_spike_is_named_and_learnt_from(run, tmp_path, spoil, caplog, monkeypatch):
+def test_a_spike_is_named_and_learnt_from(short_run, tmp_path, spoil, caplog, monkeypatch):
     monkeypatch.setattr("flashmhf.training.non_finite_steps.MIN_LOSSES", 3)
     sums = spoil({5: 50.0})
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        start(run, tmp_path / "run", "--learning-rate", "1e-9")
+        start(short_run, tmp_path / "run", "--learning-rate", "1e-9")
     (row,) = history(tmp_path / "run", "spike")
     assert row["step"] == 5
     assert row["spike"] > 200
@@ -223,7 +217,7 @@ def iter_only(rows):
     return Stream()
 
 
-def test_a_limit_below_one_is_refused(run, tmp_path):
+def test_a_limit_below_one_is_refused(short_run, tmp_path):
     with pytest.raises(InputError, match="max-non-finite-steps: expected 1 or more, got 0"):
-        start(run, tmp_path / "run", max_non_finite_steps=0)
+        start(short_run, tmp_path / "run", max_non_finite_steps=0)
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.checkpoints import UNFINISHED, checkpoints, recover, rotate
@@ -27,17 +26,10 @@ FLAGS += ["--save-steps", "2", "--eval-strategy", "no", "--save-total-limit", "9
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(run, tmp_path_factory) -> Path:
+def finished(short_run, tmp_path_factory) -> Path:
     """A run of six steps with checkpoints at 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    train(run, parse_arguments([*FLAGS, "--max-steps", "6"], str(folder)))
+    train(short_run, parse_arguments([*FLAGS, "--max-steps", "6"], str(folder)))
     return folder
 
 
@@ -83,11 +75,11 @@ def test_every_truncated_altered_or_missing_file_of_a_checkpoint_is_found(folder
     assert found == 3 * len(names) >= 30
 
 
-def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(run, folder, finished, caplog):
+def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(short_run, folder, finished, caplog):
     cut(folder / "checkpoint-6/optimizer.pt")
     flip(folder / "checkpoint-4/model.safetensors")
     with caplog.at_level(logging.WARNING, "flashmhf"):
-        resume(run, folder)
+        resume(short_run, folder)
     lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(lines) == 2
     assert lines[0].startswith("checkpoint-6 passed over: optimizer.pt has ")
@@ -96,7 +88,7 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(run, folder, fin
     assert [check(checkpoint) for checkpoint in checkpoints(folder)] == [None] * 3  # 6 and 4 were written again
 
 
-def test_no_complete_checkpoint_is_one_line(run, folder):
+def test_no_complete_checkpoint_is_one_line(short_run, folder):
     for checkpoint in checkpoints(folder):
         (checkpoint / MANIFEST).unlink()
     message = (
@@ -104,7 +96,7 @@ def test_no_complete_checkpoint_is_one_line(run, folder):
         r"checkpoint-6 \(manifest.json is missing\)"
     )
     with pytest.raises(InputError, match=message):
-        resume(run, folder)
+        resume(short_run, folder)
 
 
 def test_only_tensors_of_a_run_are_pickled(folder):
@@ -131,7 +123,7 @@ class Malicious:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_malicious_pickle_is_named_and_never_run(run, folder, caplog, name, form):
+def test_a_malicious_pickle_is_named_and_never_run(short_run, folder, caplog, name, form):
     file, trace = folder / "checkpoint-6" / name, folder.parent / "executed"
     if form == "pickle":
         file.write_bytes(pickle.dumps(Malicious(trace)))
@@ -148,7 +140,7 @@ def test_a_malicious_pickle_is_named_and_never_run(run, folder, caplog, name, fo
     assert not trace.exists()
 
 
-def test_the_trainer_itself_runs_no_pickle(run, folder, monkeypatch):
+def test_the_trainer_itself_runs_no_pickle(short_run, folder, monkeypatch):
     """Were the look at the pickles to miss one, loading would still refuse it."""
     monkeypatch.setattr("flashmhf.training.resuming.unsafe_reason", lambda folder: None)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -157,7 +149,7 @@ def test_the_trainer_itself_runs_no_pickle(run, folder, monkeypatch):
         torch.save({"state": Malicious(trace)}, file)
         write_manifest(folder / "checkpoint-6")
         with pytest.raises(InputError, match=r"checkpoint-6, which cannot be loaded .Weights only load failed"):
-            resume(run, folder, steps=8)
+            resume(short_run, folder, steps=8)
         assert not trace.exists()
         file.write_bytes(content)
 
@@ -194,10 +186,10 @@ def test_an_incomplete_checkpoint_is_removed_and_a_complete_one_gets_its_name(fo
     assert not (folder / UNFINISHED).exists()
 
 
-def test_the_best_checkpoint_is_known_by_its_final_name(run, tmp_path):
+def test_the_best_checkpoint_is_known_by_its_final_name(short_run, tmp_path):
     flags = [*FLAGS, "--max-steps", "4", "--eval-strategy", "steps", "--eval-steps", "2"]
     flags += ["--load-best-model-at-end", "true", "--save-total-limit", "1"]
-    train(run, parse_arguments(flags, str(tmp_path / "run")))
+    train(short_run, parse_arguments(flags, str(tmp_path / "run")))
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "run/checkpoint-4")
     saved = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
@@ -216,12 +208,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, caplog):
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(short_run, small_disk, caplog):
     flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "50"]
     with pytest.raises(
         OSError, match=r"the disk that holds .*run is full; --resume continues from checkpoint-\d+$"
     ) as caught:
-        train(run, parse_arguments(flags, str(small_disk / "run")))
+        train(short_run, parse_arguments(flags, str(small_disk / "run")))
     assert "\n" not in str(caught.value)
     kept = str(caught.value).split()[-1]
     assert last_good_checkpoint(small_disk / "run") == small_disk / "run" / kept
@@ -229,10 +221,10 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, ca
     for folder in checkpoints(small_disk / "run")[1:]:
         shutil.rmtree(folder)  # as a user would make room
     flags = [*FLAGS, "--max-steps", "60", "--save-total-limit", "2"]
-    assert train(run, parse_arguments(flags, str(small_disk / "run")), resume=True).steps == 60
+    assert train(short_run, parse_arguments(flags, str(small_disk / "run")), resume=True).steps == 60
 
 
-def test_two_processes_never_train_into_one_folder(run, tmp_path):
+def test_two_processes_never_train_into_one_folder(short_run, tmp_path):
     hold = "import sys; from pathlib import Path; from flashmhf.training.resuming import only_writer\n"
     hold += "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     folder = tmp_path / "a/b"
@@ -243,7 +235,7 @@ def test_two_processes_never_train_into_one_folder(run, tmp_path):
         with pytest.raises(
             InputError, match=r"output-dir: expected a folder that no other process trains into, got .*a/b"
         ):
-            train(run, parse_arguments(["--max-steps", "1"], str(folder)))
+            train(short_run, parse_arguments(["--max-steps", "1"], str(folder)))
         holder.stdin.close()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "killed").mkdir()

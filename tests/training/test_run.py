@@ -26,13 +26,6 @@ FLAGS = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--log
 FLAGS += ["--disable-tqdm", "true"]
 
 
-@pytest.fixture
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
-    )
-
-
 def start(run: TrainConfig, folder: Path, *flags: str, resume: bool = False) -> TrainResult:
     return train(run, parse_arguments([*FLAGS, *flags], str(folder)), resume=resume)
 

@@ -13,22 +13,13 @@ from pathlib import Path
 import pytest
 
 from flashmhf.cli.train import OWN_STORE
-from flashmhf.data.config import DataConfig
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
-from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import train
 from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 STEPS = ("--max-steps", "8", "--save-steps", "4")
-
-
-@pytest.fixture
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048)
-    )
 
 
 @pytest.fixture

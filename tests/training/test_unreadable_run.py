@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from damage import DAMAGES, assert_one_line, wrong_values
-from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
 from flashmhf.reports.run import read_history, write_run_report
 from flashmhf.training.arguments import parse_arguments
@@ -26,16 +25,9 @@ OF_FOLDER = ("run.json", "result.json", "log.jsonl", "trainer_state.json", "conf
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder, model_file) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_file), data=DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(run, tmp_path_factory) -> Path:
+def finished(short_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    train(run, parse_arguments([*FLAGS, "--max-steps", "4"], str(folder)))
+    train(short_run, parse_arguments([*FLAGS, "--max-steps", "4"], str(folder)))
     return folder
 
 
@@ -70,8 +62,8 @@ def use(folder: Path, run: TrainConfig) -> list:
 
 
 @pytest.mark.parametrize("name", OF_FOLDER)
-def test_files_of_the_folder(run, finished, folder, name):
-    actions = use(folder, run)
+def test_files_of_the_folder(short_run, finished, folder, name):
+    actions = use(folder, short_run)
     for damage, apply in DAMAGES.items():
         apply(folder / name)
         for action in actions:
@@ -81,8 +73,8 @@ def test_files_of_the_folder(run, finished, folder, name):
 
 
 @pytest.mark.parametrize("name", ["run.json", "result.json"])
-def test_values_of_a_wrong_type(run, finished, folder, name):
-    actions = use(folder, run)[:2]
+def test_values_of_a_wrong_type(short_run, finished, folder, name):
+    actions = use(folder, short_run)[:2]
     for what, content in wrong_values(folder / name):
         (folder / name).write_text(json.dumps(content))
         for action in actions:
@@ -120,7 +112,7 @@ def test_lines_of_the_log(folder):
     assert read_log(folder) == before
 
 
-def test_files_of_a_checkpoint(run, finished, folder):
+def test_files_of_a_checkpoint(short_run, finished, folder):
     newest, before = folder / "checkpoint-4", folder / "checkpoint-2"
     for name in sorted(path.name for path in newest.iterdir()):
         for apply in DAMAGES.values():
@@ -148,11 +140,11 @@ def test_the_state_of_a_checkpoint_with_a_manifest_that_fits(folder):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("content", ["text", [], {"state": 7}, {}, torch.zeros(3)], ids=repr)
-def test_the_state_of_something_else_is_named(run, folder, name, content):
+def test_the_state_of_something_else_is_named(short_run, folder, name, content):
     """The pickles are harmless, and the manifest fits them."""
     shutil.rmtree(folder / "checkpoint-4")
     torch.save(content, folder / "checkpoint-2" / name)
     write_manifest(folder / "checkpoint-2")
     arguments = parse_arguments([*FLAGS, "--max-steps", "4"], str(folder))
     with pytest.raises(InputError, match=r"resume: expected the state of this run, got checkpoint-2, which cannot be"):
-        train(run, arguments, resume=True)
+        train(short_run, arguments, resume=True)
