@@ -1,5 +1,7 @@
 """Runs a comparison in its folder: claim it, train, score, write the results."""
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,12 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmhf.comparison.claim import Inputs, claim
 from flashmhf.comparison.evaluate import HeldOut
+from flashmhf.comparison.jobs import count_jobs
 from flashmhf.comparison.launcher import train_runs
 from flashmhf.comparison.plan import Plan, Run
 from flashmhf.comparison.results import RESULTS_FILE, ComparisonResult, write_comparison
 from flashmhf.comparison.scoring import score_runs
 from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.summary import summarise, unigram_entropy
+from flashmhf.comparison.verdict import MIN_SEEDS
 from flashmhf.data.corpus import Corpus, load_corpus
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import load_tokenizer
@@ -22,13 +26,15 @@ from flashmhf.files import write_json
 from flashmhf.training.resuming import only_writer
 from flashmhf.training.run_files import read_fingerprints
 
+logger = logging.getLogger(__name__)
+
 
 def compare(
     settings: Comparison,
     output_dir: Path,
     progress: Callable[[str], None],
     *,
-    jobs: int = 1,
+    jobs: int | None = 1,
     environment: Mapping[str, str] | None = None,
 ) -> ComparisonResult:
     """Trains every variant with every seed, scores all of them and writes results.json into `output_dir`.
@@ -41,16 +47,19 @@ def compare(
         settings: what to compare.
         output_dir: new, empty, or holding this comparison.
         progress: called with one line at the start of each run.
-        jobs: runs at a time.
+        jobs: runs at a time; None for as many as the machine has room for, see `comparison.jobs`.
         environment: variables of the runs' processes, see `comparison.launcher`.
 
     Raises:
         InputError: the settings do not fit, the folder holds something else, or another process compares in it.
         RunError: every run failed. If only some did, the result names them and leaves them out of every mean.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = Plan(settings, output_dir)
+    if jobs is None:
+        jobs = count_jobs(plan, os.environ if environment is None else environment)
+    _warn_without_verdict(settings)
     with only_writer(output_dir):
         return _compare(plan, progress, jobs, environment)
 
@@ -72,6 +81,14 @@ def _compare(
     result = summarise(plan, runs, scores, held_out, jobs=jobs, unigram=unigram)
     write_comparison(result, output_dir / RESULTS_FILE)
     return result
+
+
+def _warn_without_verdict(settings: Comparison) -> None:
+    seeds = len(settings.seeds)
+    if seeds < MIN_SEEDS and len(list(settings.all_variants())) > 1:
+        logger.warning(
+            "seeds: %d %s no verdict; %d or more do", seeds, "seed gives" if seeds == 1 else "seeds give", MIN_SEEDS
+        )
 
 
 def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:
