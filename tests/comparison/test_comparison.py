@@ -145,7 +145,7 @@ def test_each_variant_takes_its_best_learning_rate(settings, tmp_path):
     for run, loss in zip(plan.sweep(), (2.0, 3.0, 2.0, 1.0), strict=True):
         finish(run, loss)
     assert [(run.variant.name, run.learning_rate, run.seed) for run in plan.final()] == [
-        ("swiglu", 1e-3, 3), ("flashmhf", 2e-3, 3), ("swiglu", 1e-3, 4), ("flashmhf", 2e-3, 4),
+        ("swiglu", 1e-3, 3), ("flashmhf", 2e-3, 3), ("flashmhf", 2e-3, 4), ("swiglu", 1e-3, 4),
         ("flashmhf-gate-type-none", 2e-3, 3), ("flashmhf-gate-type-none", 2e-3, 4),
     ]  # fmt: skip
     assert [run.finished for run in plan.final()] == [True, True, False, False, False, False]

@@ -178,8 +178,8 @@ def test_the_picture_has_means_bands_and_paired_differences():
     above, below = figure.axes
     drawn = lines_of(above)
     assert drawn == {
-        "swiglu: mean of 3 seeds, lowest to highest": [5.0, 4.0, 2.0],
-        "flashmhf: mean of 3 seeds, lowest to highest": [4.5, 3.5, 1.5],
+        "swiglu: mean, lowest and highest of 3 seeds": [5.0, 4.0, 2.0],
+        "flashmhf: mean, lowest and highest of 3 seeds": [4.5, 3.5, 1.5],
     }
     assert band_of(above, 0) == (1.0, 6.0)
     assert band_of(above, 1) == (0.5, 5.5)

@@ -21,7 +21,7 @@ class Verdict:
         seeds: that both finished.
         seeds_needed: about how many would decide a difference of this size, see `_seeds_needed`. None if it is decided,
             if one seed cannot tell, or if it is more than `MAX_SEEDS_NEEDED`.
-        more_documents: no number of seeds would decide, since the difference varies too much over the documents, or
+        more_documents: so many seeds would not decide, since the difference varies too much over the documents, or
             there is only one.
         resolution: standard deviation over seeds of the paired difference; None for one seed.
     """
@@ -41,8 +41,8 @@ def judge(difference: Difference) -> Verdict:
     if seeds >= MIN_SEEDS and difference.interval is not None and not _includes_zero(difference.interval):
         outcome = BETTER if difference.mean < 0 else WORSE
     elif resolution is not None:
-        more_documents = difference.document_error is None or 0 < abs(difference.mean) <= difference.document_error
-        seeds_needed = _seeds_needed(difference, resolution)
+        seeds_needed = _seeds_needed(difference, resolution, difference.document_error)
+        more_documents = seeds_needed is None and _seeds_needed(difference, resolution, 0.0) is not None
     return Verdict(
         outcome=outcome,
         seeds=seeds,
@@ -56,15 +56,15 @@ def _includes_zero(interval: tuple[float, float]) -> bool:
     return interval[0] <= 0 <= interval[1]
 
 
-def _seeds_needed(difference: Difference, resolution: float) -> int | None:
+def _seeds_needed(difference: Difference, resolution: float, document_error: float | None) -> int | None:
     """The smallest larger number of seeds at which the interval would exclude 0, if mean and spread stay as they are.
 
     The interval's half width is that of Student's t over seeds and that over documents, added in squares.
     """
-    if difference.document_error is None:
+    if document_error is None:
         return None
     for seeds in range(max(MIN_SEEDS, len(difference.by_run) + 1), MAX_SEEDS_NEEDED + 1):
         over_seeds = student_t(seeds - 1) * resolution / math.sqrt(seeds)
-        if abs(difference.mean) > math.hypot(over_seeds, difference.document_error):
+        if abs(difference.mean) > math.hypot(over_seeds, document_error):
             return seeds
     return None

@@ -42,9 +42,9 @@ def terminal_text(result: ComparisonResult) -> str:
         for row in result.variants
     ]
     columns = "FFN", "held-out loss", _to_first(result), "resolution", "parameters", "tokens/s"
-    lines = [Table(columns, rows).aligned(), "", *_wrapped(about_numbers(result)), *_wrapped(failed_runs(result)), ""]
-    for sentence in verdict_lines(result):
-        lines += _wrapped(sentence)
+    lines = [Table(columns, rows).aligned(), ""]
+    for text in (*verdict_lines(result), failed_runs(result), about_numbers(result)):
+        lines += textwrap.wrap(text, WIDTH)
     for variant, continuation in result.samples.continuations.items():
         lines += ["", f"--- {variant}, continuing a held-out document", result.samples.prompt + continuation]
     return "\n".join(lines)
@@ -149,10 +149,6 @@ def _ranges(heads: list[GateUsage]) -> list[str]:
 
 def _to_first(result: ComparisonResult) -> str:
     return f"to {result.settings.variants[0]} (95 %)"
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH)
 
 
 def _spread(measure: Spread) -> str:

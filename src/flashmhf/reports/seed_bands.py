@@ -87,7 +87,7 @@ def _band(axes: Axes, result: ComparisonResult, row: VariantResult, steps: list[
     values = np.stack(list(by_seed.values()))
     low, high = values.min(0), values.max(0)
     style = line_style(result, row.ffn_type, row.variant)
-    seeds = f"mean of {len(values)} seeds, lowest to highest" if len(values) > 1 else "1 seed"
+    seeds = f"mean, lowest and highest of {len(values)} seeds" if len(values) > 1 else "1 seed"
     axes.plot(steps, values.mean(0), linewidth=1.6, label=in_figure(f"{row.variant}: {seeds}"), **style)
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
     return float(high[int(SETTLED * len(high)) :].max())
