@@ -20,6 +20,7 @@ from flashmhf.comparison.results import (
 from flashmhf.errors import InputError
 from flashmhf.reports.comparison import write_files, write_report
 from flashmhf.reports.comparison_tables import markdown_table, terminal_text
+from flashmhf.reports.render import png
 from flashmhf.reports.seed_bands import seed_bands
 
 
@@ -186,6 +187,31 @@ def test_the_picture_has_means_bands_and_paired_differences():
     assert [-0.5, -0.5, -0.5] in list(lines_of(below).values())
     assert band_of(below, 0) == (-0.5, -0.5)
     assert "flashmhf is better than swiglu" in above.get_title(loc="left")
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("steps", [(), (7,)], ids=["no step", "one step"])
+def test_a_picture_of_runs_that_share_hardly_a_step(steps):
+    first, *others = result().runs
+    figure = seed_bands(
+        result(
+            runs=(
+                replace(first, curve=Curve(steps=steps, losses=(2.0,) * len(steps), elapsed_s=(1.0,) * len(steps))),
+                *others,
+            )
+        )
+    )
+    assert len(png(figure)) > 1000
+
+
+def test_a_picture_of_ablations_without_another_layer():
+    _, flashmhf = result().variants
+    ablated = replace(flashmhf, variant="no gate", ablation=("gate-type", "none"), effect=flashmhf.difference)
+    comparison = result()
+    settings = replace(comparison.settings, variants=("flashmhf",), ablations={"gate-type": ("none",)})
+    runs = tuple(replace(run, variant="no gate" if run.variant == "swiglu" else run.variant) for run in comparison.runs)
+    figure = seed_bands(result(settings=settings, variants=(replace(flashmhf, difference=None), ablated), runs=runs))
+    assert [text.split(":")[0] for text in lines_of(figure.axes[0])] == ["flashmhf", "no gate"]
     plt.close(figure)
 
 

@@ -14,7 +14,7 @@ from flashmhf.reports.style import GREY, in_figure, plain
 from flashmhf.reports.verdicts import verdict_lines
 
 INCHES = (7.0, 5.4)
-TITLE_CHARACTERS = 88  # in a line
+TITLE_CHARACTERS = 100  # in a line
 MAX_TITLE_LINES = 3
 SETTLED = 0.1  # of the steps, after which losses are in the picture; before, they fall too far to share its scale
 
@@ -41,7 +41,7 @@ def seed_bands(result: ComparisonResult) -> Figure:
         plain(axes)
     lines = [line for sentence in verdict_lines(result) for line in textwrap.wrap(sentence, TITLE_CHARACTERS)]
     if len(lines) <= MAX_TITLE_LINES:
-        above.set_title("\n".join(map(in_figure, lines)), fontsize=9, loc="left")
+        above.set_title("\n".join(map(in_figure, lines)), fontsize=8.5, loc="left")
     return figure
 
 
@@ -65,10 +65,10 @@ def _curves(result: ComparisonResult, variants: list[VariantResult]) -> tuple[li
     runs = [run for run in result.runs if run.finished and run.variant in names and run.curve.steps]
     common = sorted(set.intersection(*(set(run.curve.steps) for run in runs))) if runs else []
     curves: dict[str, BySeed] = {name: {} for name in names}
-    for run in runs:
+    for run in runs if common else ():
         losses = dict(zip(run.curve.steps, run.curve.losses, strict=True))
         curves[run.variant][run.seed] = np.array(averaged([losses[step] for step in common]))
-    return averaged(common), curves
+    return averaged(common) if common else [], curves
 
 
 def _differences(result: ComparisonResult, row: VariantResult, curves: dict[str, BySeed]) -> BySeed:
