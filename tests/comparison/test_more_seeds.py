@@ -85,6 +85,22 @@ def test_from_one_seed_to_three(settings, trained, tmp_path, caplog):
     assert difference.nats_per_token.by_run == pytest.approx(by_run)
 
 
+def test_one_document_is_too_few(settings, trained, tmp_path, caplog):
+    texts = {"train.txt": "the quick brown fox " * 50, "validation.txt": "jumps over the lazy dog " * 20}
+    (tmp_path / "data").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "data" / name).write_text(text)
+    one = settings(0)
+    data = replace(one.data, source=str(tmp_path / "data"))
+    result = compare(replace(one, train=replace(one.train, data=data)), tmp_path / "out", lambda line: None)
+    lines = [line for line in caplog.messages if "verdict" in line]
+    assert lines == [
+        "seeds: 1 seed gives no verdict; 3 or more do",
+        "data: 1 held-out document gives no verdict; 2 or more do",
+    ]
+    assert result.variants[1].difference.verdict.outcome == UNDECIDED
+
+
 def test_a_single_variant_requires_no_verdict(settings, trained, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "flashmhf"):
         compare(replace(settings(0), variants=("swiglu",)), tmp_path, lambda line: None)

@@ -16,7 +16,7 @@ from flashmhf.comparison.results import RESULTS_FILE, ComparisonResult, write_co
 from flashmhf.comparison.scoring import score_runs
 from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.summary import summarise, unigram_entropy
-from flashmhf.comparison.verdict import MIN_SEEDS
+from flashmhf.comparison.verdict import MIN_DOCUMENTS, MIN_SEEDS
 from flashmhf.data.corpus import Corpus, load_corpus
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def compare(
     plan = Plan(settings, output_dir)
     if jobs is None:
         jobs = count_jobs(plan, os.environ if environment is None else environment)
-    _warn_without_verdict(settings)
+    _warn_of_few("seeds", "seed", len(settings.seeds), MIN_SEEDS, settings)
     with only_writer(output_dir):
         return _compare(plan, progress, jobs, environment)
 
@@ -70,6 +70,7 @@ def _compare(
     settings, output_dir, variants = plan.settings, plan.output_dir, plan.variants
     tokenizer = load_tokenizer(settings.data.tokenizer)
     corpus = _corpus(settings, tokenizer)
+    _warn_of_few("data", "held-out document", len(corpus.validation), MIN_DOCUMENTS, settings)
     claim(output_dir, settings, Inputs.of(settings, corpus.fingerprint, tokenizer))
     for variant in variants:
         write_json(plan.config_file(variant), variant.config.to_dict())
@@ -83,12 +84,11 @@ def _compare(
     return result
 
 
-def _warn_without_verdict(settings: Comparison) -> None:
-    seeds = len(settings.seeds)
-    if seeds < MIN_SEEDS and len(list(settings.all_variants())) > 1:
-        logger.warning(
-            "seeds: %d %s no verdict; %d or more do", seeds, "seed gives" if seeds == 1 else "seeds give", MIN_SEEDS
-        )
+def _warn_of_few(option: str, what: str, number: int, enough: int, settings: Comparison) -> None:
+    """One line before the first run if there will be no verdict, since there are fewer than enough."""
+    if number < enough and len(list(settings.all_variants())) > 1:
+        given = f"1 {what} gives" if number == 1 else f"{number} {what}s give"
+        logger.warning("%s: %s no verdict; %d or more do", option, given, enough)
 
 
 def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:

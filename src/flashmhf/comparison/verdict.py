@@ -9,6 +9,7 @@ from flashmhf.evaluation.differences import Difference
 
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 MIN_SEEDS = 3  # with fewer there is no verdict, whatever the losses are
+MIN_DOCUMENTS = 2  # with one there is no interval over documents
 MAX_SEEDS_NEEDED = 1000  # beyond it, only that it would be more
 
 
