@@ -1,6 +1,7 @@
 """How many runs train side by side: by cores, GPUs, memory and runs."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,13 @@ def plan(folder: Path, model: str = "flashmhf-tiny", seeds: int = 3, flags: tupl
 def test_one_run_per_core_and_no_more_than_rounds_require(machine, tmp_path, number, expected):
     machine(number)
     assert count_jobs(plan(tmp_path), {}) == expected
+
+
+def test_learning_rates_that_are_tried_are_runs_too(machine, tmp_path):
+    one_seed = plan(tmp_path, seeds=1)
+    assert count_jobs(one_seed, {}) == 2
+    rates = dict.fromkeys(("swiglu", "flashmhf"), (1e-3, 2e-3, 4e-3))
+    assert count_jobs(Plan(replace(one_seed.settings, learning_rates=rates), tmp_path), {}) == 6
 
 
 def test_threads_that_are_given_are_those_of_each_run(machine):

@@ -59,7 +59,7 @@ def test_the_table_has_the_variants_as_they_were_given():
         "1,234,567 | 7.7 | 4 | 576 |"
     )
     assert "the first 65,536 bytes of each of 5" in note
-    assert "over seeds (Student's t) and documents (bootstrap)" in note
+    assert "from 3 seeds on with a 95 % interval over seeds (Student's t) and documents (bootstrap)" in note
     assert verdict == "- flashmhf is better than swiglu: -0.100 [-0.150, -0.050] nats/token."
     assert "about one comparison in twenty would have a verdict nevertheless" in worth
 

@@ -27,7 +27,7 @@ def count_jobs(plan: Plan, environment: Mapping[str, str]) -> int:
         plan: of the comparison.
         environment: variables of the runs' processes; OMP_NUM_THREADS is what each run takes.
     """
-    runs = len(plan.variants) * len(plan.settings.seeds)
+    runs = max(len(plan.variants) * len(plan.settings.seeds), len(plan.sweep()))
     arguments: Any = parse_arguments(list(plan.settings.training_flags), str(plan.output_dir))
     if gpus := torch.cuda.device_count():
         limit = gpus

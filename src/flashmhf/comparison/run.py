@@ -79,7 +79,7 @@ def _compare(
     held_out = HeldOut.of(settings, corpus.validation, tokenizer)
     scores = score_runs(runs, held_out, jobs, progress)
     unigram = unigram_entropy(tokenize(corpus.validation, tokenizer))
-    result = summarise(plan, runs, scores, held_out, jobs=jobs, unigram=unigram)
+    result = summarise(plan, runs, scores, held_out, jobs=min(jobs, len(runs)), unigram=unigram)
     write_comparison(result, output_dir / RESULTS_FILE)
     return result
 

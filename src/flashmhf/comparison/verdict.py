@@ -22,7 +22,7 @@ class Verdict:
         seeds: that both finished.
         seeds_needed: about how many would decide a difference of this size, see `_seeds_needed`. None if it is decided,
             if one seed cannot tell, or if it is more than `MAX_SEEDS_NEEDED`.
-        more_documents: so many seeds would not decide, since the difference varies too much over the documents, or
+        more_documents: more seeds alone would not decide, since the difference varies too much over the documents, or
             there is only one.
         resolution: standard deviation over seeds of the paired difference; None for one seed.
     """

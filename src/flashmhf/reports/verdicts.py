@@ -41,9 +41,9 @@ def about_numbers(result: ComparisonResult) -> str:
     documents = max((row.documents.number or 0 for row in result.variants), default=0)
     return (
         f"Loss: nats/token on the first {result.settings.document_bytes:,} bytes of each of {documents} held-out "
-        "documents, mean ± standard deviation over seeds. Differences are paired by seed and document; their 95 % "
-        "intervals are over seeds (Student's t) and documents (bootstrap). Resolution: standard deviation over seeds "
-        "of the difference."
+        "documents, mean ± standard deviation over seeds. Differences are paired by seed and document; from "
+        f"{MIN_SEEDS} seeds on with a 95 % interval over seeds (Student's t) and documents (bootstrap). Resolution: "
+        "standard deviation over seeds of the difference."
     )
 
 
