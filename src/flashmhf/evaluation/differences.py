@@ -21,7 +21,8 @@ class Difference:
         measure: `nats_per_token` or `bits_per_byte`.
         mean: over the runs.
         by_run: of each run.
-        interval: 95 %, over documents and, if there are several, over runs; None for one document.
+        interval: 95 %, over documents and runs; of one run, over documents alone, which tells two models apart but
+            not their layers. None for one document.
         document_error: half of the 95 % interval over documents alone, for these runs; None for one document.
         documents: their number.
     """
