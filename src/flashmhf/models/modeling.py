@@ -1,7 +1,7 @@
 """The FlashMHF model family: transformers' Llama with another feed-forward layer.
 
-Attention (Llama's, or Qwen3's with `qk_norm`), embeddings, rotary positions, KV cache, generation and the task heads are
-transformers' own classes.
+Attention (Llama's, or with `qk_norm` Qwen3's), embeddings, rotary positions, KV cache, generation and the task heads
+are transformers' own classes.
 """
 
 from typing import Any
