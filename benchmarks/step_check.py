@@ -185,7 +185,7 @@ def measure(name: str, setting: Setting, seed: int) -> Iterator[Measurement]:
 
 @torch.no_grad()
 def change(layer: nn.Module, x: Tensor, kind: str, part: str) -> float | None:
-    """RMS of the change of the layer's output by one step of one matrix, relative to the output's RMS, on SHOWN texts."""
+    """RMS of the change of the layer's output by one step of one matrix, relative to the output's, on SHOWN texts."""
     chosen = [p for name, p in layer.named_parameters() if MATRICES.get(name.removesuffix(".weight")) == part]
     if not chosen:
         return None
@@ -257,20 +257,16 @@ def tables(rows: list[Measurement]) -> str:
     header = ["x -> M", "largest", "median", "smallest", "participation"]
     lines = []
     for name in CHAINS:
-        found = values(rows, "spectrum", name)
-        shown = [found[part] for part in (last, str(QUANTILES // 2), "0", "participation")]
+        spectrum = values(rows, "spectrum", name)
+        shown = [spectrum[part] for part in (last, str(QUANTILES // 2), "0", "participation")]
         lines.append([name, *(f"{value:.2f}" if value >= 0.1 else f"{value:.4f}" for value in shown)])
     parts = list(dict.fromkeys(MATRICES.values()))
     steps = []
     for name in SETTINGS:
-        cells = [
-            " / ".join(f"{values(rows, kind, name)[part]:.3f}" for kind in RATES)
-            if part in values(rows, "sign", name)
-            else ""
-            for part in parts
-        ]
+        found = {kind: values(rows, kind, name) for kind in RATES}
+        cells = [" / ".join(f"{found[kind][part]:.3f}" for kind in RATES if part in found[kind]) for part in parts]
         stream, branch = values(rows, "stream", name), values(rows, "branch", name)
-        ends = [f"{found['0']:.2f}, {found[max(found)]:.2f}" for found in (branch, stream)]
+        ends = [f"{depths['0']:.2f}, {depths[max(depths)]:.2f}" for depths in (branch, stream)]
         steps.append([name, *cells, *ends])
     columns = ["sign / polar step", *parts, "branch / stream: first, last layer", "token's share"]
     return Table(header, lines).markdown() + "\n\n" + Table(columns, steps).markdown()
@@ -299,7 +295,7 @@ def draw(rows: list[Measurement], file: Path) -> None:
         found = values(rows, "stream", name)
         stream.plot([int(part) + 1 for part in found], list(found.values()), "o-", color=colour, label=name)
     stream.set(
-        xlabel="after layer", ylabel="share", ylim=(0, 1.05), title="variance of the stream explained by the token"
+        xlabel="after layer", ylabel="share", ylim=(0, 1.05), title="variance explained by the token"
     )
     for axis in (spectrum, steps, stream):
         axis.grid(alpha=0.3)

@@ -49,7 +49,7 @@ def test_polar_is_the_orthogonal_factor_of_every_matrix():
 
 
 def test_rows_come_back_and_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(step_check, "SETTINGS", {name: TINY for name in step_check.SETTINGS})
+    monkeypatch.setattr(step_check, "SETTINGS", dict.fromkeys(step_check.SETTINGS, TINY))
     rows = list(step_check.spectra(hidden=64))
     assert {row.setting for row in rows} == set(CHAINS)
     once = list(step_check.measure("", TINY, 0))
