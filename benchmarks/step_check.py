@@ -294,9 +294,7 @@ def draw(rows: list[Measurement], file: Path) -> None:
     for name, colour in zip(depths, colours_of(depths), strict=True):
         found = values(rows, "stream", name)
         stream.plot([int(part) + 1 for part in found], list(found.values()), "o-", color=colour, label=name)
-    stream.set(
-        xlabel="after layer", ylabel="share", ylim=(0, 1.05), title="variance explained by the token"
-    )
+    stream.set(xlabel="after layer", ylabel="share", ylim=(0, 1.05), title="variance explained by the token")
     for axis in (spectrum, steps, stream):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")
