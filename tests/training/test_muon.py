@@ -13,7 +13,7 @@ from flashmhf.layers import FlashMHF
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.muon import Muon, matrices, orthogonalised
+from flashmhf.training.muon import Muon, gate_scales, matrices, orthogonalised
 from flashmhf.training.run import train
 from flashmhf.training.run_files import read_run
 from tiny import tiny_model
@@ -44,7 +44,7 @@ def test_a_matrix_is_updated_as_by_torchs_muon():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(24, 16)) for _ in range(2))
     options = {"lr": 0.02, "weight_decay": 0.1}
-    muon = Muon([{"params": [ours]}], {ours}, **options)
+    muon = Muon([{"params": [ours]}], {ours: 1.0}, **options)
     other = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
     for _ in range(5):
         ours.grad = torch.randn(24, 16)
@@ -59,8 +59,8 @@ def test_a_matrix_is_updated_as_by_torchs_muon():
 def test_each_sub_network_is_a_matrix_of_its_own():
     torch.manual_seed(0)
     rows, alone = nn.Parameter(torch.zeros(3, 24, 16)), [nn.Parameter(torch.zeros(24, 16)) for _ in range(3)]
-    together = Muon([{"params": [rows]}], {rows}, lr=0.02)
-    apart = Muon([{"params": alone}], set(alone), lr=0.02)
+    together = Muon([{"params": [rows]}], {rows: 1.0}, lr=0.02)
+    apart = Muon([{"params": alone}], dict.fromkeys(alone, 1.0), lr=0.02)
     rows.grad = torch.randn(3, 24, 16) * torch.tensor([1.0, 1e-4, 1e4]).view(3, 1, 1)
     for one, gradient in zip(alone, rows.grad, strict=True):
         one.grad = gradient.clone()
@@ -93,6 +93,34 @@ def test_other_parameters_are_updated_as_by_adamw():
         assert torch.equal(parameter, copies[parameter])
     for parameter in chosen:
         assert torch.equal(parameter, copies[parameter])  # without a gradient
+
+
+@pytest.mark.parametrize("gate_type", ["sigmoid", None])
+def test_a_scale_and_its_inverse_in_the_weights_train_alike(gate_type):
+    """score_scale, gate_scale and output_scale describe the same function as other weights, and its training."""
+    torch.manual_seed(0)
+    one = {"score_scale": 1.0, "output_scale": 1.0, **({"gate_scale": 1.0} if gate_type else {})}
+    other = {"score_scale": 4.0, "output_scale": 2.0, **({"gate_scale": 8.0} if gate_type else {})}
+    plain, scaled = (tiny_model(q_norm=True, num_subnetworks=3, gate_type=gate_type, **s) for s in (one, other))
+    state = dict(plain.state_dict())
+    for name in state:
+        end = name.rpartition(".")[2]
+        factor = {"k": 4.0, "u": 4.0, "v": 2.0, "gate_weight": 8.0}.get(end if ".mlp." in name else "", 1.0)
+        state[name] = state[name] / factor
+    scaled.load_state_dict(state)
+    tokens = torch.randint(0, 50, (2, 12))
+    losses = []
+    for model in (plain, scaled):
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
+        muon = Muon(groups, matrices(model), gate_scales(model), lr=0.01, eps=1e-12)
+        for _ in range(4):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            muon.zero_grad()
+            loss.backward()
+            muon.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] < 3.5
 
 
 def test_gate_and_norm_are_not_orthogonalised():

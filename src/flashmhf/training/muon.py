@@ -7,13 +7,13 @@ sub-network's (F, D) block is a matrix of its own.
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from flashmhf.errors import InputError
@@ -44,39 +44,62 @@ def check_optimizer(name: str, arguments: TrainingArguments, mup_base_width: int
         raise InputError(f"mup-base-width: expected none with --{OPTION} {MUON}, which it was not derived for")
 
 
-def matrices(model: nn.Module) -> set[Tensor]:
-    """The parameters that Muon updates: weights of Linear modules but the head's, and K, U, V, whose last two
-    dimensions are a matrix. Not the gate's weights: E columns for each head are no matrix worth orthogonalising."""
-    output = cast(PreTrainedModel, model).get_output_embeddings()
-    found: set[Tensor] = set()
+def matrices(model: nn.Module) -> dict[Tensor, float]:
+    """The parameters that Muon updates, with the fixed scale that follows each in its layer.
+
+    They are the weights of Linear modules but the head's, and K, U, V, whose last two dimensions are a matrix. Not the
+    gate's weights: E columns for each head are no matrix worth orthogonalising. What a layer computes with is the
+    product of scale and parameter, so that product gets the update, whatever the scale: K and U of init="scaled",
+    whose scale gives AdamW's steps the right size, move as if there were none.
+    """
+    output, embeddings = (getattr(model, f"get_{end}put_embeddings")() for end in ("out", "in"))
+    found: dict[Tensor, float] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not output:
-            found.add(module.weight)
+            found[module.weight] = 1.0
         elif isinstance(module, FlashMHF):
-            found |= {module.k, module.u, module.v}
+            rows = module.output_scale / (1 if module.gate_type is None else module.num_subnetworks)
+            found |= {module.k: module.score_scale, module.u: module.score_scale, module.v: rows}
         elif isinstance(module, PKV):
-            found |= {module.k, module.v}
-    embedding = cast(PreTrainedModel, model).get_input_embeddings().weight
-    return {parameter for parameter in found if parameter is not embedding and parameter.requires_grad}
+            found |= {module.k: 1.0, module.v: 1.0}
+    found.pop(embeddings.weight, None)
+    return {parameter: scale for parameter, scale in found.items() if parameter.requires_grad}
+
+
+def gate_scales(model: nn.Module) -> dict[Tensor, float]:
+    """The gates' weights with the scale that follows them: their AdamW steps, too, are those without one."""
+    gates = (module for module in model.modules() if isinstance(module, FlashMHF) and module.gate_weight is not None)
+    return {gate.gate_weight: gate.gate_scale for gate in gates if gate.gate_weight is not None}
 
 
 class Muon(torch.optim.AdamW):
     """AdamW whose groups with `muon=True` are updated by Muon, with the same learning rate and weight decay.
 
     Args:
-        groups: of parameters, as for any optimizer; those in `matrices` are split off into groups of their own.
-        matrices: (..., m, n); the last two dimensions are a matrix each.
+        groups: of parameters, as for any optimizer; split by rule and scale.
+        matrices: (..., m, n), whose last two dimensions are a matrix each, and the scale that follows them.
+        others: other parameters that a scale follows.
         options: of torch.optim.AdamW.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], matrices: set[Tensor], **options: Any) -> None:
-        split = []
-        for group in groups:
-            for muon in (False, True):
-                chosen = [parameter for parameter in group["params"] if (parameter in matrices) == muon]
-                if chosen:
-                    split.append({**group, "params": chosen, "muon": muon})
-        super().__init__(split, **options)
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        matrices: Mapping[Tensor, float],
+        others: Mapping[Tensor, float] | None = None,
+        **options: Any,
+    ) -> None:
+        scales = {**(others or {}), **matrices}
+        super().__init__(groups, **options)
+        split: dict[tuple, dict[str, Any]] = {}
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                muon, scale = parameter in matrices, scales.get(parameter, 1.0)
+                # The decay is not a step of the scaled product, and stays.
+                own = {"lr": group["lr"] / scale, "weight_decay": group["weight_decay"] * scale, "muon": muon}
+                split.setdefault((number, muon, scale), {**group, **own, "params": []})["params"].append(parameter)
+        # The Trainer logs the rate of the first group.
+        self.param_groups = [split[key] for key in sorted(split, key=lambda key: (key[2] != 1.0, key))]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
