@@ -67,7 +67,7 @@ LEARNING: Table = {
     "lr_scheduler_kwargs": [
         other(f"{COSINE} --lr-scheduler-kwargs '{{\"min_lr_rate\": 0.9}}'"),
         Refused(f"{COSINE} --lr-scheduler-kwargs '{{\"min_lr_rat\": 0.9}}'", "min_lr_rat"),
-        Refused(f"{COSINE} --lr-scheduler-kwargs '{{\"min_lr_rate\": \"x\"}}'", "lr-scheduler-kwargs"),
+        Refused(f'{COSINE} --lr-scheduler-kwargs \'{{"min_lr_rate": "x"}}\'', "lr-scheduler-kwargs"),
         Refused("--lr-scheduler-kwargs x", "lr-scheduler-kwargs"),
         Refused("--lr-scheduler-kwargs '{'", "Expecting"),
         Refused("--lr-scheduler-type constant --lr-scheduler-kwargs '{\"x\": 1}'", "none with a constant schedule"),
