@@ -14,6 +14,8 @@ from flashmhf.reports.render import write_page
 from flashmhf.reports.style import BLUE, GREY, VERMILION, new_axes
 from flashmhf.reports.table import Table
 from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
+from flashmhf.training.instability import recorded
+from flashmhf.training.non_finite_steps import count_skipped, count_spikes
 from flashmhf.training.run_files import RUN_FILE, read_result, read_run
 from flashmhf.training.run_log import RunLog, read_log
 
@@ -75,6 +77,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         summary=Table(("", "value"), [(_label(name), _shown(value)) for name, value in asdict(summary).items()]),
         curves=_curves(log),
         starts=_starts(log),
+        warnings=[str(found) for found in recorded(log.rows)],
         data=[] if result is None else [line for line in (result.data_read, result.bad_data) if line],
         options=config.options(),
     )
@@ -94,8 +97,8 @@ def _summary(folder: Path, log: RunLog) -> RunSummary:
         validation_loss=last("eval_loss"),
         starts=len(log.starts),
         lost_steps=log.lost_steps,
-        skipped_steps=sum("skipped" in row for row in history),
-        spikes=sum("spike" in row for row in history),
+        skipped_steps=count_skipped(history),
+        spikes=count_spikes(history),
         tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
         memory_mib=last("memory_mib"),
         elapsed_s=log.rows[-1]["elapsed_s"],

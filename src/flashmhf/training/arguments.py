@@ -48,7 +48,7 @@ def parse_arguments(flags: list[str], output_dir: str, *, resume: bool = False) 
         resume: whether the run in the folder goes on: schedule and precision are then those that it was begun with.
 
     Returns:
-        The arguments. `warmup_steps` is None unless it was given: the Trainer sets it when the number of steps is known.
+        The arguments. Unless given, `warmup_steps` is None: the Trainer sets it when it knows the number of steps.
 
     Raises:
         InputError: an unknown flag or a value that does not fit.

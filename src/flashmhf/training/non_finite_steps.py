@@ -73,6 +73,8 @@ class NonFiniteGuard:
         self._window = LossWindow()
         self._losses: list[Tensor] = []  # of the current step, as are the blocks
         self._blocks: list[Tensor] = []
+        self.measured: tuple[float, float] | None = None  # loss and norm of the last step, unless it was skipped
+        self.spiked = False  # whether its loss was a spike
 
     @property
     def in_a_row(self) -> int:
@@ -99,7 +101,9 @@ class NonFiniteGuard:
         scaled = self._accelerator.scaler is not None  # fp16: the scaler skips gradients that overflow, as it should
         if math.isfinite(loss) and (scaled or math.isfinite(mean_norm)):
             self._skipped = []
+            self.measured = loss, mean_norm
             limit = self._window.limit_passed(loss)
+            self.spiked = limit is not None
             if limit is not None:
                 step = self._flag(state, {"spike": loss})
                 logger.warning(
@@ -107,6 +111,7 @@ class NonFiniteGuard:
                     *(step.step, loss, limit, _described([step])),
                 )
         else:
+            self.measured, self.spiked = None, False
             if not scaled:
                 model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
             self._skip(state, control, f"loss {loss:.4g}, gradient norm {mean_norm:.4g}")
@@ -143,6 +148,11 @@ class NonFiniteGuard:
 def count_skipped(history: Sequence[dict[str, Any]]) -> int:
     """Skipped steps in a Trainer's log_history: since the first start of the run."""
     return sum("skipped" in row for row in history)
+
+
+def count_spikes(history: Sequence[dict[str, Any]]) -> int:
+    """Loss spikes in a Trainer's log_history: since the first start of the run."""
+    return sum("spike" in row for row in history)
 
 
 class LossWindow:

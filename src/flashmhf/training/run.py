@@ -28,9 +28,10 @@ from flashmhf.training.callbacks import ProgressLines, StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import fingerprints
+from flashmhf.training.instability import recorded
 from flashmhf.training.learning_rates import check_base_width
 from flashmhf.training.muon import check_optimizer
-from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
+from flashmhf.training.non_finite_steps import check_limit, count_skipped, count_spikes, numbered
 from flashmhf.training.resuming import (
     check_same_inputs,
     explain_full_disk,
@@ -179,6 +180,8 @@ def _result(
         peak_memory_mib=peak_memory_mib(),
         elapsed_s=elapsed_s,
         skipped_steps=count_skipped(state.log_history),
+        spikes=count_spikes(state.log_history),
+        instabilities=recorded(state.log_history),
         tokens_used=data.tokens_used(state.num_input_tokens_seen),
         data_read=data.read_summary(),
         bad_data=data.bad_summary(),

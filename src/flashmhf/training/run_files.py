@@ -9,6 +9,7 @@ from flashmhf.files import read_json, write_json
 from flashmhf.serialization import from_plain
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import Fingerprints
+from flashmhf.training.instability import Instability
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"  # written when the run has finished, not when it was interrupted
@@ -38,6 +39,8 @@ class TrainResult:
         bad_data: one line on corrupt records that were skipped, or empty.
         interrupted_by: number of the signal that ended the run early, or None.
         output_dir: the run's folder.
+        spikes: losses far above the mean of the steps before them, since the first start.
+        instabilities: signs of divergence, at most one of each kind.
     """
 
     steps: int
@@ -55,6 +58,8 @@ class TrainResult:
     interrupted_by: int | None
     output_dir: str
     data_read: str = ""
+    spikes: int = 0
+    instabilities: tuple[Instability, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As result.json and `flashmhf train --json` show it."""

@@ -24,6 +24,8 @@ ABSURD = 1e15  # no number of a log is as large
 NUMBERED = ("step", "start")  # a line has one of them
 NOT_NUMBERS = (
     "skipped",
+    "unstable",
+    "found",
     "blocks",
     "documents",
     "machine",
@@ -61,6 +63,11 @@ class LogLines(TrainerCallback):
         if state.is_world_process_zero and logs:
             times = {"time": time.time(), "since_start_s": time.monotonic() - self._started_s}
             _add(Path(args.output_dir), {"step": state.global_step, **times, **logs})
+
+
+def add_row(folder: Path, row: dict[str, Any]) -> None:
+    """Appends an entry, with its step, that is not one of the Trainer's log."""
+    _add(folder, {"time": time.time(), **row})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,12 +37,14 @@ from flashmhf.training.checkpoints import (
     replace_pickled_arguments,
 )
 from flashmhf.training.finite_weights import check_weights
+from flashmhf.training.instability import STATE, InstabilityDetector
 from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
 from flashmhf.training.muon import ADAMW, MUON, Muon, gate_scales, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
 from flashmhf.training.run_files import record_warmup, was_begun
+from flashmhf.training.run_log import add_row
 from flashmhf.training.throughput import ThroughputMeter, speed
 from flashmhf.training.validation import losses_unfiltered, weights_kept
 from flashmhf.training.warmup import check_warmup, warmup_steps
@@ -90,6 +92,7 @@ class PretrainingTrainer(Trainer):
         self.guard = NonFiniteGuard(self.accelerator, max_non_finite_steps, describe)
         self._meter = ThroughputMeter(self.args, flops_per_token)
         self._checkpoints = CheckpointWriter(self.args, self.accelerator)
+        self._instability = InstabilityDetector()
         self._evaluation = EvaluationBatches(self.args, self.accelerator)
         self._resumed_at = 0  # the last step of the checkpoint
         self._finished = False  # whether that is the last of all
@@ -109,6 +112,7 @@ class PretrainingTrainer(Trainer):
         self.guard.reset()
         trained = super()._init_training_state(max_steps, *args, **options)
         find_best_checkpoint(self.state, self.args)
+        self._instability.load(self.state.stateful_callbacks.get(STATE))
         self._resumed_at = self.state.global_step
         self._finished = self._resumed_at >= max_steps
         if self._finished:  # they would start another file or run
@@ -209,7 +213,21 @@ class PretrainingTrainer(Trainer):
         self.guard.check(model, norm, self.state, self.control)
         if self.guard.in_a_row == 1:
             self.check_weights()
+        self._look_for_instability()
         return norm
+
+    def _look_for_instability(self) -> None:
+        if self.guard.measured is None:
+            return
+        step = self.state.global_step + 1
+        warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
+        for found in self._instability.update(
+            step, *self.guard.measured, spiked=self.guard.spiked, warming_up=warming_up
+        ):
+            self.state.log_history.append(found.as_row())
+            if self.is_world_process_zero():
+                logger.warning("%s", found)
+                add_row(Path(str(self.args.output_dir)), found.as_row())
 
     # After the step, as often as the arguments say: log, evaluate, save. Their time is not that of training.
 
@@ -251,6 +269,7 @@ class PretrainingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
         folder = Path(self._get_output_dir(trial))
+        self.state.stateful_callbacks[STATE] = self._instability.state()
         displacing = self.guard.in_a_row == 0  # otherwise older weights may be the last good ones
         with self._meter.paused(), self._checkpoints.writing(folder, self.state, displacing=displacing):
             super()._save_checkpoint(model, trial)

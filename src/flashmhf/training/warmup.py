@@ -1,10 +1,10 @@
 """How many steps the learning rate rises, where nobody says it: right for 300 and for 300,000 steps.
 
-A tenth of the run, at most 2,000 steps. Adam's first updates are too large until its second moment is an average of many
-gradients: 1 / (1 - beta2) = 20 steps with our beta2 of 0.95; Ma and Yarats (arXiv 1910.04209) recommend a warm-up over
-2 / (1 - beta2). It also gives the weights time to reach regions of lower curvature, where they tolerate the full rate
-(Kalra and Barkeshli, arXiv 2406.09405). A share of the run alone gives a short run too few steps (2 % of 350 are 7), and
-a long one more than it needs: 2,000 are a hundred times the memory of the second moment.
+A tenth of the run, at most 2,000 steps. Adam's first updates are too large until its second moment is an average of
+many gradients: 1 / (1 - beta2) = 20 steps with our beta2 of 0.95; Ma and Yarats (arXiv 1910.04209) recommend a warm-up
+over 2 / (1 - beta2). It also gives the weights time to reach regions of lower curvature, where they tolerate the full
+rate (Kalra and Barkeshli, arXiv 2406.09405). A share of the run alone gives a short run too few steps (2 % of 350 are
+7), and a long one more than it needs: 2,000 are a hundred times the memory of the second moment.
 """
 
 import math
