@@ -58,12 +58,8 @@ def compare(
 def _compare(
     plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None
 ) -> ComparisonResult:
-    settings, output_dir, variants = plan.settings, plan.output_dir, plan.variants
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    corpus = _corpus(settings, tokenizer)
-    claim(output_dir, settings, Inputs.of(settings, corpus.fingerprint, tokenizer))
-    for variant in variants:
-        write_json(plan.config_file(variant), variant.config.to_dict())
+    settings, output_dir = plan.settings, plan.output_dir
+    corpus, tokenizer = prepare(plan)
     runs = _train(plan, progress, jobs, environment)
     check_same_data(runs, corpus)
     held_out = HeldOut.of(settings, corpus.validation, tokenizer)
@@ -72,6 +68,17 @@ def _compare(
     result = summarise(plan, runs, scores, held_out, jobs=jobs, unigram=unigram)
     write_comparison(result, output_dir / RESULTS_FILE)
     return result
+
+
+def prepare(plan: Plan) -> tuple[Corpus, PreTrainedTokenizerBase]:
+    """Reads the data, claims the folder and writes the configurations; the first two raise what does not fit."""
+    settings, variants = plan.settings, plan.variants
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    corpus = _corpus(settings, tokenizer)
+    claim(plan.output_dir, settings, Inputs.of(settings, corpus.fingerprint, tokenizer))
+    for variant in variants:
+        write_json(plan.config_file(variant), variant.config.to_dict())
+    return corpus, tokenizer
 
 
 def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:
@@ -91,7 +98,7 @@ def check_same_data(runs: list[Run], corpus: Corpus) -> None:
         inputs = read_fingerprints(run.folder) if run.finished else None
         if inputs is not None and [key for _, key in inputs.data] != [corpus.fingerprint]:
             raise RunError(
-                f"data: expected files that do not change during a comparison, but {run.label} read other text; "
+                f"data: expected files that do not change between runs, but {run.label} read other text; "
                 f"remove {run.folder} to train it again"
             )
 

@@ -152,19 +152,10 @@ def _variant_result(
         intermediate_size=variant.config.intermediate_size,
         learning_rate=runs[0].learning_rate,
         failed_seeds=tuple(run.seed for run in runs if not run.finished),
-        **{name: _spread([getattr(run, name) for run in runs]) for name in SPREADS},
+        **{name: Spread.of([getattr(run, name) for run in runs]) for name in SPREADS},
         documents=_documents(evaluations.get(variant.name, {})),
         difference=_differences(evaluations, variant.name, first),
         effect=_differences(evaluations, variant.name, ablated) if variant.variant.ablation else None,
-    )
-
-
-def _spread(found: Iterable[float | None]) -> Spread:
-    values = tuple(value for value in found if value is not None)
-    return Spread(
-        mean=statistics.fmean(values) if values else None,
-        standard_deviation=statistics.stdev(values) if len(values) > 1 else None,
-        values=values,
     )
 
 
