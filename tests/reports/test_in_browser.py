@@ -66,7 +66,7 @@ def pages(tmp_path):
     )
     write_run_report(tmp_path, tmp_path / "run.html")
     write_sweep_report(tuning_result(tmp_path / "sweep"), tmp_path / "sweep.html", tmp_path / "sweep")
-    return {"comparison": 9, "run": 5, "sweep": 1}
+    return {"comparison": 9, "run": 5, "sweep": 2}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

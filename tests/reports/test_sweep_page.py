@@ -27,14 +27,14 @@ def test_the_page_is_one_file_with_all_losses(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     collector = Collector()
     collector.feed(page.read_text())
-    assert collector.tags.count("svg") == 1
+    assert collector.tags.count("svg") == 2
     assert collector.tags.count("table") == 3
     assert not [value for name, value in collector.attributes if name in ("src", "href") and value[:1] != "#"]
     for contender in result.contenders:
         for rung in contender.rungs:
             for cell in rung.cells:
                 assert f"{cell.validation_loss.mean:.3f}" in collector.text
-    assert "tuning: 20 runs, 131,072 tokens each: 8 cells x 32 steps, then 4 cells x 64 steps x 3 seeds" in (
+    assert "Tuning: 20 runs, 131,072 tokens each: 8 cells x 32 steps, then 4 cells x 64 steps x 3 seeds" in (
         " ".join(collector.text.split())
     )
 

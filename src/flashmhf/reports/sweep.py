@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from flashmhf.files import atomic_write
 from flashmhf.reports.render import PAGE_FILE, png, write_page
 from flashmhf.reports.sweep_figure import losses_by_rate
@@ -45,11 +47,20 @@ def write_report(result: TuningResult, file: Path, folder: Path) -> None:
         best=best_table(result),
         effort=effort(result),
         sentences=[sentence(contender) for contender in result.contenders],
-        picture=losses_by_rate(result),
+        pictures=_pictures(result),
         losses=[(contender.variant, loss_table(contender)) for contender in result.contenders],
         commands=commands(result, folder),
         setting_lines=asdict(settings).items(),
     )
+
+
+def _pictures(result: TuningResult) -> list[tuple[Figure, str]]:
+    what = "Validation loss against learning rate"
+    steps = result.settings.steps
+    last = losses_by_rate(result, all_rungs=False), f"{what}, {steps:,} steps; bars: standard deviations over seeds"
+    if len(result.settings.halving.cells) == 1:
+        return [last]
+    return [last, (losses_by_rate(result), f"{what}, all rungs")]
 
 
 def best_table(result: TuningResult) -> Table:
@@ -93,8 +104,8 @@ def effort(result: TuningResult) -> str:
     rungs = [f"{cells} cells x {steps:,} steps" for cells, steps in zip(halving.cells, halving.lengths, strict=True)]
     last = f" x {seeds} seeds" if seeds > 1 else ""
     return (
-        f"tuning: {result.runs_each} runs, {result.tokens_each:,} tokens each: {', then '.join(rungs)}{last} (rungs "
-        "before the last have one seed)"
+        f"Tuning: {result.runs_each} runs, {result.tokens_each:,} tokens each: {', then '.join(rungs)}{last} (rungs "
+        "before the last have one seed)."
     )
 
 

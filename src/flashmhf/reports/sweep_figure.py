@@ -1,6 +1,7 @@
 """Loss against learning rate: one line for each contender and warm-up, all rungs, and the optimum."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,34 +19,35 @@ HEADROOM = 0.25  # nats/token above the best of the shortest rung
 FAINT = 0.35  # rungs before the last
 
 
-def losses_by_rate(result: TuningResult) -> Figure:
-    """Colours are contenders, markers and line styles warm-ups. Rungs before the last are faint."""
+def losses_by_rate(result: TuningResult, *, all_rungs: bool = True) -> Figure:
+    """Colours are contenders, markers and line styles warm-ups. Rungs before the last are faint, or left out."""
     figure, axes = new_axes("learning rate", "validation loss (nats/token)", HEIGHT)
     warmups = sorted(result.settings.warmups)
+    drawn = [(contender, rung) for contender in result.contenders for rung in contender.rungs[0 if all_rungs else -1 :]]
+    for contender, rung in drawn:
+        for index, warmup in enumerate(warmups):
+            _draw_line(axes, contender, rung, index, warmup)
     for contender in result.contenders:
-        for rung in contender.rungs:
-            for index, warmup in enumerate(warmups):
-                _draw_line(axes, contender, rung, index, warmup)
         _draw_optimum(axes, contender)
-    rates = sorted({rate for values in result.settings.learning_rates.values() for rate in values})
     axes.set_xscale("log")
-    axes.set_xticks(rates)
+    axes.set_xticks(sorted({cell.learning_rate for _, rung in drawn for cell in rung.cells}))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     axes.margins(0.08)
-    _limit(axes, result)
-    axes.legend(handles=_legend(result, warmups), frameon=False, fontsize=8)
+    _limit(axes, [rung for _, rung in drawn])
+    figure.legend(
+        handles=_legend(result, warmups, all_rungs), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+    )
     return figure
 
 
-def _limit(axes: Axes, result: TuningResult) -> None:
+def _limit(axes: Axes, rungs: Sequence[RungResult]) -> None:
     """Cuts off what is far above the best of the shortest rung: a rate that diverges would hide all differences."""
-    rungs = [rung for contender in result.contenders for rung in contender.rungs]
     means = [[mean for cell in rung.cells if (mean := cell.validation_loss.mean) is not None] for rung in rungs]
     bests = [min(losses) for losses in means if losses]
-    top = max(bests) + max(HEADROOM, max(bests) - min(bests))
+    low, top = min(bests), max(bests) + max(HEADROOM, max(bests) - min(bests))
     if top < max(max(losses) for losses in means if losses):
-        axes.set_ylim(top=top)
+        axes.set_ylim(low - 0.08 * (top - low), top)
 
 
 def _mean(cell: CellResult) -> float:
@@ -84,7 +86,7 @@ def _style(index: int) -> dict[str, Any]:
     return {"marker": MARKERS[index % len(MARKERS)], "linestyle": STYLES[index % len(STYLES)]}
 
 
-def _legend(result: TuningResult, warmups: list[float]) -> list[Line2D]:
+def _legend(result: TuningResult, warmups: list[float], all_rungs: bool) -> list[Line2D]:
     steps = [rung.steps for rung in result.contenders[0].rungs]
     handles = [
         Line2D([], [], color=COLOURS[contender.ffn_type], label=in_figure(contender.variant))
@@ -94,7 +96,7 @@ def _legend(result: TuningResult, warmups: list[float]) -> list[Line2D]:
         Line2D([], [], color=GREY, **_style(index), label=f"warm-up {100 * warmup:g} %")
         for index, warmup in enumerate(warmups)
     ]
-    if len(steps) > 1:
+    if all_rungs and len(steps) > 1:
         shorter = ", ".join(f"{number:,}" for number in steps[:-1])
         handles.append(Line2D([], [], color=GREY, alpha=FAINT, marker="o", label=f"{shorter} of {steps[-1]:,} steps"))
     tolerance = result.contenders[0].flat.tolerance
