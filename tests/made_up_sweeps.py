@@ -29,7 +29,7 @@ def sweep_settings(**changes: Any) -> Sweep:
         "seeds": (0, 1, 2),
         "learning_rates": dict.fromkeys(variants, rates),
         "warmups": (0.02, 0.1),
-        "steps": 64,
+        "max_steps": 64,
     }
     return Sweep(variants=variants, **(values | changes))
 
@@ -55,10 +55,12 @@ def finish(run: Run, loss: float) -> None:
     (run.folder / "run.json").write_text(json.dumps({"version": 1}))
 
 
-def tuning_result(folder: Path, loss: Callable[[Run], float] = made_up_loss, **changes: Any) -> TuningResult:
-    """What a sweep in `folder` finds."""
+def tuning_result(folder: Path, loss: Callable[[Run], float | None] = made_up_loss, **changes: Any) -> TuningResult:
+    """What a sweep in `folder` finds; a run without a loss fails."""
     plan = SweepPlan(sweep_settings(**changes), folder)
     for rung in range(len(plan.settings.halving.cells)):
         for run in plan.runs(rung):
-            finish(run, loss(run))
+            found = loss(run)
+            if found is not None:
+                finish(run, found)
     return summarise(plan)

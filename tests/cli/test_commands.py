@@ -219,6 +219,14 @@ BAD = {
         ["sweep", "--output-dir", "x", "--max-steps", "100", "--warmup-steps=10"],
         "warmup-steps: expected --warmups, got a value",
     ),
+    "sweep of epochs": (
+        ["sweep", "--output-dir", "x", "--num_train_epochs", "1"],
+        "num-train-epochs: expected --max-steps or --budget, got a value",
+    ),
+    "sweep without a warm-up": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--lr-scheduler-type", "constant"],
+        "warmup-steps: expected none without a schedule that warms up",
+    ),
     "sweep rate no number": (
         ["sweep", "--output-dir", "x", "--max-steps", "100", "--learning-rates", "1e-3,fast"],
         "learning-rates: expected a number, got 'fast'",

@@ -76,12 +76,21 @@ def test_a_sentence_on_one_seed(tmp_path):
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ((4e-3, 8e-3, 16e-3), "It is the lowest rate of the grid: widen the grid to lower rates."),
-        ((2e-4, 4e-4, 8e-4), "It is the highest rate of the grid: widen the grid to higher rates."),
+        ((4e-3, 8e-3, 16e-3), "It is the lowest rate of the grid: add lower ones, and the same command goes on."),
+        ((2e-4, 4e-4, 8e-4), "It is the highest rate of the grid: add higher ones, and the same command goes on."),
     ],
 )
 def test_a_sentence_on_the_edge(tmp_path, rates, message):
     assert message in sentence_of(tmp_path, rates=rates)
+
+
+def test_a_sentence_on_seeds_that_fail(tmp_path):
+    result = tuning_result(tmp_path, lambda run: None if run.seed == 1 and run.learning_rate > 1e-3 else 1.5)
+    assert "failed" not in sentence(result.contenders[0])
+    result = tuning_result(tmp_path / "2", lambda run: None if run.seed == 1 and run.learning_rate != 1e-3 else 1.5)
+    assert re.search(
+        r"The next best, \S+ with \d+ % warm-up, failed with 1 of its seeds\.", sentence(result.contenders[0])
+    )
 
 
 def test_a_sentence_on_one_rate(tmp_path):

@@ -83,15 +83,18 @@ def test_finished_runs_are_not_repeated(settings, training, tmp_path):
     before = len(training.trained)
     assert sweep(settings(), tmp_path / "out", quiet) == result
     assert len(training.trained) == before
-    wider = sweep(settings(rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), seeds=(0, 1, 2, 3)), tmp_path / "out", quiet)
+    wide = {"rates": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "seeds": (0, 1, 2, 3)}
+    wider = sweep(settings(**wide), tmp_path / "out", quiet)
     assert len(set(training.trained)) == len(training.trained)
     assert wider.settings.halving.cells == (10, 5, 4)
     with pytest.raises(InputError, match=r"holds a sweep with seeds \[0, 1, 2, 3\]; got \[0, 1, 2\]"):
         sweep(settings(), tmp_path / "out", quiet)
     with pytest.raises(InputError, match=r"holds a sweep with learning_rates .*0\.00025.*; got "):
         sweep(settings(seeds=(0, 1, 2, 3)), tmp_path / "out", quiet)
-    with pytest.raises(InputError, match="holds a sweep with steps 64; got 128"):
-        sweep(settings(rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), seeds=(0, 1, 2, 3), steps=128), tmp_path / "out", quiet)
+    with pytest.raises(InputError, match="holds a sweep with max_steps 64; got 128"):
+        sweep(
+            settings(rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), seeds=(0, 1, 2, 3), max_steps=128), tmp_path / "out", quiet
+        )
 
 
 def test_a_sweep_that_was_killed_goes_on(settings, training, tmp_path):
@@ -182,7 +185,7 @@ def test_only_the_last_rung_keeps_its_models(settings, training, tmp_path):
             "warmups: expected values that differ in whole steps, got 0.02 and 0.03, both 1 of",
         ),
         ({"warmups": (0.1, 0.99)}, "warmups: expected less than the 32 steps of a run, got 0.99 of them"),
-        ({"steps": 3}, "max-steps: expected at least 4 for 2 rungs, got 3"),
+        ({"max_steps": 3}, "max-steps: expected at least 4 for 2 rungs, got 3"),
         ({"rungs": 0}, "rungs: expected 1 or more, got 0"),
         ({"models": ("a", "b")}, "model: expected one, got a, b"),
         ({"seeds": ()}, "seeds: expected at least one, got none"),

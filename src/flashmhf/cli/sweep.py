@@ -58,8 +58,14 @@ Budget = Annotated[
 ]
 Rungs = Annotated[int, typer.Option(help="At most this many, each with twice the steps of the one before.")]
 
-# Flags of `flashmhf train` that the grid decides, and what is expected instead.
-INSTEAD = {"learning-rate": "--learning-rates", "warmup-steps": "--warmups", "warmup-ratio": "--warmups"}
+# Flags of `flashmhf train` that a sweep decides, and what is expected instead.
+INSTEAD = {
+    "learning-rate": "--learning-rates",
+    "warmup-steps": "--warmups",
+    "warmup-ratio": "--warmups",
+    "num-train-epochs": "--max-steps or --budget",
+    "max-steps": "it spelled --max-steps",
+}
 
 
 def sweep(
@@ -135,7 +141,7 @@ def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Sweep":
         depth=options["depth"],
         warmups=warmups,
         rungs=options["rungs"],
-        steps=count_steps(halving, options["max_steps"], _tokens(options["budget"]), tokens),
+        max_steps=count_steps(halving, options["max_steps"], _tokens(options["budget"]), tokens),
     )
 
 

@@ -56,7 +56,7 @@ def write_report(result: TuningResult, file: Path, folder: Path) -> None:
 
 def _pictures(result: TuningResult) -> list[tuple[Figure, str]]:
     what = "Validation loss against learning rate"
-    steps = result.settings.steps
+    steps = result.settings.max_steps
     last = losses_by_rate(result, all_rungs=False), f"{what}, {steps:,} steps; bars: standard deviations over seeds"
     if len(result.settings.halving.cells) == 1:
         return [last]
@@ -135,6 +135,8 @@ def _decision(contender: ContenderResult) -> list[str]:
     best, other, noise = contender.best.validation_loss.mean, contender.runner_up, contender.noise
     if other is None or other.validation_loss.mean is None or best is None:
         return []
+    if other.failed_seeds:
+        return [f"The next best, {_cell(other)}, failed with {len(other.failed_seeds)} of its seeds."]
     if noise is None:
         return [f"One seed cannot tell it from the next best, {_cell(other)} ({loss(other)})."]
     apart = f"{other.validation_loss.mean - best:+.3f}; these seeds resolve {noise:.3f}"
@@ -147,7 +149,7 @@ def _edges(contender: ContenderResult) -> list[str]:
     found = []
     if contender.rate_edge is not None:
         which, add = ("lowest", "lower") if contender.rate_edge == LOWER else ("highest", "higher")
-        found.append(f"It is the {which} rate of the grid: widen the grid to {add} rates.")
+        found.append(f"It is the {which} rate of the grid: add {add} ones, and the same command goes on.")
     if contender.warmup_edge is not None:
         which, add = ("shortest", "shorter") if contender.warmup_edge == LOWER else ("longest", "longer")
         found.append(f"Its warm-up is the {which} of the grid; {add} ones were not tried.")

@@ -8,6 +8,8 @@ from flashmhf.errors import InputError
 from flashmhf.sweeping.halving import Halving
 from flashmhf.training.arguments import parse_arguments
 
+SOME_WARMUP = ("--warmup-steps", "0.5")
+
 
 def count_steps(halving: Halving, max_steps: int | None, budget: int | None, tokens_per_step: int) -> int:
     """The steps of a run in the last rung.
@@ -32,8 +34,12 @@ def count_steps(halving: Halving, max_steps: int | None, budget: int | None, tok
 
 
 def count_tokens(flags: Sequence[str], output_dir: str, context_length: int) -> int:
-    """Of a step, in the one process of a run."""
-    arguments: Any = parse_arguments(list(flags), output_dir)
+    """Of a step, in the one process of a run.
+
+    Raises:
+        InputError: the schedule has no warm-up.
+    """
+    arguments: Any = parse_arguments([*flags, *SOME_WARMUP], output_dir)
     return int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * context_length)
 
 

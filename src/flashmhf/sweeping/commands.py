@@ -46,7 +46,7 @@ def _compare(result: TuningResult, warmup: float) -> list[str]:
 
 
 def _schedule(result: TuningResult, warmup: float) -> tuple[str, ...]:
-    return "--warmup-steps", repr(warmup), "--max-steps", str(result.settings.steps)
+    return "--warmup-steps", repr(warmup), "--max-steps", str(result.settings.max_steps)
 
 
 def _options(settings: Comparison) -> Iterator[str]:

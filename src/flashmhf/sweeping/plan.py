@@ -42,11 +42,7 @@ class SweepPlan:
         return [self._run(contender, rung, cell, seed) for seed in seeds]
 
     def cells(self, contender: MatchedVariant, rung: int) -> tuple[Cell, ...]:
-        """The grid in the first rung, what `keep` leaves in the others.
-
-        Raises:
-            RunError: no run of the rung before has finished.
-        """
+        """The grid in the first rung, what `keep` leaves in the others."""
         grid = self.settings.grid(contender.variant.ffn_type)
         if rung == 0:
             return tuple(grid)

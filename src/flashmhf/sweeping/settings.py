@@ -19,7 +19,7 @@ class Sweep(Comparison):
     Args:
         learning_rates: of the grid, per variant, as many for each.
         warmups: of the grid, as shares of the steps.
-        steps: of a run in the last rung.
+        max_steps: of a run in the last rung.
         rungs: at most this many, see `Halving`.
         seeds: of the last rung; the first one is that of the others.
     """
@@ -28,7 +28,7 @@ class Sweep(Comparison):
     noun: ClassVar[str] = "sweep"
 
     warmups: tuple[float, ...]
-    steps: int
+    max_steps: int
     rungs: int = 3
 
     def __post_init__(self) -> None:
@@ -46,10 +46,10 @@ class Sweep(Comparison):
         if max(counts, default=0) == len(self.warmups) == 1:
             raise InputError("learning-rates: expected at least two, got one; there is nothing to sweep")
         super().__post_init__()
-        if self.steps < self.halving.least_steps:
+        if self.max_steps < self.halving.least_steps:
             raise InputError(
                 f"max-steps: expected at least {self.halving.least_steps} for {len(self.halving.cells)} rungs, "
-                f"got {self.steps}"
+                f"got {self.max_steps}"
             )
         self._check_warmup_steps()
 
@@ -75,7 +75,7 @@ class Sweep(Comparison):
             warmups=len(self.warmups),
             seeds=len(self.seeds),
             rungs=self.rungs,
-            steps=self.steps,
+            steps=self.max_steps,
         )
 
     def grid(self, ffn_type: str) -> list[Cell]:

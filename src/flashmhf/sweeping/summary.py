@@ -70,7 +70,8 @@ def _cell(cell: Cell, runs: Sequence[Run]) -> CellResult:
 
 def _complete_first(cell: CellResult) -> tuple[int, float]:
     """A rate at which some seeds fail is too high, however low the loss of the others."""
-    return len(cell.failed_seeds), cell.validation_loss.mean or math.inf
+    mean = cell.validation_loss.mean
+    return len(cell.failed_seeds), math.inf if mean is None else mean
 
 
 def _loss(cell: CellResult) -> float:
