@@ -29,7 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute_q": True, "ffn_norm": False},
     "mhffn": {"ffn_type": "mhffn", "init": "scaled"},
     "pkv": {"ffn_type": "pkv"},
-    "swiglu": {"ffn_type": "swiglu"},
+    "swiglu": {"ffn_type": "swiglu", "qk_norm": True, "num_key_value_heads": 2},
 }
 LAYERS = {
     "flashmhf": lambda: FlashMHF(32, 4, 3, 16, q_norm=True, bias=True),

@@ -58,6 +58,7 @@ CHANGED: dict[str, Any] = {  # a value of every field that describes another mod
     "num_ffn_kv_heads": 2,
     "gate_type": "softmax",
     "q_norm": False,
+    "qk_norm": True,
     "ffn_projections": False,
     "ffn_norm": False,
     "score_scale": 2.0,

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -163,6 +164,9 @@ def _split_ffn(ffn: nn.Module, mesh: DeviceMesh) -> None:
 def _split_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
     columns = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
     parallelize_module(attention, mesh, {**columns, "o_proj": RowwiseParallel()})
+    for name in ("q_norm", "k_norm"):  # of Qwen3's; queries and keys are (batch, length, heads, head_dim)
+        if hasattr(attention, name):
+            parallelize_module(getattr(attention, name), mesh, SequenceParallel(sequence_dim=2))
     replicated: dict[str, Placement] = {"hidden_states": Replicate()}
     prepare = PrepareModuleInput(input_kwarg_layouts=replicated, desired_input_kwarg_layouts=replicated)
     parallelize_module(attention, mesh, prepare)

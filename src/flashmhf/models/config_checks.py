@@ -28,7 +28,10 @@ WHOLE = {  # name: smallest and largest value; the largest are far beyond any mo
     "num_ffn_kv_heads": (1, 2**16),
 }
 POSITIVE = ("rms_norm_eps", "score_scale", "gate_scale", "output_scale")
-FLAGS = ("q_norm", "ffn_projections", "ffn_norm", "recompute_q", "mlp_bias", "attention_bias", "tie_word_embeddings")
+FLAGS = (
+    *("q_norm", "qk_norm", "ffn_projections", "ffn_norm", "recompute_q", "mlp_bias", "attention_bias"),
+    "tie_word_embeddings",
+)
 OPTIONAL_FLAGS = ("use_cache", "output_hidden_states", "output_attentions")
 FIXED = {  # of LlamaConfig and its base, but without effect on this model: the only value that is taken
     "hidden_act": "silu",

@@ -35,6 +35,7 @@ class FlashMHFConfig(LlamaConfig):
         num_ffn_kv_heads: heads with their own K, U, V. Default: num_ffn_heads.
         gate_type: "sigmoid", "softmax" or None. For "flashmhf" and "dense_moe".
         q_norm: RMSNorm on each head of the projected input. For "flashmhf" and "mhffn".
+        qk_norm: RMSNorm on each head's queries and keys in attention, as in Qwen3.
         ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
         ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
         mlp_bias: biases in the layer's projections.
@@ -62,6 +63,7 @@ class FlashMHFConfig(LlamaConfig):
     num_ffn_kv_heads: int | None = None
     gate_type: str | None = "sigmoid"
     q_norm: bool = False
+    qk_norm: bool = False
     ffn_projections: bool = True
     ffn_norm: bool = True
     score_scale: float | None = None

@@ -1,6 +1,7 @@
 """The FlashMHF model family: transformers' Llama with another feed-forward layer.
 
-Attention, embeddings, rotary positions, KV cache, generation and the task heads are transformers' own classes.
+Attention (Llama's, or with `qk_norm` Qwen3's), embeddings, rotary positions, KV cache, generation and the task heads
+are transformers' own classes.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from flashmhf.layers import MHFFN, PKV, DenseMoE, FlashMHF, SwiGLU
 from flashmhf.models.configuration import FlashMHFConfig
@@ -68,7 +70,8 @@ class FlashMHFDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: FlashMHFConfig, layer_idx: int) -> None:
         GradientCheckpointingLayer.__init__(self)  # not Llama's, which would build an MLP first
         self.hidden_size = config.hidden_size
-        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        attention = Qwen3Attention if config.qk_norm else LlamaAttention
+        self.self_attn = attention(config, layer_idx)  # type: ignore[assignment, arg-type]
         self.mlp = build_ffn(config)  # type: ignore[assignment]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -80,7 +83,7 @@ class FlashMHFPreTrainedModel(LlamaPreTrainedModel):
     config: FlashMHFConfig
     config_class = FlashMHFConfig
     _no_split_modules = ["FlashMHFDecoderLayer"]
-    _can_record_outputs = {"hidden_states": FlashMHFDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {"hidden_states": FlashMHFDecoderLayer, "attentions": [LlamaAttention, Qwen3Attention]}
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers' shortcut for custom code would skip a layer whose parameters are all in Linear modules. These
