@@ -36,7 +36,7 @@ def losses_by_rate(result: TuningResult, *, all_rungs: bool = True) -> Figure:
     axes.margins(0.08)
     _limit(axes, [rung for _, rung in drawn])
     figure.legend(
-        handles=_legend(result, warmups, all_rungs), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        handles=_legend(result, warmups, all_rungs), loc="outside lower center", ncols=2, frameon=False, fontsize=9
     )
     return figure
 
