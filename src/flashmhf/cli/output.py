@@ -27,6 +27,9 @@ TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub
 ContextLength = Annotated[int, typer.Option(help="Tokens per training block.")]
 ValidationTokens = Annotated[int, typer.Option(help="Maximum number of tokens for validation.")]
 DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between the documents of a block.")]
+Optimizer = Annotated[
+    str, typer.Option(help="adamw, or muon: momentum orthogonalised for the layers' matrices, AdamW for the rest.")
+]
 MupBaseWidth = Annotated[
     int | None,
     typer.Option(metavar="BASE_WIDTH", help="Scale learning rates by fan-in; the given rate is for this hidden size."),

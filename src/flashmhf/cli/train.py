@@ -17,6 +17,7 @@ from flashmhf.cli.output import (
     Json,
     MaxNonFiniteSteps,
     MupBaseWidth,
+    Optimizer,
     RegionalCompilation,
     TextColumn,
     Tokenizer,
@@ -53,6 +54,7 @@ def train(
     validation_tokens: ValidationTokens = DataConfig.validation_tokens,
     document_mask: DocumentMask = DataConfig.document_mask,
     bad_data: BadData = DataConfig.bad_data,
+    optimizer: Optimizer = TrainConfig.optimizer,
     mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last complete checkpoint in the folder.")

@@ -29,6 +29,7 @@ from flashmhf.training.compilation import check_no_other_compilation, compile_la
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import fingerprints
 from flashmhf.training.learning_rates import check_base_width
+from flashmhf.training.muon import check_optimizer
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, numbered
 from flashmhf.training.resuming import (
     check_same_inputs,
@@ -64,6 +65,7 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     check_limit(config.max_non_finite_steps)
     if config.regional_compilation:
         check_no_other_compilation(arguments)
+    check_optimizer(config.optimizer, arguments, config.mup_base_width)
     check_base_width(config.mup_base_width, arguments)
     configure_tensor_parallel(arguments, config.tensor_parallel)
     output_dir = Path(str(arguments.output_dir))
@@ -136,6 +138,7 @@ def _trainer(
         callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
         max_non_finite_steps=config.max_non_finite_steps,
         flops_per_token=model_cost(model.config, data.block_length).training_flops_per_token,
+        optimizer=config.optimizer,
         mup_base_width=config.mup_base_width,
     )
     trainer.remove_callback(ProgressCallback)

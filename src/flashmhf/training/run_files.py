@@ -15,6 +15,7 @@ RESULT_FILE = "result.json"  # written when the run has finished, not when it wa
 FINGERPRINTS = "fingerprints"  # in run.json
 VERSION = 1  # of both formats; files from before they had one are read as version 0
 FORMER_NAMES = {"width_scaled_learning_rate": "mup_base_width"}  # of options in version 0
+FORMER_DEFAULTS = {"optimizer": "adamw"}  # of options that a run of an earlier version did not have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def read_run(output_dir: Path) -> TrainConfig:
     """
     file = output_dir / RUN_FILE
     content = read_json(file, version=VERSION)
-    options = {FORMER_NAMES.get(name, name): value for name, value in content.items()}
+    options = FORMER_DEFAULTS | {FORMER_NAMES.get(name, name): value for name, value in content.items()}
     if not isinstance(options.get("model"), str):
         raise InputError(f"{file}: expected the model of a training run, got {options.get('model')!r}")
     try:

@@ -40,6 +40,7 @@ from flashmhf.training.finite_weights import check_weights
 from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
+from flashmhf.training.muon import ADAMW, MUON, Muon, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
 from flashmhf.training.throughput import ThroughputMeter, speed
 from flashmhf.training.validation import losses_unfiltered, weights_kept
@@ -57,6 +58,7 @@ class PretrainingTrainer(Trainer):
     Args:
         max_non_finite_steps: this many in a row end training, see `NonFiniteGuard`.
         flops_per_token: of a training step, as `estimates.cost.model_cost` counts them.
+        optimizer: "adamw" or "muon", see `flashmhf.training.muon`.
         mup_base_width: scales learning rates by fan-in, see `flashmhf.training.learning_rates`.
     """
 
@@ -70,10 +72,12 @@ class PretrainingTrainer(Trainer):
         *args: Any,
         max_non_finite_steps: int,
         flops_per_token: float,
+        optimizer: str = ADAMW,
         mup_base_width: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        self._muon = optimizer == MUON
         self._mup_base_width = mup_base_width
         self._tensor_parallel = tensor_parallel_size(self.args)
         self._data_parallel = self.args.world_size // self._tensor_parallel
@@ -118,6 +122,8 @@ class PretrainingTrainer(Trainer):
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
+        if new and self._muon:
+            optimizer = self.optimizer = Muon(optimizer.param_groups, matrices(self.model))
         if new and isinstance(optimizer, torch.optim.Optimizer):
             accept_former_shapes(optimizer, self.model)
         if new and self._mup_base_width is not None:

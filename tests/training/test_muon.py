@@ -1,0 +1,155 @@
+"""Muon: against torch's, per block of K, U and V, and as the optimizer of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flashmhf.data.config import DataConfig
+from flashmhf.errors import InputError
+from flashmhf.layers import FlashMHF
+from flashmhf.models.loading import load_model
+from flashmhf.training.arguments import parse_arguments
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.muon import Muon, matrices, orthogonalised
+from flashmhf.training.run import train
+from flashmhf.training.run_files import read_run
+from tiny import tiny_model
+
+
+def singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.svdvals(matrix.double())
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (6, 40, 12), (2, 3, 30, 10)])
+def test_singular_values_become_about_one_and_directions_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalised(matrix)
+    assert (result.shape, result.dtype) == (matrix.shape, matrix.dtype)
+    values = singular_values(result)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    cosine = nn.functional.cosine_similarity((left @ right).flatten(-2), result.double().flatten(-2), dim=-1)
+    assert cosine.min() > 0.95
+
+
+def test_a_zero_gradient_changes_nothing_but_decays():
+    assert torch.equal(orthogonalised(torch.zeros(3, 4, 5)), torch.zeros(3, 4, 5))
+
+
+def test_a_matrix_is_updated_as_by_torchs_muon():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(24, 16)) for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    muon = Muon([{"params": [ours]}], {ours}, **options)
+    other = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(5):
+        ours.grad = torch.randn(24, 16)
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        other.step()
+    change = (theirs - 1).norm()
+    assert change > 0.1
+    assert (ours - theirs).norm() < 0.05 * change  # torch rounds the iteration to bfloat16 wherever it runs
+
+
+def test_each_sub_network_is_a_matrix_of_its_own():
+    torch.manual_seed(0)
+    rows, alone = nn.Parameter(torch.zeros(3, 24, 16)), [nn.Parameter(torch.zeros(24, 16)) for _ in range(3)]
+    together = Muon([{"params": [rows]}], {rows}, lr=0.02)
+    apart = Muon([{"params": alone}], set(alone), lr=0.02)
+    rows.grad = torch.randn(3, 24, 16) * torch.tensor([1.0, 1e-4, 1e4]).view(3, 1, 1)
+    for one, gradient in zip(alone, rows.grad, strict=True):
+        one.grad = gradient.clone()
+    together.step()
+    apart.step()
+    torch.testing.assert_close(rows.detach(), torch.stack([one.detach() for one in alone]), rtol=2e-2, atol=1e-5)
+
+
+def test_other_parameters_are_updated_as_by_adamw():
+    torch.manual_seed(0)
+    model = tiny_model(q_norm=True, init="scaled")
+    chosen = matrices(model)
+    names = {name.rpartition("layers.0.")[2] for name, parameter in model.named_parameters() if parameter in chosen}
+    inside = {f"self_attn.{name}_proj.weight" for name in "qkvo"} | {f"mlp.{name}" for name in "kuv"}
+    assert {name for name in names if not name.startswith("model")} == inside | {
+        "mlp.in_proj.weight",
+        "mlp.out_proj.weight",
+    }
+    copies = {parameter: nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()}
+    rest = [parameter for parameter in model.parameters() if parameter not in chosen]
+    muon = Muon([{"params": list(model.parameters())}], chosen, lr=0.01)
+    adamw = torch.optim.AdamW([copies[parameter] for parameter in rest], lr=0.01)
+    for _ in range(2):
+        for parameter in rest:
+            parameter.grad = torch.randn_like(parameter)
+            copies[parameter].grad = parameter.grad.clone()
+        muon.step()
+        adamw.step()
+    for parameter in rest:
+        assert torch.equal(parameter, copies[parameter])
+    for parameter in chosen:
+        assert torch.equal(parameter, copies[parameter])  # without a gradient
+
+
+def test_gate_and_norm_are_not_orthogonalised():
+    layer = FlashMHF(32, 4, 3, 16, q_norm=True)
+    model = tiny_model(q_norm=True)
+    model.model.layers[0].mlp = layer
+    assert layer.gate_weight not in matrices(model)
+    assert layer.q_norm is not None
+    assert layer.q_norm.weight not in matrices(model)
+    assert model.lm_head.weight not in matrices(model)
+
+
+def settings(tmp_path: Path, **options) -> TrainConfig:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tiny_model(q_norm=True, init="scaled").config.to_dict()))
+    return TrainConfig(
+        model=str(config), data=DataConfig(source=str(text), context_length=32, validation_tokens=256), **options
+    )
+
+
+FLAGS = ["--max-steps", "6", "--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--report-to", "none"]
+FLAGS += ["--save-steps", "3", "--disable-tqdm", "true"]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    config = settings(tmp_path, optimizer="muon")
+    whole = train(config, parse_arguments(FLAGS, str(tmp_path / "whole")))
+    train(config, parse_arguments(FLAGS, str(tmp_path / "cut")))
+    cut = tmp_path / "cut"
+    for name in ("result.json", "model.safetensors"):
+        (cut / name).unlink()
+    checkpoint = cut / "checkpoint-6"
+    for file in checkpoint.iterdir():
+        file.unlink()
+    checkpoint.rmdir()
+    resumed = train(config, parse_arguments(FLAGS, str(cut)), resume=True)
+    assert resumed.validation_loss == whole.validation_loss
+    first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_without_the_option_was_one_with_adamw(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"version": 1, "model": "flashmhf-tiny"}))
+    assert read_run(tmp_path).optimizer == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        ({"optimizer": "sgd"}, [], "optimizer: expected adamw or muon, got 'sgd'"),
+        ({"optimizer": "muon"}, ["--optim", "adafactor"], "optim: expected none of its own with --optimizer muon"),
+        ({"optimizer": "muon", "mup_base_width": 8}, [], "mup-base-width: expected none with --optimizer muon"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, options, flags, message):
+    with pytest.raises(InputError, match=message):
+        train(settings(tmp_path, **options), parse_arguments([*FLAGS, *flags], str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
