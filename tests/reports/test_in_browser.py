@@ -6,7 +6,8 @@ Requires Chromium and its driver (Debian: apt-get install chromium chromium-driv
 import shutil
 
 import pytest
-from test_run_report import log_lines, result
+from comparison_results import result
+from test_run_report import log_lines
 
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
@@ -66,7 +67,7 @@ def pages(tmp_path):
     )
     write_run_report(tmp_path, tmp_path / "run.html")
     write_sweep_report(tuning_result(tmp_path / "sweep"), tmp_path / "sweep.html", tmp_path / "sweep")
-    return {"comparison": 9, "run": 5, "sweep": 2}
+    return {"comparison": 10, "run": 5, "sweep": 2}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

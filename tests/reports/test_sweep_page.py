@@ -41,7 +41,7 @@ def test_the_page_is_one_file_with_all_losses(tmp_path):
 
 def test_the_terminal_has_table_sentences_and_commands(tmp_path):
     text = terminal_text(tuning_result(tmp_path), tmp_path)
-    assert "| flashmhf | 2e-3 | 10 % |" in text
+    assert re.search(r"\nflashmhf +2e-3 +10 % +1\.\d{3} ± 0\.\d{3} ", text)
     assert "\nflashmhf: 2e-3 with 10 % warm-up, " in text
     assert f"\nflashmhf train --model {tmp_path}/configs/flashmhf.json --output-dir tuned-flashmhf" in text
     assert "\nflashmhf compare --variants swiglu,flashmhf --model flashmhf-tiny" in text

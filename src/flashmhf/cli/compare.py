@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashmhf.cli.comparison_options import (
+    AUTO,
     VALIDATION_TOKENS,
     Depth,
     Jobs,
@@ -16,6 +17,7 @@ from flashmhf.cli.comparison_options import (
     Variants,
     check_flags,
     rates_by_variant,
+    read_jobs,
     split,
     whole_numbers,
 )
@@ -42,7 +44,7 @@ from flashmhf.errors import Interrupted
 from flashmhf.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from flashmhf.comparison import Comparison, ComparisonResult
+    from flashmhf.comparison import Comparison
 
 OutputDir = Annotated[
     str,
@@ -70,7 +72,7 @@ def compare(
     model: Models = "flashmhf-tiny",
     data: Data = DataConfig.source,
     tokenizer: Tokenizer = DataConfig.tokenizer,
-    seeds: Seeds = "0",
+    seeds: Seeds = "0,1,2",
     context_length: ContextLength = DataConfig.context_length,
     learning_rate: LearningRates = "",
     gate_type: GateType = "",
@@ -80,7 +82,7 @@ def compare(
     subnetworks: Subnetworks = "",
     match: Match = "parameters",
     depth: Depth = "same",
-    jobs: Jobs = 1,
+    jobs: Jobs = AUTO,
     text_column: TextColumn = DataConfig.text_column,
     bad_data: BadData = DataConfig.bad_data,
     validation_tokens: ValidationTokens = VALIDATION_TOKENS,
@@ -94,19 +96,22 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="Changes nothing: a comparison is always resumed.")] = False,
     json: Json = False,
 ) -> None:
-    """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train`, too."""
+    """Train variants on the same data; verdict, table, curves, samples. Takes the flags of `flashmhf train`, too."""
     with results_only():
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.reports.comparison import write_files
+        from flashmhf.reports.comparison_tables import terminal_text
 
+        number = read_jobs(jobs)
         settings = _settings(context.params, tuple(context.args))
         try:
-            result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+            result = run_comparison(settings, Path(output_dir), _progress, jobs=number, environment=os.environ)
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, "the same command again continues the comparison") from None
-        report = write_files(result, Path(output_dir))
-    emit({**result.as_dict(), "report": str(report)}, _text(result, report), json)
+        report, picture = (str(file) for file in write_files(result, Path(output_dir)))
+    text = f"{terminal_text(result)}\n\nreport: {report}\nloss curves: {picture}"
+    emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 
 
@@ -131,12 +136,3 @@ def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":
         match=options["match"],
         depth=options["depth"],
     )
-
-
-def _text(result: "ComparisonResult", report: Path) -> str:
-    from flashmhf.reports.comparison import markdown_table
-
-    lines = [markdown_table(result), "", f"unigram entropy: {result.unigram_entropy_nats:.3f} nats/token", ""]
-    for variant, continuation in result.samples.continuations.items():
-        lines += [f"--- {variant}, continuing a held-out document", result.samples.prompt + continuation, ""]
-    return "\n".join([*lines, f"report: {report}"])

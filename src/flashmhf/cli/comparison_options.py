@@ -10,11 +10,17 @@ from flashmhf.data.config import DataConfig
 N = TypeVar("N", int, float)
 
 Variants = Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe, swiglu.")]
-Seeds = Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")]
+Seeds = Annotated[
+    str, typer.Option(help="Each fixes initial weights and the data's order. A verdict requires three or more.")
+]
 Match = Annotated[str, typer.Option(help="What is equal: parameters or flops.")]
 Depth = Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")]
-Jobs = Annotated[int, typer.Option(help="Runs at a time.")]
+Jobs = Annotated[
+    str,
+    typer.Option(metavar="auto|N", help="Runs at a time; auto: one per GPU, or on a CPU one per core if they fit."),
+]
 
+AUTO = "auto"
 DECIDED = ("streaming", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
 VALIDATION_TOKENS = DataConfig.validation_tokens // 4  # for each of many short runs
 
@@ -54,6 +60,17 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
 def numbers(option: str, text: str) -> tuple[float, ...]:
     """Of an option such as "1e-3,2e-3"."""
     return tuple(_number(float, option, number) for number in split(text))
+
+
+def read_jobs(text: str) -> int | None:
+    """None for auto."""
+    from flashmhf.errors import InputError
+
+    if text == AUTO:
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise InputError(f"jobs: expected auto or a number of at least 1, got {text}")
+    return int(text)
 
 
 def rates_by_variant(option: str, text: str, variants: tuple[str, ...]) -> dict[str, tuple[float, ...]]:

@@ -22,10 +22,11 @@ def report(
         from dataclasses import asdict
 
         from flashmhf.comparison.results import RESULTS_FILE, read_comparison
-        from flashmhf.reports.comparison import markdown_table, write_report
+        from flashmhf.reports.comparison import write_report
+        from flashmhf.reports.comparison_tables import terminal_text
         from flashmhf.reports.render import PAGE_FILE
         from flashmhf.reports.run import write_run_report
-        from flashmhf.reports.sweep import terminal_text
+        from flashmhf.reports.sweep import terminal_text as tuning_text
         from flashmhf.reports.sweep import write_report as write_tuning_report
         from flashmhf.sweeping.results import TUNING_FILE, read_tuning
         from flashmhf.training.run_log import LOG_FILE
@@ -38,13 +39,13 @@ def report(
             comparison = read_comparison(results)
             with _drawing(results):
                 write_report(comparison, file)
-                text = markdown_table(comparison)
+                text = terminal_text(comparison) + "\n"
             summary = comparison.as_dict()
         elif (found := Path(folder) / TUNING_FILE).is_file():
             tuning = read_tuning(found)
             with _drawing(found):
                 write_tuning_report(tuning, file, Path(folder))
-                text = terminal_text(tuning, Path(folder))
+                text = tuning_text(tuning, Path(folder))
             summary = tuning.as_dict()
         else:
             with _drawing(Path(folder) / LOG_FILE):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashmhf.cli.comparison_options import (
+    AUTO,
     VALIDATION_TOKENS,
     Depth,
     Jobs,
@@ -18,6 +19,7 @@ from flashmhf.cli.comparison_options import (
     check_flags,
     numbers,
     rates_by_variant,
+    read_jobs,
     split,
     whole_numbers,
 )
@@ -30,6 +32,7 @@ from flashmhf.cli.output import (
     Json,
     MaxNonFiniteSteps,
     MupBaseWidth,
+    Optimizer,
     RegionalCompilation,
     TextColumn,
     Tokenizer,
@@ -84,11 +87,12 @@ def sweep(
     context_length: ContextLength = DataConfig.context_length,
     match: Match = "parameters",
     depth: Depth = "same",
-    jobs: Jobs = 1,
+    jobs: Jobs = AUTO,
     text_column: TextColumn = DataConfig.text_column,
     bad_data: BadData = DataConfig.bad_data,
     validation_tokens: ValidationTokens = VALIDATION_TOKENS,
     document_mask: DocumentMask = DataConfig.document_mask,
+    optimizer: Optimizer = TrainConfig.optimizer,
     mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
     max_non_finite_steps: MaxNonFiniteSteps = TrainConfig.max_non_finite_steps,
     regional_compilation: RegionalCompilation = TrainConfig.regional_compilation,
@@ -100,10 +104,11 @@ def sweep(
         from flashmhf.reports.sweep import terminal_text, write_files
         from flashmhf.sweeping import sweep as run_sweep
 
+        number = read_jobs(jobs)
         settings = _settings(context.params, tuple(context.args))
         folder = Path(output_dir)
         try:
-            result = run_sweep(settings, folder, say, jobs=jobs, environment=os.environ)
+            result = run_sweep(settings, folder, say, jobs=number, environment=os.environ)
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, "the same command again continues the sweep") from None

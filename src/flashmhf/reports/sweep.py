@@ -26,7 +26,7 @@ def write_files(result: TuningResult, folder: Path) -> tuple[Path, Path]:
 def terminal_text(result: TuningResult, folder: Path) -> str:
     """The table, some sentences on each contender, and how to use what was found."""
     sentences = [sentence(contender) for contender in result.contenders]
-    return "\n".join([best_table(result).markdown(), "", effort(result), "", *sentences, "", *commands(result, folder)])
+    return "\n".join([best_table(result).aligned(), "", effort(result), "", *sentences, "", *commands(result, folder)])
 
 
 def write_report(result: TuningResult, file: Path, folder: Path) -> None:

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from flashmhf.comparison.jobs import count_jobs
 from flashmhf.comparison.launcher import train_runs
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.run import check_same_data, prepare
+from flashmhf.comparison.verdict import MIN_SEEDS
 from flashmhf.errors import InputError
 from flashmhf.sweeping.plan import SweepPlan
 from flashmhf.sweeping.results import TUNING_FILE, TuningResult, write_tuning
@@ -19,7 +21,6 @@ from flashmhf.training.resuming import only_writer
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "*.safetensors"
-MIN_SEEDS = 3  # that tell cells apart
 
 
 def sweep(
@@ -27,7 +28,7 @@ def sweep(
     output_dir: Path,
     progress: Callable[[str], None],
     *,
-    jobs: int = 1,
+    jobs: int | None = 1,
     environment: Mapping[str, str] | None = None,
 ) -> TuningResult:
     """Trains the grid of every contender rung by rung and writes sweep.json into `output_dir`.
@@ -39,16 +40,18 @@ def sweep(
         settings: what to sweep.
         output_dir: new, empty, or holding this sweep.
         progress: called with one line for each rung and at the start of each run.
-        jobs: runs at a time.
+        jobs: runs at a time; None for as many as the machine has room for, see `comparison.jobs`.
         environment: variables of the runs' processes, see `comparison.launcher`.
 
     Raises:
         InputError: the settings do not fit, the folder holds something else, or another process sweeps in it.
         RunError: every run of a contender failed.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = SweepPlan(settings, output_dir)
+    if jobs is None:
+        jobs = count_jobs(plan.comparison, environment or {})
     if len(settings.seeds) < MIN_SEEDS:
         logger.warning("seeds: fewer than %d hardly tell cells apart, got %d", MIN_SEEDS, len(settings.seeds))
     with only_writer(output_dir):
