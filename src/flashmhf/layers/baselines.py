@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from flashmhf.layers import initialisation
 from flashmhf.layers.initialisation import (
     INITS,
-    REFERENCE_GAIN,
     REFERENCE_STD,
     check_choice,
     check_flags,
@@ -61,11 +60,11 @@ class PKV(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises every parameter, according to `init`."""
-        init_projections(self.in_proj, self.out_proj)
+        init_projections(self.init, self.in_proj, self.out_proj)
         key_std = value_std = REFERENCE_STD
         if self.init == "scaled":
             # No fan-in: the logits' 1 / sqrt(head_dim) compensates it.
-            key_std = initialisation.SCALED_PKV_KEY_RMS / REFERENCE_GAIN
+            key_std = initialisation.SCALED_PKV_KEY_RMS / initialisation.SCALED_IN_GAIN
             value_std = initialisation.SCALED_PKV_VALUE_STD
         nn.init.normal_(self.k, std=key_std)
         nn.init.normal_(self.v, std=value_std)

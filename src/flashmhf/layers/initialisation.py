@@ -3,11 +3,14 @@
 import math
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 INITS = ("reference", "scaled")
 REFERENCE_STD = 0.02
 REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
+SCALED_IN_GAIN = 1.0  # of W_in, which starts orthogonal: q has the RMS of x
+SCALED_OUT_GAIN = 0.707  # of W_out, which starts orthogonal
 SCALED_SCORE_RMS = 0.64  # RMS of M, N and the gate's logits at initialisation, for inputs of unit RMS
 SCALED_PKV_KEY_RMS = 1.0  # RMS of PKV's logits
 SCALED_PKV_VALUE_STD = 1.0
@@ -36,12 +39,39 @@ def default_scales(init: str, num_heads: int, num_subnetworks: int, gate_type: s
     return Scales(float(num_heads), float(num_heads), float(num_subnetworks))
 
 
-def init_projections(*projections: nn.Linear | None) -> None:
-    for projection in projections:
-        if projection is not None:
+def init_projections(init: str, in_proj: nn.Linear | None, out_proj: nn.Linear | None) -> None:
+    """W_in and W_out: Xavier-uniform with "reference", random orthogonal matrices with "scaled"; biases are zero.
+
+    A random square matrix shrinks some directions of its input a hundred times and more, and the random matrix that
+    follows does not restore them. An orthogonal one keeps all (docs/parametrisation.md).
+    """
+    for projection, gain in ((in_proj, SCALED_IN_GAIN), (out_proj, SCALED_OUT_GAIN)):
+        if projection is None:
+            continue
+        if init == "scaled":
+            init_orthogonal(projection.weight, std=gain / math.sqrt(projection.in_features))
+        else:
             nn.init.xavier_uniform_(projection.weight, gain=REFERENCE_GAIN)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+
+
+@torch.no_grad()
+def init_orthogonal(weight: Tensor, std: float) -> None:
+    """Fills each matrix of `weight` (..., m, n) with a random one whose rows, or columns if m > n, are orthogonal.
+
+    The entries have the RMS `std`. Drawn in float32 if the weight's dtype is shorter, for which LAPACK has no QR.
+    """
+    if getattr(weight, "_is_hf_initialized", False):
+        return  # transformers has loaded it; its guard on torch.nn.init sees neither the matrices nor the copies below
+    gain = std * math.sqrt(max(weight.shape[-2:]))
+    for matrix in weight.view(-1, *weight.shape[-2:]):
+        if matrix.dtype in (torch.float32, torch.float64):
+            nn.init.orthogonal_(matrix, gain=gain)
+        else:
+            drawn = torch.empty_like(matrix, dtype=torch.float32)
+            nn.init.orthogonal_(drawn, gain=gain)
+            matrix.copy_(drawn)
 
 
 def check_positive(**sizes: int) -> None:

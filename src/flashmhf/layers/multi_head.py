@@ -14,7 +14,6 @@ from flashmhf.layers import initialisation
 from flashmhf.layers.former_shapes import ROWS, from_former_shape
 from flashmhf.layers.initialisation import (
     INITS,
-    REFERENCE_GAIN,
     REFERENCE_STD,
     check_choice,
     check_epsilon,
@@ -171,13 +170,13 @@ class FlashMHF(nn.Module):
             nn.init.ones_(self.q_norm.weight)
         score_std = output_std = gate_std = REFERENCE_STD
         if self.init == "scaled":
-            q_rms = 1.0 if self.q_norm is not None or self.in_proj is None else REFERENCE_GAIN
+            q_rms = 1.0 if self.q_norm is not None or self.in_proj is None else initialisation.SCALED_IN_GAIN
             unit_std = initialisation.SCALED_SCORE_RMS / (q_rms * math.sqrt(self.head_dim))
             score_std, gate_std = unit_std / self.score_scale, unit_std / self.gate_scale
             output_std = initialisation.SCALED_OUTPUT_GAIN / math.sqrt(self.num_subnetworks * self.subnetwork_size)
         if self.gate_weight is not None:
             nn.init.trunc_normal_(self.gate_weight, std=gate_std)
-        init_projections(self.in_proj, self.out_proj)
+        init_projections(self.init, self.in_proj, self.out_proj)
         nn.init.normal_(self.k, std=score_std)
         nn.init.normal_(self.u, std=score_std)
         nn.init.normal_(self.v, std=output_std)

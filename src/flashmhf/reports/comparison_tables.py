@@ -42,9 +42,10 @@ def terminal_text(result: ComparisonResult) -> str:
         for row in result.variants
     ]
     columns = "FFN", "held-out loss", _to_first(result), "resolution", "parameters", "tokens/s"
-    lines = [Table(columns, rows).aligned(), ""]
-    for text in (*verdict_lines(result), failed_runs(result), about_numbers(result)):
-        lines += textwrap.wrap(text, WIDTH)
+    lines = [Table(columns, rows).aligned()]
+    for texts in (verdict_lines(result), [failed_runs(result)], [about_numbers(result)]):
+        paragraph = [line for text in texts for line in textwrap.wrap(text, WIDTH)]
+        lines += ["", *paragraph] if paragraph else []
     for variant, continuation in result.samples.continuations.items():
         lines += ["", f"--- {variant}, continuing a held-out document", result.samples.prompt + continuation]
     return "\n".join(lines)
