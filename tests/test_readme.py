@@ -31,7 +31,7 @@ def test_commands_and_their_options_exist(command):
     depth = 2 if words[0] == "bench" else 1
     result = CliRunner().invoke(app, [*words[:depth], "--help"], terminal_width=200)
     assert result.exit_code == 0
-    trainer_flags = ("train", "compare")
+    trainer_flags = ("train", "compare", "sweep")
     for option in (word for word in command if word.startswith("--")):
         assert option in result.output or words[0] in trainer_flags
 

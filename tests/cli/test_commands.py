@@ -214,6 +214,43 @@ BAD = {
         ["compare", "--output-dir", "x", "--learning-rate", "swiglu=fast"],
         "learning-rate: expected a number",
     ),
+    "sweep of no length": (["sweep", "--output-dir", "x"], "max-steps: expected the steps of a full run, or --budget"),
+    "sweep with too little": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--budget", "1e6"],
+        "budget: expected at least 6,553,600 tokens for each contender's 20 runs (8 cells, 3 seeds for the last 4) of",
+    ),
+    "sweep of one cell": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--learning-rates", "1e-3", "--warmups", "0.1"],
+        "learning-rates: expected at least two, got one; there is nothing to sweep",
+    ),
+    "sweep of one rate of its own": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--learning_rate", "1e-3"],
+        "learning-rate: expected --learning-rates, got a value",
+    ),
+    "sweep with its own warm-up": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--warmup-steps=10"],
+        "warmup-steps: expected --warmups, got a value",
+    ),
+    "sweep of epochs": (
+        ["sweep", "--output-dir", "x", "--num_train_epochs", "1"],
+        "num-train-epochs: expected --max-steps or --budget, got a value",
+    ),
+    "sweep without a warm-up": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--lr-scheduler-type", "constant"],
+        "warmup-steps: expected none without a schedule that warms up",
+    ),
+    "sweep rate no number": (
+        ["sweep", "--output-dir", "x", "--max-steps", "100", "--learning-rates", "1e-3,fast"],
+        "learning-rates: expected a number, got 'fast'",
+    ),
+    "sweep budget no number": (
+        ["sweep", "--output-dir", "x", "--budget", "much"],
+        "budget: expected a number, got 'much'",
+    ),
+    "sweep without a budget": (
+        ["sweep", "--output-dir", "x", "--budget", "-1"],
+        "budget: expected a positive number of tokens, got -1",
+    ),
     "eval of nothing": (["eval", "nowhere"], "model: expected a folder with config.json, got 'nowhere'"),
     "generate from nothing": (["generate", "nowhere"], "model: expected a folder with config.json"),
     "convert nothing": (["convert", "nowhere", "x"], "SRC: expected a folder with config.json"),
@@ -285,7 +322,7 @@ def test_help_is_fast_and_names_every_command():
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "flashmhf", "--help"], capture_output=True, text=True, check=True)
         fastest = min(fastest, time.perf_counter() - started)
-    for name in ("info", "train", "eval", "generate", "compare", "convert", "tokenizer", "bench"):
+    for name in ("info", "train", "eval", "generate", "compare", "sweep", "convert", "tokenizer", "bench"):
         assert name in done.stdout
     assert fastest < 1.0  # 0.25 s on an idle core; tests run in parallel
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flashmhf.comparison import Comparison
-from flashmhf.comparison.claim import SETTINGS_FILE, Inputs, claim
+from flashmhf.comparison.claim import Inputs, claim
 from flashmhf.comparison.run import check_same_data
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError, RunError
@@ -62,16 +62,16 @@ def test_the_same_comparison_goes_on(tmp_path, settings):
 )
 def test_another_comparison_is_refused_by_name(tmp_path, settings, inputs, message):
     claim(tmp_path, SETTINGS, INPUTS)
-    before = (tmp_path / SETTINGS_FILE).read_text()
+    before = (tmp_path / SETTINGS.settings_file).read_text()
     with pytest.raises(InputError, match=rf"output-dir: .* holds {message}"):
         claim(tmp_path, settings, inputs)
-    assert (tmp_path / SETTINGS_FILE).read_text() == before
+    assert (tmp_path / SETTINGS.settings_file).read_text() == before
 
 
 def test_a_comparison_without_recorded_inputs_goes_on_with_a_line(tmp_path, caplog):
     claim(tmp_path, SETTINGS, INPUTS)
-    old = {name: value for name, value in read_json(tmp_path / SETTINGS_FILE).items() if name != "inputs"}
-    write_json(tmp_path / SETTINGS_FILE, old)
+    old = {name: value for name, value in read_json(tmp_path / SETTINGS.settings_file).items() if name != "inputs"}
+    write_json(tmp_path / SETTINGS.settings_file, old)
     with pytest.raises(InputError, match=r"holds a comparison with train.data.source 'books'; got 'other'"):
         claim(tmp_path, with_data(source="other"), INPUTS)
     claim(tmp_path, SETTINGS, INPUTS)
@@ -81,7 +81,7 @@ def test_a_comparison_without_recorded_inputs_goes_on_with_a_line(tmp_path, capl
 @pytest.mark.parametrize("inputs", [7, {}, {"data": 1, "tokenizer": "a", "models": []}, [], "text"])
 def test_inputs_that_cannot_be_read_are_named(tmp_path, inputs):
     claim(tmp_path, SETTINGS, INPUTS)
-    write_json(tmp_path / SETTINGS_FILE, read_json(tmp_path / SETTINGS_FILE) | {"inputs": inputs})
+    write_json(tmp_path / SETTINGS.settings_file, read_json(tmp_path / SETTINGS.settings_file) | {"inputs": inputs})
     with pytest.raises(InputError, match=r"compare\.json: Inputs"):
         claim(tmp_path, SETTINGS, INPUTS)
 
@@ -103,5 +103,5 @@ def test_a_run_that_read_other_text_is_named(tmp_path):
     corpus: Any = SimpleNamespace(fingerprint="of the run")
     check_same_data([run], corpus)
     corpus.fingerprint = "of the comparison"
-    with pytest.raises(RunError, match="files that do not change during a comparison, but swiglu, seed 0 read other"):
+    with pytest.raises(RunError, match="files that do not change between runs, but swiglu, seed 0 read other"):
         check_same_data([run], corpus)

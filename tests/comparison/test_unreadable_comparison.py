@@ -7,7 +7,7 @@ import pytest
 
 from damage import DAMAGES, assert_one_line, wrong_values
 from flashmhf.comparison import Comparison, compare, read_comparison
-from flashmhf.comparison.claim import SETTINGS_FILE, Inputs, claim
+from flashmhf.comparison.claim import Inputs, claim
 from flashmhf.comparison.evaluate import read_evaluation
 from flashmhf.comparison.results import RESULTS_FILE
 from flashmhf.data.config import DataConfig
@@ -68,8 +68,8 @@ def test_the_same_command_again(settings, finished, tmp_path, name):
 
 def test_settings_of_a_wrong_type(settings, finished, tmp_path):
     inputs = Inputs(data="", tokenizer="", models=())
-    for what, content in wrong_values(finished / SETTINGS_FILE):
-        write_json(tmp_path / SETTINGS_FILE, content)
+    for what, content in wrong_values(finished / Comparison.settings_file):
+        write_json(tmp_path / Comparison.settings_file, content)
         assert_one_line(what, lambda: claim(tmp_path, settings, inputs), (InputError,))
 
 

@@ -13,7 +13,9 @@ from benchmark_results import row as benchmark_row
 from flashmhf.benchmarking.results import read_result as read_benchmark
 from flashmhf.comparison.results import write_comparison
 from flashmhf.reports.benchmark_page import write_results
+from flashmhf.sweeping.results import TUNING_FILE, write_tuning
 from flashmhf.training.run_files import write_result
+from made_up_sweeps import tuning_result
 from tiny import train_result
 
 
@@ -59,6 +61,10 @@ def comparison_folder(folder):
     write_comparison(comparison_result(), folder / "results.json")
 
 
+def sweep_folder(folder):
+    write_tuning(tuning_result(folder / "made", variants=("flashmhf",), seeds=(0,)), folder / TUNING_FILE)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     def run(*arguments):
@@ -87,6 +93,7 @@ FILES = [
     (run_folder, "log.jsonl"),
     (run_folder, "trainer_state.json"),
     (comparison_folder, "results.json"),
+    (sweep_folder, "sweep.json"),
 ]
 
 

@@ -11,6 +11,8 @@ from test_run_report import log_lines
 
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
+from flashmhf.reports.sweep import write_report as write_sweep_report
+from made_up_sweeps import tuning_result
 
 selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -64,7 +66,8 @@ def pages(tmp_path):
         *({"step": step, "time": float(step), "loss": 5.0 - step / 10, **row} for step in range(1, 31)),
     )
     write_run_report(tmp_path, tmp_path / "run.html")
-    return {"comparison": 10, "run": 5}
+    write_sweep_report(tuning_result(tmp_path / "sweep"), tmp_path / "sweep.html", tmp_path / "sweep")
+    return {"comparison": 10, "run": 5, "sweep": 2}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -11,7 +11,20 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from flashmhf.cli import bench, compare, convert, evaluate, generate, info, inspect, report, terminal, tokenizer, train
+from flashmhf.cli import (
+    bench,
+    compare,
+    convert,
+    evaluate,
+    generate,
+    info,
+    inspect,
+    report,
+    sweep,
+    terminal,
+    tokenizer,
+    train,
+)
 from flashmhf.errors import InputError, Interrupted, RunError
 from flashmhf.lifeline import end_with_parent
 from flashmhf.system_errors import system_error
@@ -21,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pretrain, evaluate, compare, generate, convert and benchmark models with FlashMHF feed-forward layers.",
+    help="Pretrain, tune, evaluate, compare, generate, convert and benchmark models with FlashMHF feed-forward layers.",
 )
 app.command("info")(info.info)
 app.command("train", context_settings=train.CONTEXT)(train.train)
@@ -30,6 +43,7 @@ app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.command("compare", context_settings=train.CONTEXT)(compare.compare)
+app.command("sweep", context_settings=train.CONTEXT)(sweep.sweep)
 app.command("convert")(convert.convert)
 app.command("tokenizer")(tokenizer.tokenizer)
 app.command("bench", no_args_is_help=True)(bench.bench)

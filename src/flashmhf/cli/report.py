@@ -1,4 +1,4 @@
-"""flashmhf report: the page of a training run or a comparison."""
+"""flashmhf report: the page of a training run, a comparison or a sweep."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from flashmhf.cli.output import Json, check_file, emit, results_only
 
 def report(
     folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="The folder of a training run, finished or not, or of a comparison.")
+        str, typer.Argument(metavar="DIR", help="Of a training run, finished or not, a comparison or a sweep.")
     ],
     output: Annotated[str | None, typer.Option(help="The page's file. Default: report.html in DIR.")] = None,
     json: Json = False,
 ) -> None:
-    """Draw a training run (losses, throughput, memory, restarts) or a comparison as one HTML page."""
+    """Draw a training run (losses, throughput, memory, restarts), a comparison or a sweep as one HTML page."""
     with results_only():
         from dataclasses import asdict
 
@@ -26,6 +26,9 @@ def report(
         from flashmhf.reports.comparison_tables import terminal_text
         from flashmhf.reports.render import PAGE_FILE
         from flashmhf.reports.run import write_run_report
+        from flashmhf.reports.sweep import terminal_text as tuning_text
+        from flashmhf.reports.sweep import write_report as write_tuning_report
+        from flashmhf.sweeping.results import TUNING_FILE, read_tuning
         from flashmhf.training.run_log import LOG_FILE
 
         file = Path(folder) / PAGE_FILE if output is None else Path(output)
@@ -38,6 +41,12 @@ def report(
                 write_report(comparison, file)
                 text = terminal_text(comparison) + "\n"
             summary = comparison.as_dict()
+        elif (found := Path(folder) / TUNING_FILE).is_file():
+            tuning = read_tuning(found)
+            with _drawing(found):
+                write_tuning_report(tuning, file, Path(folder))
+                text = tuning_text(tuning, Path(folder))
+            summary = tuning.as_dict()
         else:
             with _drawing(Path(folder) / LOG_FILE):
                 summary = asdict(write_run_report(Path(folder), file))

@@ -1,4 +1,4 @@
-"""The folder of a comparison: new, or with the same settings and inputs as before."""
+"""The folder of a comparison, or of a sweep: new, or with the same settings and inputs as before."""
 
 import logging
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from flashmhf.training.resuming import LOCK_FILE
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "compare.json"
 INPUTS = "inputs"  # in the file
 VERSION = 1  # of its format; folders from before it had one are refused
-GROWING = ("seeds", "variants", "ablations", "learning_rates")  # settings that may be extended
+GROWING = ("seeds", "variants", "ablations")  # settings that may be extended
+GRIDS = ("learning_rates", "warmups")  # settings that may be extended, in any order
 NAMES = ("models", "train.data.source", "train.data.tokenizer")  # of what may be found under another path
 
 
@@ -49,7 +49,7 @@ class Inputs:
 
 
 def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
-    """Writes compare.json, if the folder is free or holds this comparison.
+    """Writes the settings' file, if the folder is free or holds the same comparison.
 
     Raises:
         InputError: it holds something else; names the difference.
@@ -57,28 +57,29 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output-dir: expected a folder, got the file {output_dir}")
     content = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK_FILE)
-    if content and SETTINGS_FILE not in content:
+    if content and settings.settings_file not in content:
         raise InputError(f"output-dir: expected a new or empty folder, got {output_dir} with {', '.join(content[:3])}")
     mine = as_plain(asdict(settings))
     if content:
-        file = output_dir / SETTINGS_FILE
+        file = output_dir / settings.settings_file
         earlier = read_json(file)
         if earlier.get("version") != VERSION:
             raise InputError(
                 f"output-dir: expected version {VERSION} of {file}, got {earlier.get('version', 'none')}; "
-                "a comparison by another version of flashmhf cannot be continued"
+                f"a {settings.noun} by another version of flashmhf cannot be continued"
             )
         try:
             before = from_plain(Inputs, earlier[INPUTS]) if INPUTS in earlier else None
-            then = as_plain(asdict(from_plain(Comparison, earlier)))
+            then = as_plain(asdict(from_plain(type(settings), earlier)))
         except ValueError as error:
             raise InputError(f"{file}: {error}") from error
-        _check_settings(output_dir, then, mine, NAMES if before is not None else ())
+        if found := _changed(then, mine, NAMES if before is not None else ()):
+            raise InputError(f"output-dir: {output_dir} holds a {settings.noun} {found}")
         if before is None:
             logger.warning("%s is of an older version: make sure that data and models are those of then", file)
         elif difference := _difference(before, inputs):
-            raise InputError(f"output-dir: {output_dir} holds a comparison {difference}")
-    write_json(output_dir / SETTINGS_FILE, {"version": VERSION, **mine, INPUTS: asdict(inputs)})
+            raise InputError(f"output-dir: {output_dir} holds a {settings.noun} {difference}")
+    write_json(output_dir / settings.settings_file, {"version": VERSION, **mine, INPUTS: asdict(inputs)})
 
 
 def _difference(before: Inputs, now: Inputs) -> str | None:
@@ -92,20 +93,22 @@ def _difference(before: Inputs, now: Inputs) -> str | None:
     return None
 
 
-def _check_settings(output_dir: Path, earlier: dict[str, Any], mine: dict[str, Any], by_content: tuple) -> None:
+def _changed(earlier: dict[str, Any], mine: dict[str, Any], by_content: tuple) -> str | None:
     before = dict(_flat(earlier))
     for name, value in _flat(mine):
         found = before[name]
         if name in by_content and (name != "models" or len(value) == len(found)):
             continue
-        if found != value and not (name in GROWING and _extends(found, value)):
-            raise InputError(f"output-dir: {output_dir} holds a comparison with {name} {found!r}; got {value!r}")
+        grown = (name in GROWING and _extends(found, value)) or (name in GRIDS and _includes(found, value))
+        if found != value and not grown:
+            return f"with {name} {found!r}; got {value!r}"
+    return None
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names and values, "train.data.context_length" for those of a table; what may grow stays one value."""
     for name, value in settings.items():
-        if isinstance(value, dict) and name not in GROWING:
+        if isinstance(value, dict) and name not in (*GROWING, *GRIDS):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
@@ -118,3 +121,10 @@ def _extends(earlier: Any, now: Any) -> bool:
     if isinstance(earlier, dict) and isinstance(now, dict):
         return all(name in now and (now[name] == rows or _extends(rows, now[name])) for name, rows in earlier.items())
     return False
+
+
+def _includes(earlier: Any, now: Any) -> bool:
+    """Whether a list has all of the earlier one's values, or a table's rows have, in any order."""
+    if isinstance(earlier, list) and isinstance(now, list):
+        return set(earlier) <= set(now)
+    return all(name in now and _includes(values, now[name]) for name, values in earlier.items())

@@ -1,8 +1,10 @@
 """What a comparison found, and `results.json`, the file that holds it."""
 
+import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.verdict import Verdict
@@ -70,6 +72,16 @@ class Spread:
     mean: float | None
     standard_deviation: float | None
     values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, found: Iterable[float | None]) -> Self:
+        """Of the values that are not None."""
+        values = tuple(value for value in found if value is not None)
+        return cls(
+            mean=statistics.fmean(values) if values else None,
+            standard_deviation=statistics.stdev(values) if len(values) > 1 else None,
+            values=values,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

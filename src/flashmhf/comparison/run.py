@@ -1,7 +1,6 @@
 """Runs a comparison in its folder: claim it, train, score, write the results."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def compare(
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = Plan(settings, output_dir)
     if jobs is None:
-        jobs = count_jobs(plan, os.environ if environment is None else environment)
+        jobs = count_jobs(plan, environment or {})
     _warn_of_few("seeds", "seed", len(settings.seeds), MIN_SEEDS, settings)
     with only_writer(output_dir):
         return _compare(plan, progress, jobs, environment)
@@ -67,13 +66,9 @@ def compare(
 def _compare(
     plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None
 ) -> ComparisonResult:
-    settings, output_dir, variants = plan.settings, plan.output_dir, plan.variants
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    corpus = _corpus(settings, tokenizer)
+    settings, output_dir = plan.settings, plan.output_dir
+    corpus, tokenizer = prepare(plan)
     _warn_of_few("data", "held-out document", len(corpus.validation), MIN_DOCUMENTS, settings)
-    claim(output_dir, settings, Inputs.of(settings, corpus.fingerprint, tokenizer))
-    for variant in variants:
-        write_json(plan.config_file(variant), variant.config.to_dict())
     runs = _train(plan, progress, jobs, environment)
     check_same_data(runs, corpus)
     held_out = HeldOut.of(settings, corpus.validation, tokenizer)
@@ -82,6 +77,17 @@ def _compare(
     result = summarise(plan, runs, scores, held_out, jobs=min(jobs, len(runs)), unigram=unigram)
     write_comparison(result, output_dir / RESULTS_FILE)
     return result
+
+
+def prepare(plan: Plan) -> tuple[Corpus, PreTrainedTokenizerBase]:
+    """Reads the data, claims the folder and writes the configurations; the first two raise what does not fit."""
+    settings, variants = plan.settings, plan.variants
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    corpus = _corpus(settings, tokenizer)
+    claim(plan.output_dir, settings, Inputs.of(settings, corpus.fingerprint, tokenizer))
+    for variant in variants:
+        write_json(plan.config_file(variant), variant.config.to_dict())
+    return corpus, tokenizer
 
 
 def _warn_of_few(option: str, what: str, number: int, enough: int, settings: Comparison) -> None:
@@ -108,7 +114,7 @@ def check_same_data(runs: list[Run], corpus: Corpus) -> None:
         inputs = read_fingerprints(run.folder) if run.finished else None
         if inputs is not None and [key for _, key in inputs.data] != [corpus.fingerprint]:
             raise RunError(
-                f"data: expected files that do not change during a comparison, but {run.label} read other text; "
+                f"data: expected files that do not change between runs, but {run.label} read other text; "
                 f"remove {run.folder} to train it again"
             )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from flashmhf.data.config import DataConfig
 from flashmhf.data.mixing import parse_sources
@@ -68,6 +68,9 @@ class Comparison:
         match: the backbone's "parameters", or its forward "flops" per token.
         depth: "same" for all, or the "paper"'s: 5 layers with several heads for 6 without.
     """
+
+    settings_file: ClassVar[str] = "compare.json"  # in its folder
+    noun: ClassVar[str] = "comparison"  # in messages
 
     variants: tuple[str, ...]
     models: tuple[str, ...]

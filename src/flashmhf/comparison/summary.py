@@ -154,25 +154,16 @@ def _variant_result(
         intermediate_size=variant.config.intermediate_size,
         learning_rate=runs[0].learning_rate,
         failed_seeds=tuple(run.seed for run in runs if not run.finished),
-        **{name: _spread([getattr(run, name) for run in runs]) for name in SPREADS},
+        **{name: Spread.of([getattr(run, name) for run in runs]) for name in SPREADS},
         documents=_documents(evaluations.get(variant.name, {})),
         difference=differences_between(evaluations, variant.name, first),
         effect=differences_between(evaluations, variant.name, ablated) if variant.variant.ablation else None,
     )
 
 
-def _spread(found: Iterable[float | None]) -> Spread:
-    values = tuple(value for value in found if value is not None)
-    return Spread(
-        mean=statistics.fmean(values) if values else None,
-        standard_deviation=statistics.stdev(values) if len(values) > 1 else None,
-        values=values,
-    )
-
-
 def _documents(evaluations: BySeed) -> DocumentsResult:
     return DocumentsResult(
-        nats_per_token=_spread(evaluation.nats_per_token for evaluation in evaluations.values()),
+        nats_per_token=Spread.of(evaluation.nats_per_token for evaluation in evaluations.values()),
         number=next((evaluation.documents for evaluation in evaluations.values()), None),
     )
 
