@@ -133,10 +133,14 @@ def test_tokenizer_then_train_with_it(command, tmp_path, corpus_folder, model_fi
 def test_compare(command, tmp_path, corpus_folder, model_file):
     arguments = ["--model", str(model_file), "--data", str(corpus_folder), "--context-length", "64", "--max-steps", "3"]
     arguments += ["--learning-rate", "swiglu=1e-3,flashmhf=2e-3", "--output-dir", str(tmp_path / "out"), *FLAGS]
-    outcome = command("compare", *arguments, "--document-mask", "--bad-data", "skip")
+    outcome = command("compare", *arguments, "--document-mask", "--bad-data", "skip", "--seeds", "0")
     assert outcome.code == 0
-    assert "| FFN | validation loss" in outcome.out
-    assert "report.html" in outcome.out.splitlines()[-1]
+    assert outcome.out.startswith("FFN ")
+    assert "flashmhf against swiglu: not decided by 1 seed; a verdict needs 3 or more." in outcome.out
+    assert outcome.out.splitlines()[-2:] == [
+        f"report: {tmp_path / 'out/report.html'}", f"loss curves: {tmp_path / 'out/loss.png'}"
+    ]  # fmt: skip
+    assert (tmp_path / "out/loss.png").exists()
 
 
 def test_convert(command, tmp_path):
@@ -197,6 +201,14 @@ BAD = {
     ),
     "resume of a comparison": (["compare", "--output-dir", "x", "--resume", "--seeds", ""], "seeds: expected at least"),
     "flag of nothing": (["compare", "--output-dir", "x", "--frobnicate"], "flags: expected those of flashmhf train or"),
+    "no job": (
+        ["compare", "--output-dir", "x", "--jobs", "0"],
+        "jobs: expected auto or a number of at least 1, got 0",
+    ),
+    "jobs no number": (
+        ["compare", "--output-dir", "x", "--jobs", "many"],
+        "jobs: expected auto or a number of at least 1, got many",
+    ),
     "seed no number": (["compare", "--output-dir", "x", "--seeds", "one"], "seeds: expected a whole number, got 'one'"),
     "rate no number": (
         ["compare", "--output-dir", "x", "--learning-rate", "swiglu=fast"],

@@ -17,7 +17,9 @@ from flashmhf.training.fingerprints import Fingerprints
 from flashmhf.training.run_files import write_run
 
 DATA = DataConfig(source="books", context_length=64)
-SETTINGS = Comparison(variants=("swiglu",), models=("a.json", "b.json"), train=TrainConfig(model="", data=DATA))
+SETTINGS = Comparison(
+    variants=("swiglu",), models=("a.json", "b.json"), seeds=(0,), train=TrainConfig(model="", data=DATA)
+)
 MODELS = ({"hidden_size": 32, "gate_type": "sigmoid"}, {"hidden_size": 64})
 INPUTS = Inputs(data="1234567890", tokenizer="abcdefghijkl", models=MODELS)
 

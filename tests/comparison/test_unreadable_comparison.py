@@ -28,6 +28,7 @@ def settings(corpus_folder, model_file) -> Comparison:
         models=(str(model_file),),
         train=TrainConfig(model="", data=data),
         training_flags=("--max-steps", "2", "--per-device-train-batch-size", "2", "--eval-strategy", "no"),
+        seeds=(0,),
         document_bytes=64,
     )
 

@@ -54,7 +54,7 @@ def test_pairs_show_what_two_intervals_hide(losses):
     assert 0 < found.interval[0] < found.mean < found.interval[1]
     alone = ratio_interval(nats, tokens)
     assert found.interval[1] - found.interval[0] < (alone[1] - alone[0]) / 5
-    assert (found.documents, found.runs, found.measure) == (400, 1, "nats_per_token")
+    assert (found.documents, len(found.by_run), found.measure) == (400, 1, "nats_per_token")
     back = paired_difference(evaluation(better, tokens), evaluation(nats, tokens))
     assert (back.mean, *back.interval) == pytest.approx((-found.mean, -found.interval[1], -found.interval[0]))
 
@@ -80,12 +80,13 @@ def test_runs_widen_the_interval_by_how_much_they_differ(losses):
     assert other.mean == pytest.approx(0.1)
     half = 3.182 * 0.2582 / 2  # Student's t of 3 degrees of freedom, times the standard error of four runs
     assert other.interval == pytest.approx((0.1 - half, 0.1 + half), abs=0.04 * half)
-    assert other.runs == 4
+    assert other.by_run == pytest.approx((-0.2, 0.0, 0.2, 0.4))
+    assert other.document_error == pytest.approx(one.document_error, abs=1e-12)  # which seeds do not change
 
 
 def test_one_document_gives_no_interval():
     found = paired_difference(evaluation([4.0], [2]), evaluation([3.0], [2]))
-    assert (found.mean, found.interval) == (0.5, None)
+    assert (found.mean, found.interval, found.document_error) == (0.5, None, None)
 
 
 def test_a_document_without_tokens_counts_for_nothing():

@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
+from comparison_results import result as comparison_result
 from test_run_report import log_lines
-from test_run_report import result as comparison_result
 
 import flashmhf.cli
 from benchmark_results import result as benchmark_result

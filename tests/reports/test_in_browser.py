@@ -6,7 +6,8 @@ Requires Chromium and its driver (Debian: apt-get install chromium chromium-driv
 import shutil
 
 import pytest
-from test_run_report import log_lines, result
+from comparison_results import result
+from test_run_report import log_lines
 
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
@@ -63,7 +64,7 @@ def pages(tmp_path):
         *({"step": step, "time": float(step), "loss": 5.0 - step / 10, **row} for step in range(1, 31)),
     )
     write_run_report(tmp_path, tmp_path / "run.html")
-    return {"comparison": 9, "run": 5}
+    return {"comparison": 10, "run": 5}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -6,6 +6,10 @@ from flag_cases import EVALUATED, Refused, Runs, Table, other, reaches, refused,
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from flashmhf.training.arguments import DEFAULTS
+from flashmhf.training.precision import computes_bfloat16
+
+COSINE = "--lr-scheduler-type cosine_with_min_lr"
 SCHEDULES = {
     "reduce_lr_on_plateau": EVALUATED,
     "greedy": EVALUATED,
@@ -18,7 +22,7 @@ def schedules() -> list[Runs | Refused]:
     runs = []
     for kind in (each.value for each in SchedulerType):
         flags = f"--lr-scheduler-type {kind} {SCHEDULES.get(kind, '')}"
-        runs.append(same(flags) if kind == "cosine_with_min_lr" else other(flags))
+        runs.append(same(flags) if kind == DEFAULTS["lr_scheduler_type"] else other(flags))
     missing = Refused("--lr-scheduler-type warmup_stable_decay", "num_decay_steps")
     return [
         *runs,
@@ -61,9 +65,9 @@ LEARNING: Table = {
     ],
     "lr_scheduler_type": schedules(),
     "lr_scheduler_kwargs": [
-        other("--lr-scheduler-kwargs '{\"min_lr_rate\": 0.9}'"),
-        Refused("--lr-scheduler-kwargs '{\"min_lr_rat\": 0.9}'", "min_lr_rat"),
-        Refused('--lr-scheduler-kwargs \'{"min_lr_rate": "x"}\'', "lr-scheduler-kwargs"),
+        other(f"{COSINE} --lr-scheduler-kwargs '{{\"min_lr_rate\": 0.9}}'"),
+        Refused(f"{COSINE} --lr-scheduler-kwargs '{{\"min_lr_rat\": 0.9}}'", "min_lr_rat"),
+        Refused(f"{COSINE} --lr-scheduler-kwargs '{{\"min_lr_rate\": \"x\"}}'", "lr-scheduler-kwargs"),
         Refused("--lr-scheduler-kwargs x", "lr-scheduler-kwargs"),
         Refused("--lr-scheduler-kwargs '{'", "Expecting"),
         Refused("--lr-scheduler-type constant --lr-scheduler-kwargs '{\"x\": 1}'", "none with a constant schedule"),
@@ -71,6 +75,9 @@ LEARNING: Table = {
     "warmup_steps": [
         other("--warmup-steps 2"),
         *refused("--warmup-steps", "warmup-steps: expected", "-1", "1.5"),
+        Refused("--warmup-steps 3", "warmup-steps: expected fewer than the 3 steps of the run, got 3"),
+        Refused("--warmup-steps 0.9", "warmup-steps: expected fewer than the 3 steps of the run, got 3 (0.9 of them)"),
+        Runs("--warmup-steps 0.5", lambda run: run.trainer.args.get_warmup_steps(3) == 2),
         Refused("--lr-scheduler-type constant --warmup-steps 5", "warmup-steps: expected none"),
     ],
     "optim": optimizers(),
@@ -102,7 +109,7 @@ LEARNING: Table = {
         other("--label-smoothing-factor 0.1"),
         *refused("--label-smoothing-factor", "expected 0 or more and less than 1", "1", "-0.1"),
     ],
-    "bf16": [other("--bf16 true")],
+    "bf16": [other(f"--bf16 {str(not computes_bfloat16(use_cpu=True)).lower()}")],
     "fp16": [Refused("--fp16 true", "fp16: expected false on the CPU")],
     "bf16_full_eval": [
         Runs(

@@ -7,6 +7,7 @@ import torch
 
 from flashmhf.errors import InputError
 from flashmhf.training.arguments import DEFAULTS, DEPENDENT, _complete, parse_arguments
+from flashmhf.training.precision import computes_bfloat16
 
 UNGIVEN = {"load_best_model_at_end": False, "use_cpu": False, "fp16": False}
 
@@ -14,7 +15,8 @@ UNGIVEN = {"load_best_model_at_end": False, "use_cpu": False, "fp16": False}
 def test_flags_of_the_trainer_have_defaults_and_are_checked(tmp_path):
     arguments = parse_arguments(["--max-steps", "7", "--adam_beta2", "0.9", "--seed=3"], str(tmp_path))
     assert (arguments.max_steps, arguments.adam_beta2, arguments.seed, arguments.weight_decay) == (7, 0.9, 3, 0.1)
-    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert arguments.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
+    assert arguments.warmup_steps is None
     for flags, message in (
         (["--no-such-flag", "1"], "--no-such-flag"),
         (["--max-steps", "many"], "max.steps"),
@@ -44,15 +46,27 @@ def test_defaults_fit_the_values_that_were_given(tmp_path, flags, expected):
     assert {name: getattr(arguments, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize(
-    ("given", "bf16"), [({}, True), ({"fp16": True}, False), ({"use_cpu": True}, False), ({"bf16": False}, False)]
-)
-def test_bfloat16_is_the_default_of_a_gpu_unless_something_else_is_asked_for(monkeypatch, given, bf16):
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_bfloat16_is_the_default_of_a_device_that_computes_it(monkeypatch, gpu, native):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    values = argparse.Namespace(**{**dict.fromkeys(DEPENDENT), **DEFAULTS, **UNGIVEN, **given})
-    _complete(values)
-    assert values.bf16 == bf16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu and native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": native and not gpu})
+    for given, bf16 in (({}, native), ({"fp16": True}, False), ({"bf16": False}, False), ({"bf16": True}, True)):
+        values = {**dict.fromkeys(DEPENDENT), **DEFAULTS, **UNGIVEN, "use_cpu": not gpu, **given}
+        namespace = argparse.Namespace(**values)
+        _complete(namespace, {})
+        assert namespace.bf16 == bf16
+        _complete(resumed := argparse.Namespace(**values), {"bf16": False})
+        assert resumed.bf16 == given.get("bf16", False)
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
+def test_a_cpu_computes_bfloat16_with_its_instructions_and_the_library_that_uses_them(monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, name: True})
+    assert computes_bfloat16(use_cpu=True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not computes_bfloat16(use_cpu=True)
 
 
 def test_fsdp_by_flags_requires_a_gpu(tmp_path):

@@ -30,7 +30,7 @@ from flashmhf.errors import Interrupted
 from flashmhf.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from flashmhf.comparison import Comparison, ComparisonResult
+    from flashmhf.comparison import Comparison
 
 OutputDir = Annotated[
     str,
@@ -40,7 +40,9 @@ Variants = Annotated[str, typer.Option(help="Of flashmhf, mhffn, pkv, dense_moe,
 Models = Annotated[
     str, typer.Option(metavar="PRESET|FILE|DIR,...", help="Backbones, and the sizes to match; several: each of them.")
 ]
-Seeds = Annotated[str, typer.Option(help="Each fixes initial weights and the data's order.")]
+Seeds = Annotated[
+    str, typer.Option(help="Each fixes initial weights and the data's order. A verdict requires three or more.")
+]
 LearningRates = Annotated[
     str, typer.Option(metavar="RATES", help="1e-3,2e-3: the best of these per variant; or VARIANT=RATE/RATE,...")
 ]
@@ -50,10 +52,14 @@ HeadDim = Annotated[str, typer.Option(help="Ablations of flashmhf, such as 32,64
 Subnetworks = Annotated[str, typer.Option(help="Ablations of flashmhf, such as 1,3,6.")]
 Match = Annotated[str, typer.Option(help="What is equal: parameters or flops.")]
 Depth = Annotated[str, typer.Option(help="same, or paper: 5 layers with several heads for 6 without.")]
-Jobs = Annotated[int, typer.Option(help="Runs at a time.")]
+Jobs = Annotated[
+    str,
+    typer.Option(metavar="auto|N", help="Runs at a time; auto: one per GPU, or on a CPU one per core if they fit."),
+]
 DocumentBytes = Annotated[int, typer.Option(help="Score this many bytes of each held-out document, from its start.")]
 
 ABLATIONS = ("gate_type", "q_norm", "projections", "head_dim", "subnetworks")
+AUTO = "auto"
 DECIDED = ("streaming", "config", "tensor-parallel")  # options of `flashmhf train` that a comparison decides
 VALIDATION_TOKENS = DataConfig.validation_tokens // 4  # for each of many short runs
 
@@ -65,7 +71,7 @@ def compare(
     model: Models = "flashmhf-tiny",
     data: Data = DataConfig.source,
     tokenizer: Tokenizer = DataConfig.tokenizer,
-    seeds: Seeds = "0",
+    seeds: Seeds = "0,1,2",
     context_length: ContextLength = DataConfig.context_length,
     learning_rate: LearningRates = "",
     gate_type: GateType = "",
@@ -75,7 +81,7 @@ def compare(
     subnetworks: Subnetworks = "",
     match: Match = "parameters",
     depth: Depth = "same",
-    jobs: Jobs = 1,
+    jobs: Jobs = AUTO,
     text_column: TextColumn = DataConfig.text_column,
     bad_data: BadData = DataConfig.bad_data,
     validation_tokens: ValidationTokens = VALIDATION_TOKENS,
@@ -89,19 +95,22 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="Changes nothing: a comparison is always resumed.")] = False,
     json: Json = False,
 ) -> None:
-    """Train variants on the same data; write table, curves and report. Takes the flags of `flashmhf train`, too."""
+    """Train variants on the same data; verdict, table, curves, samples. Takes the flags of `flashmhf train`, too."""
     with results_only():
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.reports.comparison import write_files
+        from flashmhf.reports.comparison_tables import terminal_text
 
+        number = _jobs(jobs)
         settings = _settings(context.params, tuple(context.args))
         try:
-            result = run_comparison(settings, Path(output_dir), _progress, jobs=jobs, environment=os.environ)
+            result = run_comparison(settings, Path(output_dir), _progress, jobs=number, environment=os.environ)
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, "the same command again continues the comparison") from None
-        report = write_files(result, Path(output_dir))
-    emit({**result.as_dict(), "report": str(report)}, _text(result, report), json)
+        report, picture = (str(file) for file in write_files(result, Path(output_dir)))
+    text = f"{terminal_text(result)}\n\nreport: {report}\nloss curves: {picture}"
+    emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 
 
@@ -155,6 +164,17 @@ def _learning_rates(text: str, variants: tuple[str, ...]) -> dict[str, tuple[flo
     return {name: tuple(_number(float, "learning-rate", rate) for rate in rates.split("/")) for name, _, rates in pairs}
 
 
+def _jobs(text: str) -> int | None:
+    """None for auto."""
+    from flashmhf.errors import InputError
+
+    if text == AUTO:
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise InputError(f"jobs: expected auto or a number of at least 1, got {text}")
+    return int(text)
+
+
 def _number(kind, option: str, text: str):
     from flashmhf.errors import InputError
 
@@ -163,12 +183,3 @@ def _number(kind, option: str, text: str):
     except ValueError as error:
         what = "a whole number" if kind is int else "a number"
         raise InputError(f"{option}: expected {what}, got {text!r}") from error
-
-
-def _text(result: "ComparisonResult", report: Path) -> str:
-    from flashmhf.reports.comparison import markdown_table
-
-    lines = [markdown_table(result), "", f"unigram entropy: {result.unigram_entropy_nats:.3f} nats/token", ""]
-    for variant, continuation in result.samples.continuations.items():
-        lines += [f"--- {variant}, continuing a held-out document", result.samples.prompt + continuation, ""]
-    return "\n".join([*lines, f"report: {report}"])

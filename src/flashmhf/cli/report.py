@@ -22,7 +22,8 @@ def report(
         from dataclasses import asdict
 
         from flashmhf.comparison.results import RESULTS_FILE, read_comparison
-        from flashmhf.reports.comparison import markdown_table, write_report
+        from flashmhf.reports.comparison import write_report
+        from flashmhf.reports.comparison_tables import terminal_text
         from flashmhf.reports.render import PAGE_FILE
         from flashmhf.reports.run import write_run_report
         from flashmhf.training.run_log import LOG_FILE
@@ -35,7 +36,7 @@ def report(
             comparison = read_comparison(results)
             with _drawing(results):
                 write_report(comparison, file)
-                text = markdown_table(comparison)
+                text = terminal_text(comparison) + "\n"
             summary = comparison.as_dict()
         else:
             with _drawing(Path(folder) / LOG_FILE):

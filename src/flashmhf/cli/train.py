@@ -73,8 +73,9 @@ def train(
         from flashmhf.training.run import train as run_training
         from flashmhf.training.run_files import was_begun
 
-        arguments = parse_arguments([*context.meta.get(CONFIG_FLAGS, ()), *context.args], output_dir)
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
+        flags = [*context.meta.get(CONFIG_FLAGS, ()), *context.args]
+        arguments = parse_arguments(flags, output_dir, resume=resume)
         result = run_training(TrainConfig.from_options(context.params), arguments, resume=resume)
     number = result.interrupted_by
     if number is not None and arguments.process_index == 0 and not has_parent():

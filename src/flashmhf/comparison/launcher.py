@@ -14,6 +14,7 @@ from typing import IO
 
 import torch
 
+from flashmhf.comparison.jobs import cores
 from flashmhf.comparison.plan import Run
 from flashmhf.errors import Interrupted
 from flashmhf.files import append_to, write_json
@@ -88,20 +89,21 @@ def train_runs(
         progress: called with one line at the start of each run.
     """
     waiting = [run for run in runs if not run.finished]
+    together = min(jobs, max(len(waiting), 1))
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for slot in range(jobs):
+    for slot in range(together):
         slots.put(slot)
 
     def train(run: Run, processes: _Processes) -> None:
         slot = slots.get()
         try:
             progress(f"run {runs.index(run) + 1} of {len(runs)}: {run.label}")
-            own = None if environment is None else {**environment, **_share(environment, slot, jobs)}
+            own = None if environment is None else {**environment, **_share(environment, slot, together)}
             _train(run, own, jobs == 1, processes)
         finally:
             slots.put(slot)
 
-    with signals_interrupt(), lifeline() as parent, ThreadPoolExecutor(jobs) as pool:
+    with signals_interrupt(), lifeline() as parent, ThreadPoolExecutor(together) as pool:
         processes = _Processes(parent)
         try:
             list(pool.map(train, waiting, itertools.repeat(processes)))
@@ -156,5 +158,5 @@ def _share(environment: Mapping[str, str], slot: int, jobs: int) -> dict[str, st
         names = visible.split(",") if visible else [str(number) for number in range(gpus)]
         return {VISIBLE_GPUS: names[slot % gpus]}
     if gpus == 0 and jobs > 1 and "OMP_NUM_THREADS" not in environment:
-        return {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // jobs, 1))}
+        return {"OMP_NUM_THREADS": str(max(cores(environment) // jobs, 1))}
     return {}

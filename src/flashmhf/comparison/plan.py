@@ -120,7 +120,8 @@ class Plan:
     def final(self) -> list[Run]:
         """Every variant with every seed, at its best learning rate; call it when the sweep has finished.
 
-        The variants come before the ablations, since they matter more.
+        The variants come before the ablations, since they matter more. Their order alternates from seed to seed, so
+        that of two processes neither has all the slow ones.
         """
         plain = [variant for variant in self.variants if variant.variant.ablation is None]
         ablated = [variant for variant in self.variants if variant.variant.ablation is not None]
@@ -128,8 +129,8 @@ class Plan:
         return [
             self._run(variant, seed, best_rates[variant.name])
             for variants in (plain, ablated)
-            for seed in self.settings.seeds
-            for variant in variants
+            for turn, seed in enumerate(self.settings.seeds)
+            for variant in (variants if turn % 2 == 0 else variants[::-1])
         ]
 
     def _rates(self, variant: MatchedVariant) -> tuple[float, ...]:

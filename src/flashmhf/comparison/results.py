@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from flashmhf.comparison.settings import Comparison
+from flashmhf.comparison.verdict import Verdict
 from flashmhf.errors import InputError
 from flashmhf.evaluation.differences import Difference
 from flashmhf.files import read_json, write_json
 from flashmhf.serialization import from_plain
 
 RESULTS_FILE = "results.json"
-VERSION = 1  # of the file's format; files from before it had one are refused
+VERSION = 2  # of the file's format; files from before it had one are refused
 FINISHED, FAILED = "finished", "failed"
 
 
@@ -73,19 +74,26 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentsResult:
-    """Nats/token on the held-out documents: the mean over seeds, each seed's, and the number of documents."""
+    """Nats/token on the held-out documents, over seeds, and the number of documents."""
 
-    nats_per_token: float | None
-    values: tuple[float, ...]
+    nats_per_token: Spread
     number: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """One variant minus another on the held-out documents, paired by document and seed."""
+    """One variant minus another on the held-out documents, paired by document and seed.
 
+    Attributes:
+        baseline: the other variant.
+        nats_per_token, bits_per_byte: without an interval if the seeds are fewer than a verdict needs.
+        verdict: on the nats/token.
+    """
+
+    baseline: str
     nats_per_token: Difference
     bits_per_byte: Difference
+    verdict: Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

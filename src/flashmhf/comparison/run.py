@@ -1,5 +1,7 @@
 """Runs a comparison in its folder: claim it, train, score, write the results."""
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,12 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmhf.comparison.claim import Inputs, claim
 from flashmhf.comparison.evaluate import HeldOut
+from flashmhf.comparison.jobs import count_jobs
 from flashmhf.comparison.launcher import train_runs
 from flashmhf.comparison.plan import Plan, Run
 from flashmhf.comparison.results import RESULTS_FILE, ComparisonResult, write_comparison
 from flashmhf.comparison.scoring import score_runs
 from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.summary import summarise, unigram_entropy
+from flashmhf.comparison.verdict import MIN_DOCUMENTS, MIN_SEEDS
 from flashmhf.data.corpus import Corpus, load_corpus
 from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import load_tokenizer
@@ -22,13 +26,15 @@ from flashmhf.files import write_json
 from flashmhf.training.resuming import only_writer
 from flashmhf.training.run_files import read_fingerprints
 
+logger = logging.getLogger(__name__)
+
 
 def compare(
     settings: Comparison,
     output_dir: Path,
     progress: Callable[[str], None],
     *,
-    jobs: int = 1,
+    jobs: int | None = 1,
     environment: Mapping[str, str] | None = None,
 ) -> ComparisonResult:
     """Trains every variant with every seed, scores all of them and writes results.json into `output_dir`.
@@ -41,16 +47,19 @@ def compare(
         settings: what to compare.
         output_dir: new, empty, or holding this comparison.
         progress: called with one line at the start of each run.
-        jobs: runs at a time.
+        jobs: runs at a time; None for as many as the machine has room for, see `comparison.jobs`.
         environment: variables of the runs' processes, see `comparison.launcher`.
 
     Raises:
         InputError: the settings do not fit, the folder holds something else, or another process compares in it.
         RunError: every run failed. If only some did, the result names them and leaves them out of every mean.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     plan = Plan(settings, output_dir)
+    if jobs is None:
+        jobs = count_jobs(plan, os.environ if environment is None else environment)
+    _warn_of_few("seeds", "seed", len(settings.seeds), MIN_SEEDS, settings)
     with only_writer(output_dir):
         return _compare(plan, progress, jobs, environment)
 
@@ -61,6 +70,7 @@ def _compare(
     settings, output_dir, variants = plan.settings, plan.output_dir, plan.variants
     tokenizer = load_tokenizer(settings.data.tokenizer)
     corpus = _corpus(settings, tokenizer)
+    _warn_of_few("data", "held-out document", len(corpus.validation), MIN_DOCUMENTS, settings)
     claim(output_dir, settings, Inputs.of(settings, corpus.fingerprint, tokenizer))
     for variant in variants:
         write_json(plan.config_file(variant), variant.config.to_dict())
@@ -69,9 +79,16 @@ def _compare(
     held_out = HeldOut.of(settings, corpus.validation, tokenizer)
     scores = score_runs(runs, held_out, jobs, progress)
     unigram = unigram_entropy(tokenize(corpus.validation, tokenizer))
-    result = summarise(plan, runs, scores, held_out, jobs=jobs, unigram=unigram)
+    result = summarise(plan, runs, scores, held_out, jobs=min(jobs, len(runs)), unigram=unigram)
     write_comparison(result, output_dir / RESULTS_FILE)
     return result
+
+
+def _warn_of_few(option: str, what: str, number: int, enough: int, settings: Comparison) -> None:
+    """One line before the first run if there will be no verdict, since there are fewer than enough."""
+    if number < enough and len(list(settings.all_variants())) > 1:
+        given = f"1 {what} gives" if number == 1 else f"{number} {what}s give"
+        logger.warning("%s: %s no verdict; %d or more do", option, given, enough)
 
 
 def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:

@@ -73,7 +73,7 @@ class Comparison:
     models: tuple[str, ...]
     train: TrainConfig
     training_flags: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     document_bytes: int = 2**16
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)

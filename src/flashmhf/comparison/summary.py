@@ -1,7 +1,8 @@
-"""From the runs of a comparison and their scores to its result: means, spreads, paired differences."""
+"""From the runs of a comparison and their scores to its result: means, spreads, paired differences, verdicts."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from flashmhf.comparison.results import (
     VariantResult,
 )
 from flashmhf.comparison.settings import ABLATED, Variant
+from flashmhf.comparison.verdict import MIN_SEEDS, judge
 from flashmhf.estimates.cost import model_cost
 from flashmhf.evaluation import Evaluation
 from flashmhf.evaluation.differences import BITS_PER_BYTE, NATS_PER_TOKEN, paired_difference
@@ -154,8 +156,8 @@ def _variant_result(
         failed_seeds=tuple(run.seed for run in runs if not run.finished),
         **{name: _spread([getattr(run, name) for run in runs]) for name in SPREADS},
         documents=_documents(evaluations.get(variant.name, {})),
-        difference=_differences(evaluations, variant.name, first),
-        effect=_differences(evaluations, variant.name, ablated) if variant.variant.ablation else None,
+        difference=differences_between(evaluations, variant.name, first),
+        effect=differences_between(evaluations, variant.name, ablated) if variant.variant.ablation else None,
     )
 
 
@@ -169,22 +171,21 @@ def _spread(found: Iterable[float | None]) -> Spread:
 
 
 def _documents(evaluations: BySeed) -> DocumentsResult:
-    losses = tuple(evaluation.nats_per_token for evaluation in evaluations.values())
     return DocumentsResult(
-        nats_per_token=statistics.fmean(losses) if losses else None,
-        values=losses,
+        nats_per_token=_spread(evaluation.nats_per_token for evaluation in evaluations.values()),
         number=next((evaluation.documents for evaluation in evaluations.values()), None),
     )
 
 
-def _differences(evaluations: Mapping[str, BySeed], name: str, baseline: str) -> Differences | None:
-    """None for a variant and itself, and without a seed that both have."""
+def differences_between(evaluations: Mapping[str, BySeed], name: str, baseline: str) -> Differences | None:
+    """With the verdict; None for a variant and itself, and without a seed that both have."""
     these, those = evaluations.get(name, {}), evaluations.get(baseline, {})
     seeds = sorted(these.keys() & those.keys())
     if not seeds or name == baseline:
         return None
     pairs = [these[seed] for seed in seeds], [those[seed] for seed in seeds]
-    return Differences(
-        nats_per_token=paired_difference(*pairs, measure=NATS_PER_TOKEN),
-        bits_per_byte=paired_difference(*pairs, measure=BITS_PER_BYTE),
-    )
+    nats, bits = (paired_difference(*pairs, measure=measure) for measure in (NATS_PER_TOKEN, BITS_PER_BYTE))
+    verdict = judge(nats)
+    if verdict.seeds < MIN_SEEDS:
+        nats, bits = (replace(difference, interval=None) for difference in (nats, bits))
+    return Differences(baseline=baseline, nats_per_token=nats, bits_per_byte=bits, verdict=verdict)

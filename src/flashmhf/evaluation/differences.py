@@ -15,13 +15,24 @@ NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
 
 @dataclass(frozen=True)
 class Difference:
-    """A measure of the first model minus that of the second; the 95 % interval is None for one document."""
+    """A measure of the first model minus that of the second.
+
+    Attributes:
+        measure: `nats_per_token` or `bits_per_byte`.
+        mean: over the runs.
+        by_run: of each run.
+        interval: 95 %, over documents and runs; of one run, over documents alone, which tells two models apart but
+            not their layers. None for one document.
+        document_error: half of the 95 % interval over documents alone, for these runs; None for one document.
+        documents: their number.
+    """
 
     measure: str
     mean: float
+    by_run: tuple[float, ...]
     interval: tuple[float, float] | None
+    document_error: float | None
     documents: int
-    runs: int
 
 
 def paired_difference(
@@ -54,12 +65,14 @@ def paired_difference(
     unit = 1.0 if measure == NATS_PER_TOKEN else math.log(2)
     nats = np.array([_nats(a) - _nats(b) for a, b in zip(firsts, seconds, strict=True)]) / unit
     used = sizes > 0
+    over_documents = ratio_interval(nats.mean(0)[used], sizes[used], seed=seed)
     return Difference(
         measure=measure,
         mean=float(nats.mean(0).sum() / sizes.sum()),
+        by_run=tuple(float(total) for total in nats.sum(1) / sizes.sum()),
         interval=ratio_interval(nats[:, used], sizes[used], seed=seed),
+        document_error=None if over_documents is None else (over_documents[1] - over_documents[0]) / 2,
         documents=int(used.sum()),
-        runs=len(firsts),
     )
 
 

@@ -26,6 +26,7 @@ from flashmhf.serialization import from_plain
 # zeroed by the kernel for each batch.
 CPU_LOGIT_ELEMENTS = 2**22
 ACCELERATOR_LOGIT_ELEMENTS = 2**25
+CPU_TOKENS = 3072  # in one batch; of four times as many, the activations of small models leave a CPU's caches
 MAX_EXPONENT = 700.0  # a float holds no larger perplexity
 
 
@@ -196,8 +197,9 @@ def _checked_sizes(model: PreTrainedModel, context_length: int | None, stride: i
 
 
 def _batch_size(model: PreTrainedModel, context_length: int) -> int:
-    elements = CPU_LOGIT_ELEMENTS if model.device.type == "cpu" else ACCELERATOR_LOGIT_ELEMENTS
-    return max(1, elements // (context_length * model.config.vocab_size))
+    if model.device.type != "cpu":
+        return max(1, ACCELERATOR_LOGIT_ELEMENTS // (context_length * model.config.vocab_size))
+    return max(1, min(CPU_LOGIT_ELEMENTS // model.config.vocab_size, CPU_TOKENS) // context_length)
 
 
 def _finite_losses(model: PreTrainedModel, batch: Batch, origins: list[str]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Figures of a comparison: curves, loss against size, bars, gates."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flashmhf.comparison.results import ComparisonResult, Curve, GateUsage, RunResult, Spread, VariantResult
+from flashmhf.comparison.results import ComparisonResult, Curve, GateUsage, Spread, VariantResult
 from flashmhf.reports.heads import draw_map
 from flashmhf.reports.style import COLOURS, FIGURE_INCHES, GREY, in_figure, new_axes
 
@@ -36,7 +37,7 @@ def curves(result: ComparisonResult, loss: Loss, against: Literal["step", "time"
             continue
         label = None if run.variant in labelled else run.variant
         labelled.add(run.variant)
-        x, y = _averaged(curve.steps if against == "step" else curve.elapsed_s), _averaged(curve.losses)
+        x, y = averaged(curve.steps if against == "step" else curve.elapsed_s), averaged(curve.losses)
         axes.plot(
             x,
             y,
@@ -44,7 +45,7 @@ def curves(result: ComparisonResult, loss: Loss, against: Literal["step", "time"
             markersize=4,
             linewidth=1.2,
             label=label and in_figure(label),
-            **_line_style(result, run),
+            **line_style(result, run.ffn_type, run.variant),
         )
     axes.axhline(result.unigram_entropy_nats, color=GREY, linestyle="--", linewidth=1, label="unigram entropy")
     if against == "step":
@@ -53,14 +54,16 @@ def curves(result: ComparisonResult, loss: Loss, against: Literal["step", "time"
     return figure
 
 
-def _averaged(values: tuple[float, ...]) -> list[float]:
+def averaged(values: Sequence[float]) -> list[float]:
+    """At most `MAX_POINTS` means of as many neighbours each."""
     together = -(-len(values) // MAX_POINTS)
     return [float(np.mean(values[begin : begin + together])) for begin in range(0, len(values), together)]
 
 
-def _line_style(result: ComparisonResult, run: RunResult) -> dict[str, Any]:
-    names = [variant.variant for variant in result.variants if variant.ffn_type == run.ffn_type]
-    return {"color": COLOURS[run.ffn_type], "linestyle": LINE_STYLES[names.index(run.variant) % len(LINE_STYLES)]}
+def line_style(result: ComparisonResult, ffn_type: str, variant: str) -> dict[str, Any]:
+    """The layer's colour, and one of several lines among its variants."""
+    names = [row.variant for row in result.variants if row.ffn_type == ffn_type]
+    return {"color": COLOURS[ffn_type], "linestyle": LINE_STYLES[names.index(variant) % len(LINE_STYLES)]}
 
 
 def loss_against(result: ComparisonResult, size: Size, label: str) -> Figure:

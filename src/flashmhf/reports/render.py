@@ -14,6 +14,7 @@ from flashmhf.files import atomic_write
 from flashmhf.printable import printable
 
 PAGE_FILE = "report.html"
+DOTS_PER_INCH = 150  # of a picture
 
 
 def render(template: str, **values: Any) -> str:
@@ -24,6 +25,14 @@ def render(template: str, **values: Any) -> str:
 def write_page(file: Path, template: str, **values: Any) -> None:
     """Renders, then writes atomically."""
     atomic_write(file, render(template, **values))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a picture; closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def _svg(figure: Figure) -> Markup:

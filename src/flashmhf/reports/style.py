@@ -60,6 +60,11 @@ def new_axes(x: str, y: str, height: float = FIGURE_INCHES[1]) -> tuple[Figure, 
     """An empty figure with named axes."""
     figure, axes = plt.subplots(figsize=(FIGURE_INCHES[0], height), layout="constrained")
     axes.set(xlabel=x, ylabel=y)
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
+    """Neither a frame nor vertical lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eeeeee")
-    return figure, axes

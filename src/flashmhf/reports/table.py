@@ -1,4 +1,4 @@
-"""Tables: cells as people read them, shown as Markdown, HTML or CSV."""
+"""Tables: cells as people read them, shown as Markdown, HTML, CSV or text."""
 
 import csv
 import html
@@ -34,9 +34,21 @@ class Table:
         return cls(columns, [[record.get(column) for column in columns] for record in records])
 
     def markdown(self) -> str:
-        head, *body = [[_in_markdown(text) for text in line] for line in (self.columns, *self._cells())]
+        head, *body = [[in_markdown(text) for text in line] for line in (self.columns, *self._cells())]
         lines = [head, ["---", *("---:" for _ in head[1:])], *body]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def aligned(self) -> str:
+        """Columns of equal width, for a terminal."""
+        head, *body = [[one_line(text) for text in line] for line in (self.columns, *self._cells())]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+
+        def line(cells: list[str]) -> str:
+            name, *numbers = zip(cells, widths, strict=True)
+            padded = (number.rjust(width) for number, width in numbers)
+            return "  ".join([name[0].ljust(name[1]), *padded]).rstrip()
+
+        return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, body)])
 
     def html(self) -> str:
         """Scrolls sideways where the screen is narrow."""
@@ -57,7 +69,8 @@ class Table:
         return ([cell(value) for value in row] for row in self.rows)
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
+    """Text as it is, in one line."""
     return MARKDOWN.sub(lambda found: "\\" + found[0], one_line(text))
 
 

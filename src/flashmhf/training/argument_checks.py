@@ -12,6 +12,7 @@ from typing import Any
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from flashmhf.errors import InputError
+from flashmhf.training.warmup import warms_up
 
 SEEDS = 2**32  # numpy's
 NO_METRICS = "the loss is all that is measured"
@@ -115,10 +116,6 @@ def _saves_evaluated_models(arguments: Any) -> bool:
     return arguments.save_strategy != "steps" or arguments.eval_steps == arguments.save_steps
 
 
-def _warms_up(arguments: Any) -> bool:
-    return arguments.lr_scheduler_type.value not in ("constant", "reduce_lr_on_plateau", "greedy")
-
-
 def _has_options(arguments: Any) -> bool:
     return arguments.lr_scheduler_type.value not in ("constant", "constant_with_warmup")
 
@@ -137,7 +134,7 @@ def _torchrun(arguments: Any) -> bool:
 
 NEEDS = {
     "warmup_steps": Need(
-        default=0.02, met=_warms_up, text="none without a schedule that warms up, such as constant_with_warmup"
+        default=None, met=warms_up, text="none without a schedule that warms up, such as constant_with_warmup"
     ),
     "lr_scheduler_kwargs": Need(default=None, met=_has_options, text="none with a constant schedule"),
     "optim_target_modules": Need(
@@ -217,7 +214,7 @@ def check_flags(values: Any) -> None:
         raise InputError(f"num-train-epochs: expected more than 0, got {values.num_train_epochs:g}")
     if values.load_best_model_at_end and values.eval_strategy == "no":
         raise InputError("load-best-model-at-end: expected --eval-strategy steps or epoch with it, got no")
-    if values.warmup_steps >= 1 and values.warmup_steps != int(values.warmup_steps):
+    if values.warmup_steps is not None and values.warmup_steps >= 1 and values.warmup_steps != int(values.warmup_steps):
         raise InputError(f"warmup-steps: expected a whole number or a share below 1, got {values.warmup_steps:g}")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 
 from flashmhf.errors import InputError
+from flashmhf.training.warmup import warmup_steps
 
 STEP_IN_BACKWARD = ("lomo", "adalomo")  # as do those that end in "layerwise"
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")  # torch's options
@@ -89,15 +90,16 @@ def _options_made(arguments: Any, words: list[str]) -> str:
 
 def _try_schedule(arguments: Any, optimizer: torch.optim.Optimizer) -> None:
     steps = arguments.max_steps if arguments.max_steps > 0 else NO_STEPS
+    warmup = warmup_steps(arguments, steps)
     schedule = get_scheduler(
         arguments.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_warmup_steps=warmup,
         num_training_steps=steps,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
     for factor in getattr(schedule, "lr_lambdas", []):
-        for step in (0, arguments.get_warmup_steps(steps), steps // 2, steps - 1):
+        for step in (0, warmup, steps // 2, steps - 1):
             if not math.isfinite(factor(step)):
                 raise ValueError(f"expected a finite learning rate at step {step}, got {factor(step)}")
 

@@ -1,6 +1,8 @@
 """transformers.TrainingArguments from flags, with this package's defaults for pretraining."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -9,14 +11,18 @@ from transformers import HfArgumentParser, TrainingArguments
 from flashmhf.errors import InputError
 from flashmhf.training.argument_checks import check_flags, check_together
 from flashmhf.training.argument_trials import try_arguments
+from flashmhf.training.precision import computes_bfloat16
+from flashmhf.training.run_files import read_fingerprints, was_begun
+from flashmhf.training.warmup import WITHOUT, check_warmup
 
 SAVE_STEPS = 500
 MIN_LR_RATE = 0.1  # of a schedule that ends at a share of the learning rate
-DEPENDENT = ("lr_scheduler_kwargs", "metric_for_best_model", "save_strategy", "save_steps", "bf16")  # see `_complete`
+# Those whose defaults depend on the machine or have changed between versions: a resumed run keeps its values of them.
+KEPT = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16")
+DEPENDENT = (*KEPT, "metric_for_best_model", "save_strategy", "save_steps")  # see `_complete`
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine_with_min_lr",
-    "warmup_steps": 0.02,
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
     "num_train_epochs": 1.0,
@@ -33,8 +39,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
+def parse_arguments(flags: list[str], output_dir: str, *, resume: bool = False) -> TrainingArguments:
     """`transformers.TrainingArguments` from command-line flags, with this package's defaults.
+
+    Args:
+        flags: such as ["--max-steps", "300"].
+        output_dir: the run's folder.
+        resume: whether the run in the folder goes on: schedule and precision are then those that it was begun with.
+
+    Returns:
+        The arguments. `warmup_steps` is None unless it was given: the Trainer sets it when the number of steps is known.
 
     Raises:
         InputError: an unknown flag or a value that does not fit.
@@ -42,8 +56,7 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     parser = _Parser(cast(Any, TrainingArguments), prog="flashmhf train", add_help=False, allow_abbrev=False)
     gpu = torch.cuda.is_available()
     parser.set_defaults(
-        **DEFAULTS,
-        **dict.fromkeys(DEPENDENT),
+        **{**DEFAULTS, **dict.fromkeys(DEPENDENT)},
         dataloader_pin_memory=gpu,
         use_cpu=not torch.accelerator.is_available(),  # otherwise each process of torchrun would train on its own
         output_dir=output_dir,
@@ -54,11 +67,12 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
             raise InputError(
                 f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
             )
-        _complete(values)
+        _complete(values, _kept(Path(output_dir)) if resume else {})
         check_flags(values)
         if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():
             raise InputError(f"ddp-backend: expected none without torchrun, got {values.ddp_backend}")
-        arguments = TrainingArguments(**vars(values))
+        arguments = TrainingArguments(**{**vars(values), "warmup_steps": values.warmup_steps or 0})
+        cast(Any, arguments).warmup_steps = values.warmup_steps
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
         raise InputError(str(error).splitlines()[0]) from error
     if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
@@ -66,14 +80,20 @@ def parse_arguments(flags: list[str], output_dir: str) -> TrainingArguments:
     if arguments.fsdp and arguments.use_cpu:
         raise InputError("fsdp: expected a GPU, got the CPU, on which accelerate would train with DDP instead")
     check_together(arguments)
+    check_warmup(arguments, arguments.max_steps)
     try_arguments(arguments)
     return arguments
 
 
-def _complete(values: argparse.Namespace) -> None:
-    """Sets what was not given to what fits the values that were."""
-    if values.lr_scheduler_kwargs is None and str(values.lr_scheduler_type).endswith("with_min_lr"):
-        values.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
+def _kept(output_dir: Path) -> dict[str, Any]:
+    """The values of `KEPT` in a run that was begun; none of a run by a version that did not record them."""
+    prints = read_fingerprints(output_dir) if was_begun(output_dir) else None
+    return {} if prints is None else {name: prints.arguments[name] for name in KEPT if name in prints.arguments}
+
+
+def _complete(values: argparse.Namespace, kept: Mapping[str, Any]) -> None:
+    """Sets what was not given to what the earlier run had (`kept`), or else to what fits the values that were."""
+    _complete_schedule(values, kept)
     best = values.load_best_model_at_end and values.eval_strategy != "no"  # each evaluated model is saved
     if values.save_strategy is None:
         values.save_strategy = values.eval_strategy if best else "steps"
@@ -82,8 +102,20 @@ def _complete(values: argparse.Namespace) -> None:
     if values.save_strategy == "best" and values.metric_for_best_model is None:
         values.metric_for_best_model = "loss"
     if values.bf16 is None:
-        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        values.bf16 = half and not values.use_cpu and not values.fp16
+        values.bf16 = not values.fp16 and kept.get("bf16", computes_bfloat16(use_cpu=values.use_cpu))
+
+
+def _complete_schedule(values: argparse.Namespace, kept: Mapping[str, Any]) -> None:
+    earlier = kept.get("lr_scheduler_type", DEFAULTS["lr_scheduler_type"])
+    if values.lr_scheduler_type is None:
+        values.lr_scheduler_type = earlier
+    kind = getattr(values.lr_scheduler_type, "value", values.lr_scheduler_type)
+    if values.lr_scheduler_kwargs is None and kind == earlier:
+        values.lr_scheduler_kwargs = kept.get("lr_scheduler_kwargs")
+    if values.lr_scheduler_kwargs is None and kind.endswith("with_min_lr"):
+        values.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
+    if values.warmup_steps is None and kind not in WITHOUT:
+        values.warmup_steps = kept.get("warmup_steps")
 
 
 class _Parser(HfArgumentParser):

@@ -117,7 +117,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         result = DTensor.from_local(orthogonalised(matrix.full_tensor()), matrix.device_mesh, everywhere)
         return result.redistribute(placements=matrix.placements)
     a, b, c = NEWTON_SCHULZ
-    x = matrix.to(torch.bfloat16 if computes_bfloat16(matrix.device) else torch.float32)
+    x = matrix.to(torch.bfloat16 if computes_bfloat16(use_cpu=matrix.device.type == "cpu") else torch.float32)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT.contiguous()
     x = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0)

@@ -1,13 +1,17 @@
-"""Which devices compute in bfloat16 natively."""
+"""Where bfloat16 is the default precision of training."""
 
 import torch
 
-CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, and of Arm; without them it is emulated, and slower
+# What torch.cpu.get_capabilities() calls instructions that multiply bfloat16: two of x86, two of ARM.
+CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 on this device."""
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(feature, False) for feature in CPU_FEATURES)
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+def computes_bfloat16(*, use_cpu: bool) -> bool:
+    """Whether the device that trains multiplies matrices in bfloat16 natively.
+
+    On a CPU this takes both the instructions and oneDNN, which uses them.
+    """
+    if not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(capabilities.get(name, False) for name in CPU_INSTRUCTIONS)

@@ -72,6 +72,13 @@ def write_run(output_dir: Path, config: TrainConfig, prints: Fingerprints) -> No
     (output_dir / RESULT_FILE).unlink(missing_ok=True)
 
 
+def record_warmup(output_dir: Path, steps: int) -> None:
+    """Completes run.json with the steps of warm-up, once they are known; a resumed run keeps them."""
+    content = read_json(output_dir / RUN_FILE, version=VERSION)
+    content[FINGERPRINTS]["arguments"]["warmup_steps"] = steps
+    write_json(output_dir / RUN_FILE, content)
+
+
 def read_run(output_dir: Path) -> TrainConfig:
     """The configuration in run.json; options that an old file does not have get their defaults.
 

@@ -50,6 +50,7 @@ class LogLines(TrainerCallback):
                     "start": state.global_step,
                     "time": time.time(),
                     "processes": args.world_size,
+                    "warmup_steps": args.get_warmup_steps(state.max_steps),
                     "machine": platform.machine() if args.device.type == "cpu" else torch.cuda.get_device_name(),
                     "torch": torch.__version__,
                     "transformers": transformers_version,

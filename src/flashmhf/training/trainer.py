@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,10 @@ from flashmhf.training.learning_rates import learning_rate_factors, scale_learni
 from flashmhf.training.manifest import check
 from flashmhf.training.muon import ADAMW, MUON, Muon, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
+from flashmhf.training.run_files import record_warmup, was_begun
 from flashmhf.training.throughput import ThroughputMeter, speed
 from flashmhf.training.validation import losses_unfiltered, weights_kept
+from flashmhf.training.warmup import check_warmup, warmup_steps
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,15 @@ class PretrainingTrainer(Trainer):
         if new and self._mup_base_width is not None:
             scale_learning_rates(optimizer, learning_rate_factors(self.model, self._mup_base_width))
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        if self.args.warmup_steps is None:
+            cast(Any, self.args).warmup_steps = warmup_steps(self.args, num_training_steps)
+            if self.is_world_process_zero() and was_begun(Path(str(self.args.output_dir))):
+                record_warmup(Path(str(self.args.output_dir)), warmup_steps(self.args, num_training_steps))
+        else:
+            check_warmup(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with loading(resume_from_checkpoint):
