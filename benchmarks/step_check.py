@@ -289,12 +289,13 @@ def draw(rows: list[Measurement], file: Path) -> None:
             label = f"{name}, {kind}"
             steps.plot(at, list(found.values()), marker, color=colour, label=label)
     steps.set(yscale="log", xticks=range(len(parts)), xticklabels=parts, title="one step of one matrix alone")
-    steps.set_ylabel("change of y / RMS of y")
+    steps.set(ylabel="change of y / RMS of y", ylim=(2e-3, 1))  # room for the legend
     depths = ["SwiGLU, gain 2.5", "SwiGLU, gain 0.3", "FlashMHF", "SwiGLU, embeddings 0.3", "FlashMHF, embeddings 0.3"]
     for name, colour in zip(depths, colours_of(depths), strict=True):
         found = values(rows, "stream", name)
         stream.plot([int(part) + 1 for part in found], list(found.values()), "o-", color=colour, label=name)
-    stream.set(xlabel="after layer", ylabel="share", ylim=(0, 1.05), title="variance explained by the token")
+    stream.set(xlabel="after layer", xticks=[int(part) + 1 for part in found], ylabel="share", ylim=(0, 1.05))
+    stream.set_title("variance of the stream explained by the token")
     for axis in (spectrum, steps, stream):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")
