@@ -89,6 +89,10 @@ class Bench:
         self.repeats = 1 if dry_run else REPEATS
         self.shapes = {"toy": TOY} if dry_run else SHAPES
 
+    def rows(self, step: str) -> list[Row]:
+        """What a step has measured so far."""
+        return [row for row in self._rows if row["step"] == step]
+
     def remaining_s(self) -> float:
         return self._until - time.monotonic()
 

@@ -26,6 +26,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 FACTS = ("step", "case", "device", "device_class", "torch", "triton", "commit", "code", "kernels", "date")
 OTHER_TILE = "fastest other tile"
 BASELINE, VARIANT = "swiglu", "flashmhf"  # of the training comparison
+MIN_SEEDS = 3  # for an interval
 
 
 def merge(folders: list[Path], merged: Path) -> str:
@@ -123,15 +124,22 @@ def _training(rows: list[Row]) -> list[str]:
     """The final validation loss of every run, one line per seed, and the mean difference of the pairs."""
     if not rows:
         return []
-    losses: dict[int, Row] = {}
+    losses: dict[tuple[str, int], Row] = {}
     for row in rows:
         if row.get("final"):
-            losses.setdefault(row["seed"], {"seed": row["seed"]})[row["ffn_type"]] = row["validation_nats_per_token"]
+            line = losses.setdefault((row["size"], row["seed"]), {"size": row["size"], "seed": row["seed"]})
+            line[row["ffn_type"]] = row["validation_nats_per_token"]
     pairs = [line for line in losses.values() if BASELINE in line and VARIANT in line]
     for line in pairs:
         line["difference"] = line[VARIANT] - line[BASELINE]
-    differences = [line["difference"] for line in pairs]
-    failures = [f"- {row['ffn_type']}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
+    differences: dict[str, list[float]] = {line["size"]: [] for line in losses.values()}
+    for line in pairs:
+        differences[line["size"]].append(line["difference"])
+    failures = [
+        f"- {row['size']} {row.get('ffn_type', 'pair')}, seed {row['seed']}: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
     return [
         "",
         "### training",
@@ -140,7 +148,7 @@ def _training(rows: list[Row]) -> list[str]:
         "",
         Table.of(list(losses.values())).markdown(),
         "",
-        f"{VARIANT} - {BASELINE}: {_interval(differences)}.",
+        *(f"{size}: {VARIANT} - {BASELINE}: {_interval(values)}." for size, values in differences.items()),
         *failures,
     ]
 
@@ -148,8 +156,8 @@ def _training(rows: list[Row]) -> list[str]:
 def _interval(differences: list[float]) -> str:
     """The mean with its 95 % interval over seeds."""
     count = len(differences)
-    if count < 2:
-        return "not decided, needs at least two seeds of both"
+    if count < MIN_SEEDS:
+        return f"not decided, expected at least {MIN_SEEDS} seeds of both, got {count}"
     mean, half = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count) * student_t(count - 1)
     return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] (95 %, Student's t over {count} seeds)"
 

@@ -69,15 +69,34 @@ SECOND = (
     Step("generation", 15, "new tokens after a prompt, 370M", "gpu_model:generation", shows="tokens_per_s"),
 )  # fmt: skip
 
-# SwiGLU against FlashMHF, seed by seed, so that a run that is cut short has complete pairs. The token budget is an
-# estimate; nothing has been measured.
-THIRD = tuple(
+# `trial` measures how fast each contender trains, `pairs` decides from it how many seeds and tokens fit, see
+# gpu_budget.py. Both contenders of a seed are trained alternately, so that a run that is cut short has complete pairs.
+THIRD = (
     Step(
-        f"{ffn_type}-{seed}", 75, f"training {ffn_type} of 30M parameters, seed {seed}", "gpu_training:training",
-        {"ffn_type": ffn_type, "seed": seed}, shows="tokens_per_s",
-    )
-    for seed in range(3)
-    for ffn_type in ("swiglu", "flashmhf")
+        "trial", 60, "tokens/s of both contenders, eager, as a CUDA graph, compiled", "gpu_training:trial",
+        {"sizes": ["30m"], "modes": ["eager", "graph", "compiled", "compiled graph"]}, case_limit_s=40,
+        shows="tokens_per_s",
+    ),
+    Step(
+        "pairs", 395, "SwiGLU against FlashMHF of 30M parameters, seed by seed", "gpu_training:pairs",
+        {"sizes": ["30m"]}, case_limit_s=90, shows="tokens_per_s",
+    ),
 )  # fmt: skip
 
-PLANS = {"first": Plan(340, FIRST), "second": Plan(300, SECOND), "third": Plan(480, THIRD)}
+SCALING = (
+    Step(
+        "trial", 60, "tokens/s of both contenders at every size, eager and as a CUDA graph", "gpu_training:trial",
+        {"sizes": ["1m", "3m", "10m", "30m"], "modes": ["eager", "graph"]}, case_limit_s=40, shows="tokens_per_s",
+    ),
+    Step(
+        "pairs", 395, "SwiGLU against FlashMHF of 1M to 30M parameters, seed by seed", "gpu_training:pairs",
+        {"sizes": ["1m", "3m", "10m", "30m"]}, case_limit_s=90, shows="tokens_per_s",
+    ),
+)  # fmt: skip
+
+PLANS = {
+    "first": Plan(340, FIRST),
+    "second": Plan(300, SECOND),
+    "third": Plan(480, THIRD),
+    "scaling": Plan(480, SCALING),
+}

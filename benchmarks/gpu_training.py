@@ -1,291 +1,286 @@
-"""Steps of the third plan: SwiGLU and FlashMHF models of equal size, trained on the same tokens in the same order.
+"""Steps of the plans `third` and `scaling`: SwiGLU and FlashMHF of equal size, trained on the same tokens.
 
     python benchmarks/training_tokens.py BOOKS/train BOOKS/val .lease/tokens     on a machine that has the text
 
-One row per logged step, written immediately; the last one of a run has "final": true. On a GPU a step is one CUDA
-graph, to exclude host time; if capture fails, training is eager, and `mode` in the rows says so.
+`trial` measures each contender's tokens/s in each mode of training; `pairs` takes the fastest, and as many tokens and
+seeds as fit the time that is left. The contenders of a seed are trained alternately, a tenth of their steps at a time,
+and a pair that would not finish does not start. One row per logged step; a run's last has "final": true.
 """
 
 import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from flashmhf.benchmarking.layer import describe
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.errors import InputError
-from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from gpu_bench import Bench, Case
+from gpu_bench import Bench, Case, OutOfTimeError
+from gpu_budget import TOKENS_PER_PARAMETER, Budget, PairCost, fit_budget, seeds_that_fit
+from gpu_sizes import CONTENDERS, CONTEXT_LENGTH, SIZES, TOY_VOCABULARY, VOCABULARY, Size, config_of, parameters_of
+from gpu_trainer import EAGER_STEPS, ModelInTraining, Recipe
 from training_tokens import PARTS, Stream, TokenFiles, read_tokens
 
-ATTENTION = "causal_sdpa"
 TOKENS = Path(".lease/tokens")  # in the repository's root, carried to the machine
-BACKBONE: dict[str, Any] = {
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-5,
-    "init": "scaled",
-}
-# 29.6 M parameters with a vocabulary of 8,192, equal to 0.4 %; sub-network widths are multiples of every tile.
-FFNS: dict[str, dict[str, Any]] = {
-    "swiglu": {"ffn_type": "swiglu", "intermediate_size": 1376},
-    "flashmhf": {
-        "ffn_type": "flashmhf",
-        "intermediate_size": 1024,
-        "num_ffn_heads": 4,
-        "num_subnetworks": 4,
-        "q_norm": True,
-    },
-}
-TOY_BACKBONE = BACKBONE | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOY_VOCABULARY = 300
-EAGER_STEPS = 4  # before a graph is captured: they allocate the optimizer's state and compile kernels
+TRIAL_STEPS = 10
+TOY_BATCH, TOY_CONTEXT, TOY_STEPS = 2, 16, 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """Settings of a run, except its tokens. The learning rate is not tuned for this size."""
+class Pair:
+    """Both contenders of one size and seed; everything except the tokens."""
 
-    ffn_type: str
+    size: Size
     seed: int
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.1  # of the peak, at the end of the cosine
-    warmup: float = 0.1  # of the steps
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-    batch_size: int = 64
-    context_length: int = 1024
-    tokens: int = 60_000_000
+    steps: int
+    batch_size: int
+    context_length: int = CONTEXT_LENGTH
+    recipe: Recipe = field(default_factory=Recipe)
+    modes: dict[str, str] = field(default_factory=lambda: dict.fromkeys(CONTENDERS, "eager"))
     validations: int = 10
-    backend: str = "auto"
+    toy: bool = False
 
     @property
-    def steps(self) -> int:
-        return max(1, self.tokens // (self.batch_size * self.context_length))
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context_length
 
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then cosine decay."""
-        warmup = max(1, round(self.warmup * self.steps))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        low = self.final_learning_rate
-        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def config_of(run: TrainingRun, vocab_size: int, backbone: dict[str, Any] = BACKBONE) -> FlashMHFConfig:
-    """The model of a run."""
-    ffn = FFNS[run.ffn_type]
-    return FlashMHFConfig(vocab_size=vocab_size, pad_token_id=None, backend=run.backend, **(backbone | ffn))
-
-
-class Trainer:
-    """A model with its optimizer; a call trains on a batch and returns its loss as a tensor."""
-
-    def __init__(self, config: FlashMHFConfig, run: TrainingRun, device: torch.device, dtype: torch.dtype) -> None:
-        torch.manual_seed(run.seed)
-        AttentionInterface.register(ATTENTION, causal_sdpa)  # without a mask, whose construction synchronizes
-        with torch.device(device):
-            self.model = FlashMHFForCausalLM._from_config(config, attn_implementation=ATTENTION).train()
-        self.run, self.device = run, device
-        self.learning_rate = torch.tensor(0.0, device=device)
-        options: dict[str, Any] = {"lr": self.learning_rate, "betas": run.betas, "fused": True}
-        options |= {"capturable": True} if device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(_decayed(self.model, run.weight_decay), **options)
-        # No cache of cast weights: a graph would keep reading those of its capture.
-        self.autocast = functools.partial(
-            torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+    def model(self, contender: str, vocab_size: int, device: torch.device, dtype: torch.dtype) -> ModelInTraining:
+        """A contender before its first step."""
+        model = ModelInTraining(
+            config_of(self.size, contender, vocab_size, toy=self.toy),
+            self.recipe,
+            batch=(self.batch_size, self.context_length),
+            steps=self.steps,
+            seed=self.seed,
+            device=device,
+            dtype=dtype,
         )
-        self.batch = torch.zeros(run.batch_size, run.context_length, dtype=torch.long, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.loss: Tensor | None = None
-
-    def __call__(self, batch: Tensor, step: int) -> Tensor:
-        self.batch.copy_(batch)
-        self.learning_rate.fill_(self.run.learning_rate_at(step))
-        if self.graph is None:
-            return self._step()
-        self.graph.replay()
-        assert self.loss is not None
-        return self.loss
-
-    def capture(self) -> None:
-        """Makes later steps replays of a graph; if it raises, steps stay eager."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.loss = self._step()
-        self.graph = graph
-
-    def _step(self) -> Tensor:
-        with self.autocast():
-            loss = self.model(self.batch, labels=self.batch, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    @torch.no_grad()
-    def validate(self, blocks: Tensor) -> list[float]:
-        """Nats/token of each batch of `blocks` (N, context length)."""
-        losses = []
-        for batch in blocks.split(self.run.batch_size):
-            ids = batch.to(self.device, torch.long)
-            with self.autocast():
-                losses.append(self.model(ids, labels=ids, use_cache=False).loss)
-        return torch.stack(losses).float().tolist()
+        model.use(self.modes[contender])
+        return model
 
 
-def training(bench: Bench, ffn_type: str, seed: int) -> Iterator[Case]:
-    """One run, on the backend that `auto` selects."""
-    run = TrainingRun(ffn_type=ffn_type, seed=seed)
-    backbone = BACKBONE
+def trial(bench: Bench, sizes: list[str], modes: list[str]) -> Iterator[Case]:
+    """Tokens/s of each contender in each mode, and the seconds until it trains at that speed."""
+    for name in sizes:
+        for mode in modes[:1] if bench.dry_run else modes:  # a CPU has no graphs
+            pair = _pair(bench, SIZES[name], 0, EAGER_STEPS + 1 + TRIAL_STEPS, dict.fromkeys(CONTENDERS, mode))
+            for contender in CONTENDERS:
+                yield Case(
+                    f"{name} {contender} {mode}",
+                    functools.partial(_speed, bench, pair, contender),
+                    {"size": name, "ffn_type": contender, "mode": mode},
+                )
+
+
+def _speed(bench: Bench, pair: Pair, contender: str) -> list[Row]:
+    began = time.perf_counter()
+    model = pair.model(contender, TOY_VOCABULARY if pair.toy else VOCABULARY, bench.device, bench.dtype)
+    batch = torch.randint(TOY_VOCABULARY, (pair.batch_size, pair.context_length))
+    for _ in range(EAGER_STEPS + 1):
+        model(batch)
+    bench.synchronize()
+    started = time.perf_counter()
+    losses = [model(batch) for _ in range(TRIAL_STEPS)]
+    float(losses[-1])  # waits for the device
+    seconds = (time.perf_counter() - started) / TRIAL_STEPS
+    speed = {"mode": model.mode, "tokens_per_s": pair.tokens_per_step / seconds, "start_s": started - began}
+    return [{"size": pair.size.name, "ffn_type": contender, **speed}]
+
+
+def pairs(bench: Bench, sizes: list[str]) -> Iterator[Case]:
+    """Seed by seed, from the smallest to the largest model.
+
+    Raises:
+        InputError: `trial` has no speed of a contender.
+    """
+    fastest = {name: {contender: _fastest(bench, name, contender) for contender in CONTENDERS} for name in sizes}
+    costs = {name: _cost(name, list(fastest[name].values())) for name in sizes}
+    earlier = bench.rows("pairs")
+    planned = next((row for row in earlier if "tokens_per_parameter" in row), None)
+    if planned is None:
+        budget = fit_budget(bench.remaining_s(), list(costs.values()))
+        yield Case("budget", functools.partial(_budget_row, budget, fastest))
+    else:  # resumed: the runs must be as long as those before
+        done = min(len({row["seed"] for row in earlier if row.get("final") and row["size"] == name}) for name in sizes)
+        tokens = planned["tokens_per_parameter"]
+        seeds = done + seeds_that_fit(bench.remaining_s(), list(costs.values()), tokens)
+        budget = Budget(tokens_per_parameter=tokens, seeds=seeds)
+    measured_s: dict[str, float] = {}
+    for seed in range(budget.seeds):
+        for name in sizes:
+            size = SIZES[name]
+            steps = int(budget.tokens_per_parameter * parameters_of(size)) // (size.batch_size * CONTEXT_LENGTH)
+            pair = _pair(bench, size, seed, steps, {key: row["mode"] for key, row in fastest[name].items()})
+            expected_s = costs[name].seconds(budget.tokens_per_parameter)
+            measure = functools.partial(_train_if_it_fits, bench, pair, expected_s, measured_s)
+            yield Case(f"{name} seed {seed}", measure, {"size": name, "seed": seed})
+
+
+def _budget_row(budget: Budget, fastest: dict[str, dict[str, Row]]) -> list[Row]:
+    modes = {f"{name} {contender}": row["mode"] for name, rows in fastest.items() for contender, row in rows.items()}
+    failed = {} if budget.seeds else {"failed": "not one seed of both contenders fits the time that is left"}
+    return [asdict(budget) | {"modes": modes} | failed]
+
+
+def _fastest(bench: Bench, size: str, contender: str) -> Row:
+    """The row of `trial` whose mode takes a run of this size the least time."""
+    rows = [
+        row
+        for row in bench.rows("trial")
+        if (row.get("size"), row.get("ffn_type")) == (size, contender) and "tokens_per_s" in row
+    ]
+    if not rows:
+        raise InputError(f"trial: expected a speed of {contender} at {size}, got none; run the step trial first")
+    rows = [{**row, "mode": row["mode"].partition(":")[0]} for row in rows]  # without the reason of a failed capture
+    return min(rows, key=lambda row: _cost(size, [row]).seconds(TOKENS_PER_PARAMETER))
+
+
+def _cost(size: str, rows: list[Row]) -> PairCost:
+    return PairCost(
+        parameters=parameters_of(SIZES[size]),
+        start_s=sum(row["start_s"] for row in rows),
+        s_per_token=sum(1 / row["tokens_per_s"] for row in rows),
+    )
+
+
+def _pair(bench: Bench, size: Size, seed: int, steps: int, modes: dict[str, str]) -> Pair:
     if bench.dry_run:
-        run = replace(run, batch_size=2, context_length=16, tokens=20 * 2 * 16, validations=4)
-        backbone = TOY_BACKBONE
-
-    def measure() -> Iterator[Row]:
-        files = toy_tokens() if bench.dry_run else read_tokens(TOKENS)
-        return train(run, files, bench.device, bench.dtype, backbone=backbone)
-
-    yield Case(f"{ffn_type} seed {seed}", measure, {"ffn_type": ffn_type, "seed": seed})
+        toy = {"batch_size": TOY_BATCH, "context_length": TOY_CONTEXT, "validations": 4, "toy": True}
+        return Pair(size=size, seed=seed, steps=TOY_STEPS, modes=modes, **toy)
+    return Pair(size=size, seed=seed, steps=max(1, steps), modes=modes, batch_size=size.batch_size)
 
 
-def train(
-    run: TrainingRun,
-    files: TokenFiles,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    backbone: dict[str, Any] = BACKBONE,
-) -> Iterator[Row]:
-    """Trains one model and yields rows of losses and speed; the last one has more."""
-    trainer = Trainer(config_of(run, files.vocab_size, backbone), run, device, dtype)
-    blocks, held_out = (_blocks(files.streams[part], run).to(device) for part in ("train", "validation"))
-    order = _order(len(blocks), run).to(device)
-    log = RunLog(trainer, files, held_out)
-    for step in range(run.steps):
-        if step == EAGER_STEPS and device.type == "cuda":
-            log.mode = _capture(trainer)
-            log.restart_clock(step)
-        batch = blocks[order[step * run.batch_size : (step + 1) * run.batch_size]]
-        log.losses.append(trainer(batch, step).clone())
-        if log.is_due(step + 1):
-            row = log.row(step + 1)
+def _train_if_it_fits(bench: Bench, pair: Pair, expected_s: float, measured_s: dict[str, float]) -> Iterator[Row]:
+    """The pair's rows; what pairs of its size took before replaces the estimate of the trial."""
+    if measured_s.get(pair.size.name, expected_s) > bench.remaining_s():
+        raise OutOfTimeError
+    began = time.monotonic()
+    yield from train_pair(pair, toy_tokens() if bench.dry_run else _tokens(), bench.device, bench.dtype)
+    measured_s[pair.size.name] = time.monotonic() - began
+
+
+@functools.cache
+def _tokens() -> TokenFiles:
+    return read_tokens(TOKENS)
+
+
+def train_pair(pair: Pair, files: TokenFiles, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    """Trains both contenders alternately and yields their rows; a loss that is not finite ends both."""
+    blocks = _blocks(files.streams["train"], pair).to(device)
+    order = _order(len(blocks), pair).to(device)
+    held_out = HeldOut(files, pair, device)
+    runs = [OneRun(pair, contender, files.vocab_size, held_out, device, dtype) for contender in CONTENDERS]
+    step = 0
+    for number in range(1, pair.validations + 1):
+        until = pair.steps * number // pair.validations
+        if until == step:
+            continue
+        for run in runs:
+            row = run.advance(blocks, order, step, until)
             yield row
             if "failed" in row:
                 return
-            log.restart_clock(step + 1)
+        step = until
 
 
-class RunLog:
-    """The rows of one run."""
+class HeldOut:
+    """The validation tokens in batches, the incomplete last block included."""
 
-    def __init__(self, trainer: Trainer, files: TokenFiles, held_out: Tensor) -> None:
-        self.trainer, self.files, self.held_out = trainer, files, held_out
-        self.run = trainer.run
-        self.mode = "eager"
-        self.losses: list[Tensor] = []
-        self.started = time.perf_counter()
-        self.restart_clock(0)
+    def __init__(self, files: TokenFiles, pair: Pair, device: torch.device) -> None:
+        stream, length = files.streams["validation"].to(device), pair.context_length
+        self.size = files.sizes["validation"]
+        end = len(stream) // length * length
+        self.batches = list(stream[:end].view(-1, length).split(pair.batch_size))
+        if len(stream) - end > 1:
+            self.batches.append(stream[None, end:])
+        if not self.batches:
+            raise InputError(f"validation tokens: expected at least {length}, got {len(stream)}")
 
-    def restart_clock(self, step: int) -> None:
-        """Starts the interval of the next row's speed."""
-        self._since, self._since_step = time.perf_counter(), step
+    def loss(self, model: ModelInTraining, *, everything: bool) -> tuple[float, list[float]]:
+        """The mean over predicted tokens, and that of each batch; of the first batch only, unless `everything`."""
+        batches = self.batches if everything else self.batches[:1]
+        losses = model.validate(batches)
+        predicted = [batch.shape[0] * (batch.shape[1] - 1) for batch in batches]
+        total = sum(loss * count for loss, count in zip(losses, predicted, strict=True))
+        return total / sum(predicted), losses
 
-    def is_due(self, step: int) -> bool:
-        """At even intervals, and at the end."""
-        run = self.run
-        return step * run.validations // run.steps > (step - 1) * run.validations // run.steps
 
-    def row(self, step: int) -> Row:
-        """The interval since the last row; has "failed" if training has diverged."""
-        run, final = self.run, step == self.run.steps
-        loss = float(torch.stack(self.losses).mean())  # waits for the device
-        self.losses = []
-        tokens = (step - self._since_step) * run.batch_size * run.context_length
-        tokens_per_s = tokens / (time.perf_counter() - self._since)
-        common = {"ffn_type": run.ffn_type, "seed": run.seed, "learning_rate": run.learning_rate, "steps": step}
-        if not math.isfinite(loss):
-            return {**common, "failed": f"the training loss is {loss}"}
-        validation = self.trainer.validate(self.held_out if final else self.held_out[: run.batch_size])
+class OneRun:
+    """One contender of a pair, and its rows."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        contender: str,
+        vocab_size: int,
+        held_out: HeldOut,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.pair, self.contender, self.held_out = pair, contender, held_out
+        self.model = pair.model(contender, vocab_size, device, dtype)
+        self.elapsed_s = 0.0
+
+    def advance(self, blocks: Tensor, order: Tensor, first: int, until: int) -> Row:
+        """Trains from one step to another and validates; the row has "failed" if training has diverged."""
+        began, size = time.perf_counter(), self.pair.batch_size
+        losses = [self.model(blocks[order[step * size : (step + 1) * size]]) for step in range(first, until)]
+        loss = float(torch.stack(losses).mean())  # waits for the device
+        seconds = time.perf_counter() - began
+        self.elapsed_s += seconds
         row = {
-            **common,
-            "tokens": step * run.batch_size * run.context_length,
-            "train_nats_per_token": loss,
-            "validation_nats_per_token": sum(validation) / len(validation),
-            "tokens_per_s": tokens_per_s,
-            "mode": self.mode,
-            "elapsed_s": time.perf_counter() - self.started,
+            "size": self.pair.size.name,
+            "ffn_type": self.contender,
+            "seed": self.pair.seed,
+            "steps": until,
+            "tokens": until * self.pair.tokens_per_step,
         }
-        return row | self._summary(validation) if final else row
+        if not math.isfinite(loss):
+            return row | {"failed": f"the training loss is {loss}"}
+        final = until == self.pair.steps
+        validation, parts = self.held_out.loss(self.model, everything=final)
+        row |= {
+            "train_nats_per_token": loss,
+            "validation_nats_per_token": validation,
+            "tokens_per_s": (until - first) * self.pair.tokens_per_step / seconds,
+            "mode": self.model.mode,
+            "elapsed_s": self.elapsed_s,
+        }
+        return row | self._summary(validation, parts) if final else row
 
-    def _summary(self, validation: list[float]) -> Row:
-        size = self.files.sizes["validation"]
-        nats = sum(validation) / len(validation)
-        cuda = self.trainer.device.type == "cuda"
+    def _summary(self, validation: float, parts: list[float]) -> Row:
+        model, size = self.model, self.held_out.size
+        embeddings = model.model.get_input_embeddings().weight.numel()  # tied
+        cuda = model.device.type == "cuda"
         return {
             "final": True,
-            "parameters": self.trainer.model.num_parameters(),
-            "validation_bits_per_byte": nats * size.tokens / size.text_bytes / math.log(2),
-            "validation_parts_nats_per_token": [round(part, 5) for part in validation],
+            "parameters": model.model.num_parameters(),
+            "parameters_without_embeddings": model.model.num_parameters() - embeddings,
+            "validation_bits_per_byte": validation * size.tokens / size.text_bytes / math.log(2),
+            "validation_parts_nats_per_token": [round(part, 5) for part in parts],
             "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-            "settings": asdict(self.run),
+            "batch_size": self.pair.batch_size,
+            "context_length": self.pair.context_length,
+            "recipe": asdict(self.pair.recipe),
         }
 
 
-def _capture(trainer: Trainer) -> str:
-    """Captures a step; returns the mode of later steps."""
-    try:
-        trainer.capture()
-    except RuntimeError as error:  # an operation that cannot be captured: slower, but still a comparison
-        trainer.optimizer.zero_grad(set_to_none=True)
-        return f"eager, no graph: {describe(error)}"
-    return "graph"
-
-
-def causal_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Causal attention with transformers' attention interface; never reads a mask."""
-    out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=options.get("scaling"))
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for matrices, none for norms."""
-    named = list(model.named_parameters())
-    norms = {name for name, parameter in named if "norm" in name or parameter.dim() < 2}
-    return [
-        {"params": [parameter for name, parameter in named if name not in norms], "weight_decay": weight_decay},
-        {"params": [parameter for name, parameter in named if name in norms], "weight_decay": 0.0},
-    ]
-
-
-def _blocks(stream: Tensor, run: TrainingRun) -> Tensor:
+def _blocks(stream: Tensor, pair: Pair) -> Tensor:
     """(N, context length), int32; an incomplete last block is dropped."""
-    count = len(stream) // run.context_length
-    if count < run.batch_size:
-        raise InputError(f"tokens: expected at least {run.batch_size * run.context_length}, got {len(stream)}")
-    return stream[: count * run.context_length].view(count, -1).to(torch.int32)
+    count = len(stream) // pair.context_length
+    if count < pair.batch_size:
+        raise InputError(f"tokens: expected at least {pair.tokens_per_step}, got {len(stream)}")
+    return stream[: count * pair.context_length].view(count, -1).to(torch.int32)
 
 
-def _order(blocks: int, run: TrainingRun) -> Tensor:
+def _order(blocks: int, pair: Pair) -> Tensor:
     """Indices of blocks for all steps, reshuffled every epoch; the same for all models with a seed."""
-    generator = torch.Generator().manual_seed(run.seed)
-    epochs = -(-run.steps * run.batch_size // blocks)
+    generator = torch.Generator().manual_seed(pair.seed)
+    epochs = -(-pair.steps * pair.batch_size // blocks)
     return torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
 
 

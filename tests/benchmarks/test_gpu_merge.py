@@ -78,10 +78,10 @@ def training_lease(folder, seeds: int) -> None:
     rows.prepare()
     for ffn_type, losses in LOSSES.items():
         for seed, loss in enumerate(losses[:seeds]):
-            row = {"ffn_type": ffn_type, "seed": seed, "steps": 9, "validation_nats_per_token": loss}
+            row = {"size": "30m", "ffn_type": ffn_type, "seed": seed, "steps": 9, "validation_nats_per_token": loss}
             for values in (row | {"steps": 1, "validation_nats_per_token": 9.0}, row | {"final": True}):
                 rows.append(f"{ffn_type} {seed}", f"{ffn_type} seed {seed}", values)
-    failure = {"ffn_type": "swiglu", "seed": 7, "failed": "the training loss is nan"}
+    failure = {"size": "30m", "ffn_type": "swiglu", "seed": 7, "failed": "the training loss is nan"}
     rows.append("swiglu 7", "swiglu seed 7", failure)
 
 
@@ -90,13 +90,14 @@ def test_training_runs_become_one_comparison_over_seeds(tmp_path):
     merge([tmp_path / "a"], tmp_path / "gpu.jsonl")
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("### ") == 1
-    assert "| 1 | 3.52 | 3.5 | -0.02 |" in text
-    assert "flashmhf - swiglu: -0.0300 [-0.0548, -0.0052] (95 %, Student's t over 3 seeds)." in text  # t = 4.3027
-    assert "- swiglu, seed 7: the training loss is nan" in text
+    assert "| 30m | 1 | 3.52 | 3.5 | -0.02 |" in text
+    assert "30m: flashmhf - swiglu: -0.0300 [-0.0548, -0.0052] (95 %, Student's t over 3 seeds)." in text  # t = 4.3027
+    assert "- 30m swiglu, seed 7: the training loss is nan" in text
 
 
-def test_one_pair_of_training_runs_decides_nothing(tmp_path):
-    training_lease(tmp_path / "a", seeds=1)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_pairs_of_training_runs_decide_nothing(seeds, tmp_path):
+    training_lease(tmp_path / "a", seeds=seeds)
     merge([tmp_path / "a"], tmp_path / "gpu.jsonl")
     assert "flashmhf - swiglu: not decided" in (tmp_path / "gpu.md").read_text()
 
