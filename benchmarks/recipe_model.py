@@ -1,0 +1,143 @@
+"""A run of recipe_runs.py: every knob, and the model with its initial weights.
+
+Every initial value is set here, with random numbers in the order of the recorded runs, whatever the constants of
+`layers/initialisation.py` are.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashmhf.layers import FlashMHF, SwiGLU
+from flashmhf.layers.initialisation import REFERENCE_GAIN, REFERENCE_STD
+from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+
+SUBNETWORKS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeRun:
+    """One training run.
+
+    Attributes:
+        variant: flashmhf or swiglu, as in the tiny presets.
+        seed: of the initial weights and of the order of the blocks.
+        steps, batch: of 256 bytes a sequence.
+        optimizer: adamw, or muon (AdamW for embeddings, norms and gates).
+        learning_rate: of AdamW.
+        muon_learning_rate: of Muon.
+        embedding_learning_rate, gate_learning_rate: AdamW's for these; None: learning_rate.
+        row_rate: multiplies the learning rate of K and U (gate_proj and up_proj).
+        projection_rate: multiplies the learning rate of W_in and W_out.
+        weight_decay: of everything but norms.
+        warmup: share of the steps, linear.
+        schedule: after the warm-up: "cosine" to a tenth, or "linear" to zero.
+        score_rms: M, N and the gate's logits start with this RMS, if q has 1 (without q_norm: 0.707).
+        output_gain: V's (down_proj's) standard deviation, times sqrt(d_ff).
+        in_proj, out_proj: "orthogonal", or "xavier" (uniform).
+        in_gain, out_gain: their gains.
+        residual_gain: multiplies o_proj and W_out (down_proj) at the beginning.
+        attention: q, k, v and o_proj normal with std 0.02 ("llama") or 1 / sqrt(fan-in) ("fan_in").
+        embedding_std: standard deviation of the embeddings.
+        tied: the head shares the embeddings; otherwise its std is 0.02.
+        heads: of the feed-forward layer.
+        gate: sigmoid or None.
+        q_norm: the feed-forward layer's norm per head.
+        qk_norm: attention's norm per head.
+        score_scale, gate_scale: None: heads.
+        note: why this run was made, where the table should keep it apart.
+    """
+
+    variant: str = "flashmhf"
+    seed: int = 0
+    steps: int = 350
+    batch: int = 8
+    optimizer: str = "adamw"
+    learning_rate: float = 7e-4
+    muon_learning_rate: float | None = None
+    embedding_learning_rate: float | None = None
+    gate_learning_rate: float | None = None
+    row_rate: float = 1.0
+    projection_rate: float = 1.0
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    score_rms: float = 0.64
+    output_gain: float = 2.5
+    in_proj: str = "xavier"
+    in_gain: float = 0.707
+    out_proj: str = "xavier"
+    out_gain: float = 0.707
+    residual_gain: float = 1.0
+    attention: str = "llama"
+    embedding_std: float = 0.02
+    tied: bool = True
+    heads: int = 4
+    gate: str | None = "sigmoid"
+    q_norm: bool = True
+    qk_norm: bool = False
+    score_scale: float | None = None
+    gate_scale: float | None = None
+    note: str = ""
+
+
+FIELDS = tuple(field.name for field in fields(RecipeRun))
+
+
+def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
+    """The model with its initial weights; `sizes` replace values of its configuration."""
+    values: dict[str, Any] = {"init": "reference", "tie_word_embeddings": run.tied, "qk_norm": run.qk_norm}
+    if run.variant == "flashmhf":
+        scale = float(run.heads)
+        values |= {"num_ffn_heads": run.heads, "gate_type": run.gate, "q_norm": run.q_norm}
+        values |= {"score_scale": scale if run.score_scale is None else run.score_scale}
+        if run.gate is not None:
+            values |= {"num_subnetworks": SUBNETWORKS, "output_scale": float(SUBNETWORKS)}
+            values |= {"gate_scale": scale if run.gate_scale is None else run.gate_scale}
+    torch.manual_seed(run.seed)
+    model = FlashMHFForCausalLM(FlashMHFConfig.from_preset(f"{run.variant}-tiny", **(values | sizes)))
+    initialise(model, run)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: FlashMHFForCausalLM, run: RecipeRun) -> None:
+    """From init="reference", whose normal weights are scaled; embeddings, projections and attention are drawn anew."""
+    nn.init.normal_(model.model.embed_tokens.weight, std=run.embedding_std)
+    if not run.tied:
+        nn.init.normal_(model.lm_head.weight, std=REFERENCE_STD)
+    for layer in model.model.layers:
+        attention, ffn = layer.self_attn, layer.mlp
+        if run.attention == "fan_in":
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+                nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+        attention.o_proj.weight.mul_(run.residual_gain)
+        if isinstance(ffn, SwiGLU):
+            _scale_swiglu(ffn, run)
+        else:
+            _scale_flashmhf(ffn, run)
+
+
+def _scale_swiglu(ffn: SwiGLU, run: RecipeRun) -> None:
+    for linear in (ffn.gate_proj, ffn.up_proj):
+        linear.weight.mul_(run.score_rms / math.sqrt(linear.in_features) / REFERENCE_STD)
+    down = ffn.down_proj
+    down.weight.mul_(run.output_gain / math.sqrt(down.in_features) / REFERENCE_STD * run.residual_gain)
+
+
+def _scale_flashmhf(ffn: FlashMHF, run: RecipeRun) -> None:
+    unit = run.score_rms / math.sqrt(ffn.head_dim) / REFERENCE_STD
+    unit /= 1.0 if run.q_norm else REFERENCE_GAIN
+    for rows in (ffn.k, ffn.u):
+        rows.mul_(unit / ffn.score_scale)
+    ffn.v.mul_(run.output_gain / math.sqrt(ffn.num_subnetworks * ffn.subnetwork_size) / REFERENCE_STD)
+    if ffn.gate_weight is not None:
+        ffn.gate_weight.mul_(unit / ffn.gate_scale)
+    for linear, kind, gain in ((ffn.in_proj, run.in_proj, run.in_gain), (ffn.out_proj, run.out_proj, run.out_gain)):
+        assert linear is not None
+        draw = nn.init.orthogonal_ if kind == "orthogonal" else nn.init.xavier_uniform_
+        draw(linear.weight, gain=gain)
+    ffn.out_proj.weight.mul_(run.residual_gain)
