@@ -48,7 +48,6 @@ class RecipeRun:
         q_norm: the feed-forward layer's norm per head.
         qk_norm: attention's norm per head.
         score_scale, gate_scale: None: heads.
-        note: why this run was made, where the table should keep it apart.
     """
 
     variant: str = "flashmhf"
@@ -81,7 +80,6 @@ class RecipeRun:
     qk_norm: bool = False
     score_scale: float | None = None
     gate_scale: float | None = None
-    note: str = ""
 
 
 FIELDS = tuple(field.name for field in fields(RecipeRun))

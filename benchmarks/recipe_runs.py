@@ -59,10 +59,9 @@ def optimizer_of(model: nn.Module, run: RecipeRun) -> torch.optim.Optimizer:
         decays = "norm" not in name or "self_attn" in name
         groups.setdefault((rate, run.weight_decay if decays else 0.0), []).append(parameter)
     made = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
-    options = {"lr": run.learning_rate, "betas": BETAS, "fused": True}
     if run.optimizer == "muon":
-        return Muon(made, dict.fromkeys(hidden, 1.0), **options)
-    return torch.optim.AdamW(made, **options)
+        return Muon(made, dict.fromkeys(hidden, 1.0), betas=BETAS, fused=True)
+    return torch.optim.AdamW(made, betas=BETAS, fused=True)
 
 
 def _factor(name: str, run: RecipeRun) -> float:
@@ -134,8 +133,8 @@ def prepare(file: Path) -> None:
     config = DataConfig(source="stdlib", context_length=CONTEXT, validation_tokens=VALIDATION_TOKENS)
     data = load_blocks(config, load_tokenizer("bytes"), seed=0)
     parts = [
-        torch.stack([torch.as_tensor(blocks[index]["input_ids"]) for index in range(min(len(blocks), BLOCKS))])
-        for blocks in (data.train, data.validation)
+        torch.stack([torch.as_tensor(blocks[index]["input_ids"]) for index in range(min(size, BLOCKS))])
+        for blocks, size in ((data.train, len(data.train)), (data.validation, len(data.validation)))  # type: ignore[arg-type]
     ]
     torch.save([part.to(torch.int16) for part in parts], file)
 

@@ -1,0 +1,135 @@
+"""Markdown tables of recipe_runs.py's rows, for docs/parametrisation.md.
+
+    python benchmarks/recipe_table.py [benchmarks/results/recipe_runs.jsonl]
+
+First the runs per contender, then every setting with its seeds, then the difference of the two contenders wherever both
+ran a seed with the same steps, batch, optimizer, learning rates and schedule: each at its best setting there, which is
+the one with the lowest mean among those with the most seeds.
+"""
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from flashmhf.benchmarking.measuring import Row
+from flashmhf.reports.table import Table
+from recipe_model import RecipeRun
+from recipe_runs import RECORDED, read, run_of
+
+Losses = dict[int, float]  # of every seed
+REGIME = ("steps", "batch", "optimizer", "learning_rate", "muon_learning_rate", "warmup", "schedule", "qk_norm")
+ONLY_FLASHMHF = ("in_proj", "in_gain", "out_proj", "out_gain", "heads", "gate", "q_norm", "score_scale", "gate_scale")
+DEFAULTS = asdict(RecipeRun())
+
+
+def settings(rows: Iterable[Row]) -> dict[RecipeRun, Losses]:
+    """A setting is a run without its seed."""
+    found: dict[RecipeRun, Losses] = {}
+    for row in rows:
+        run = run_of(row)
+        found.setdefault(replace(run, seed=0), {})[run.seed] = row["validation_loss"]
+    return {setting: dict(sorted(losses.items())) for setting, losses in found.items()}
+
+
+def regime(run: RecipeRun) -> tuple:
+    """What both contenders share."""
+    return tuple(getattr(run, name) for name in REGIME)
+
+
+def regime_text(run: RecipeRun) -> str:
+    rates = f"AdamW {run.learning_rate:g}"
+    if run.muon_learning_rate is not None:
+        same = run.muon_learning_rate == run.learning_rate
+        rates = f"Muon {run.muon_learning_rate:g}" + ("" if same else f", {rates}")
+    norm = ", qk_norm" if run.qk_norm else ""
+    return f"{run.steps} x {run.batch}, {rates}, {run.schedule}, {run.warmup:.0%} warm-up{norm}"
+
+
+def setting_text(run: RecipeRun) -> str:
+    """Everything but the regime that is not the default of RecipeRun."""
+    hidden = {"variant", "seed", *REGIME, *(() if run.variant == "flashmhf" else ONLY_FLASHMHF)}
+    changed = [(name, value) for name, value in asdict(run).items() if name not in hidden and value != DEFAULTS[name]]
+    return ", ".join(f"{name} {value}" for name, value in changed) or "all defaults"
+
+
+def mean_text(losses: Losses) -> str:
+    """Mean and standard deviation; that of one run has no deviation."""
+    mean = f"{statistics.mean(losses.values()):.3f}"
+    return f"{mean} +- {statistics.stdev(losses.values()):.3f}" if len(losses) > 1 else mean
+
+
+def seeds_text(losses: Losses) -> str:
+    return ", ".join(f"{seed}: {loss:.3f}" for seed, loss in losses.items())
+
+
+def effort_table(rows: list[Row]) -> Table:
+    """Training runs of each contender: what was spent on tuning it."""
+    counts = Counter(row["variant"] for row in rows)
+    steps: Counter = Counter()
+    for row in rows:
+        steps[row["variant"]] += row["steps"] * row["batch"]
+    lines = [[variant, counts[variant], steps[variant]] for variant in sorted(counts)]
+    return Table(["contender", "runs", "sequences of 256 bytes"], lines)
+
+
+def settings_table(rows: list[Row]) -> Table:
+    cells = settings(rows)
+    order = sorted(
+        cells, key=lambda run: (tuple(map(str, regime(run))), run.variant, statistics.mean(cells[run].values()))
+    )
+    lines = [
+        [
+            f"{run.variant}: {setting_text(run)}",
+            regime_text(run),
+            mean_text(cells[run]),
+            seeds_text(cells[run]),
+            len(cells[run]),
+        ]
+        for run in order
+    ]
+    return Table(["setting", "steps x batch, rates", "nats/byte", "seeds", "number"], lines)
+
+
+def best(cells: dict[RecipeRun, Losses]) -> RecipeRun:
+    """The setting with the lowest mean among those with the most seeds."""
+    return min(cells, key=lambda run: (-len(cells[run]), statistics.mean(cells[run].values())))
+
+
+def paired_differences(first: Losses, second: Losses) -> list[float]:
+    """second - first, for the seeds of both."""
+    return [second[seed] - loss for seed, loss in first.items() if seed in second]
+
+
+def differences_table(rows: list[Row]) -> Table:
+    """FlashMHF - SwiGLU. The resolution is the standard deviation of the paired difference over seeds."""
+    cells = settings(rows)
+    lines = []
+    for shared in sorted({regime(run) for run in cells}, key=str):
+        here = {run: losses for run, losses in cells.items() if regime(run) == shared}
+        sides = [{run: here[run] for run in here if run.variant == variant} for variant in ("swiglu", "flashmhf")]
+        if not all(sides):
+            continue
+        swiglu, flashmhf = map(best, sides)
+        found = paired_differences(cells[swiglu], cells[flashmhf])
+        if not found:
+            continue
+        counts = [sum(map(len, side.values())) for side in sides]
+        resolution = f"{statistics.stdev(found):.3f}" if len(found) > 1 else "one seed: not decided"
+        chosen = [f"{setting_text(run)}: {mean_text(cells[run])}" for run in (swiglu, flashmhf)]
+        values = ", ".join(f"{difference:+.3f}" for difference in found)
+        lines.append([regime_text(swiglu), *chosen, values, resolution, "{} / {}".format(*counts)])
+    columns = ["steps x batch, rates", "SwiGLU", "FlashMHF", "difference per seed", "resolution", "runs of each"]
+    return Table(columns, lines)
+
+
+def main() -> None:
+    rows = read(Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDED)
+    for table in (effort_table(rows), settings_table(rows), differences_table(rows)):
+        print(table.markdown(), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
