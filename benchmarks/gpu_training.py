@@ -149,7 +149,7 @@ def _cost(size: str, rows: list[Row]) -> PairCost:
 
 def _pair(bench: Bench, size: Size, seed: int, steps: int, modes: dict[str, str]) -> Pair:
     if bench.dry_run:
-        toy = {"batch_size": TOY_BATCH, "context_length": TOY_CONTEXT, "validations": 4, "toy": True}
+        toy: dict[str, Any] = {"batch_size": TOY_BATCH, "context_length": TOY_CONTEXT, "validations": 4, "toy": True}
         return Pair(size=size, seed=seed, steps=TOY_STEPS, modes=modes, **toy)
     return Pair(size=size, seed=seed, steps=max(1, steps), modes=modes, batch_size=size.batch_size)
 

@@ -192,7 +192,7 @@ def change(layer: nn.Module, x: Tensor, kind: str, part: str) -> float | None:
     (weight,) = chosen
     before, old = layer(x[:SHOWN]), weight.clone()
     assert weight.grad is not None
-    weight -= RATES[kind] * (weight.grad.sign() if kind == "sign" or part == "gate" else polar(weight.grad))
+    weight.sub_(RATES[kind] * (weight.grad.sign() if kind == "sign" or part == "gate" else polar(weight.grad)))
     changed = layer(x[:SHOWN])
     weight.copy_(old)
     return rms(changed - before) / rms(before)
