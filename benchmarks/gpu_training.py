@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _cost(size: str, rows: list[Row]) -> PairCost:
 
 def _pair(bench: Bench, size: Size, seed: int, steps: int, modes: dict[str, str]) -> Pair:
     if bench.dry_run:
-        toy = {"batch_size": TOY_BATCH, "context_length": TOY_CONTEXT, "validations": 4, "toy": True}
+        toy: dict[str, Any] = {"batch_size": TOY_BATCH, "context_length": TOY_CONTEXT, "validations": 4, "toy": True}
         return Pair(size=size, seed=seed, steps=TOY_STEPS, modes=modes, **toy)
     return Pair(size=size, seed=seed, steps=max(1, steps), modes=modes, batch_size=size.batch_size)
 

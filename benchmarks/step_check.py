@@ -143,11 +143,12 @@ def fill(layer: nn.Module, setting: Setting) -> None:
         nn.init.normal_(layer.down_proj.weight, std=setting.gain / math.sqrt(layer.down_proj.in_features))
         return
     assert isinstance(layer, FlashMHF)
-    for projection, gain in ((layer.in_proj, 1.0), (layer.out_proj, REFERENCE_GAIN)):
+    for square, gain in ((layer.in_proj, 1.0), (layer.out_proj, REFERENCE_GAIN)):
+        assert square is not None
         if setting.orthogonal:
-            init_orthogonal(projection.weight, std=gain / math.sqrt(setting.hidden))
+            init_orthogonal(square.weight, std=gain / math.sqrt(setting.hidden))
         else:
-            nn.init.xavier_uniform_(projection.weight, gain=REFERENCE_GAIN)
+            nn.init.xavier_uniform_(square.weight, gain=REFERENCE_GAIN)
     for rows in (layer.k, layer.u):
         nn.init.normal_(rows, std=SCORE_RMS / (layer.score_scale * math.sqrt(layer.head_dim)))
     nn.init.normal_(layer.v, std=setting.gain / math.sqrt(layer.num_subnetworks * layer.subnetwork_size))
@@ -178,8 +179,8 @@ def measure(name: str, setting: Setting, seed: int) -> Iterator[Measurement]:
         yield Measurement(kind="branch", setting=name, part=str(depth), value=relative)
     for kind in RATES:
         for part in MATRICES.values():
-            changes = [change(layer, x, kind, part) for layer, x in zip(layers, inputs, strict=True)]
-            if changes[0] is not None:
+            found = [change(layer, x, kind, part) for layer, x in zip(layers, inputs, strict=True)]
+            if changes := [value for value in found if value is not None]:
                 yield Measurement(kind=kind, setting=name, part=part, value=sum(changes) / len(changes))
 
 
@@ -192,7 +193,7 @@ def change(layer: nn.Module, x: Tensor, kind: str, part: str) -> float | None:
     (weight,) = chosen
     before, old = layer(x[:SHOWN]), weight.clone()
     assert weight.grad is not None
-    weight -= RATES[kind] * (weight.grad.sign() if kind == "sign" or part == "gate" else polar(weight.grad))
+    weight.sub_(RATES[kind] * (weight.grad.sign() if kind == "sign" or part == "gate" else polar(weight.grad)))
     changed = layer(x[:SHOWN])
     weight.copy_(old)
     return rms(changed - before) / rms(before)

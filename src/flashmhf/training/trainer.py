@@ -112,7 +112,7 @@ class PretrainingTrainer(Trainer):
         self.guard.reset()
         trained = super()._init_training_state(max_steps, *args, **options)
         find_best_checkpoint(self.state, self.args)
-        self._instability.load(self.state.stateful_callbacks.get(STATE))
+        self._instability.load(cast(Any, self.state.stateful_callbacks).get(STATE))
         self._resumed_at = self.state.global_step
         self._finished = self._resumed_at >= max_steps
         if self._finished:  # they would start another file or run
@@ -269,7 +269,7 @@ class PretrainingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
         folder = Path(self._get_output_dir(trial))
-        self.state.stateful_callbacks[STATE] = self._instability.state()
+        cast(Any, self.state.stateful_callbacks)[STATE] = self._instability.state()
         displacing = self.guard.in_a_row == 0  # otherwise older weights may be the last good ones
         with self._meter.paused(), self._checkpoints.writing(folder, self.state, displacing=displacing):
             super()._save_checkpoint(model, trial)
