@@ -2,36 +2,28 @@
 
     python benchmarks/recipe_table.py [benchmarks/results/recipe_runs.jsonl]
 
-First the runs per contender, then every setting with its seeds, then the difference of the two contenders wherever both
-ran a seed with the same steps, batch, optimizer, learning rates and schedule: each at its best setting there, which is
-the one with the lowest mean among those with the most seeds.
+In this order: the runs of each contender; the recipe; what changes are worth (`recipe_changes.py`); the difference
+of the two contenders, wherever both ran a seed with the same steps, batch, optimizer, learning rates and schedule, each
+at its best setting there (the lowest mean of those with the most seeds: more settings are an advantage); all settings
+with their seeds. In brackets: the number of seeds. "+-" behind a loss is its standard deviation over seeds, behind a
+difference half of the 95 % interval; the resolution is the standard deviation of the difference over seeds.
 """
 
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.reports.table import Table
+from recipe_changes import Losses, changes_table, mean_text, paired_differences, recipe_table, settings
 from recipe_model import RecipeRun
-from recipe_runs import RECORDED, read, run_of
+from recipe_runs import RECORDED, read
 
-Losses = dict[int, float]  # of every seed
 REGIME = ("steps", "batch", "optimizer", "learning_rate", "muon_learning_rate", "warmup", "schedule", "qk_norm")
 ONLY_FLASHMHF = ("in_proj", "in_gain", "out_proj", "out_gain", "heads", "gate", "q_norm", "score_scale", "gate_scale")
 DEFAULTS = asdict(RecipeRun())
-
-
-def settings(rows: Iterable[Row]) -> dict[RecipeRun, Losses]:
-    """A setting is a run without its seed."""
-    found: dict[RecipeRun, Losses] = {}
-    for row in rows:
-        run = run_of(row)
-        found.setdefault(replace(run, seed=0), {})[run.seed] = row["validation_loss"]
-    return {setting: dict(sorted(losses.items())) for setting, losses in found.items()}
 
 
 def regime(run: RecipeRun) -> tuple:
@@ -53,12 +45,6 @@ def setting_text(run: RecipeRun) -> str:
     hidden = {"variant", "seed", *REGIME, *(() if run.variant == "flashmhf" else ONLY_FLASHMHF)}
     changed = [(name, value) for name, value in asdict(run).items() if name not in hidden and value != DEFAULTS[name]]
     return ", ".join(f"{name} {value}" for name, value in changed) or "all defaults"
-
-
-def mean_text(losses: Losses) -> str:
-    """Mean and standard deviation; that of one run has no deviation."""
-    mean = f"{statistics.mean(losses.values()):.3f}"
-    return f"{mean} +- {statistics.stdev(losses.values()):.3f}" if len(losses) > 1 else mean
 
 
 def seeds_text(losses: Losses) -> str:
@@ -86,21 +72,15 @@ def settings_table(rows: list[Row]) -> Table:
             regime_text(run),
             mean_text(cells[run]),
             seeds_text(cells[run]),
-            len(cells[run]),
         ]
         for run in order
     ]
-    return Table(["setting", "steps x batch, rates", "nats/byte", "seeds", "number"], lines)
+    return Table(["setting", "steps x batch, rates", "nats/byte", "seeds"], lines)
 
 
 def best(cells: dict[RecipeRun, Losses]) -> RecipeRun:
     """The setting with the lowest mean among those with the most seeds."""
     return min(cells, key=lambda run: (-len(cells[run]), statistics.mean(cells[run].values())))
-
-
-def paired_differences(first: Losses, second: Losses) -> list[float]:
-    """second - first, for the seeds of both."""
-    return [second[seed] - loss for seed, loss in first.items() if seed in second]
 
 
 def differences_table(rows: list[Row]) -> Table:
@@ -127,7 +107,13 @@ def differences_table(rows: list[Row]) -> Table:
 
 def main() -> None:
     rows = read(Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDED)
-    for table in (effort_table(rows), settings_table(rows), differences_table(rows)):
+    for table in (
+        effort_table(rows),
+        recipe_table(rows),
+        changes_table(rows),
+        differences_table(rows),
+        settings_table(rows),
+    ):
         print(table.markdown(), end="\n\n")
 
 

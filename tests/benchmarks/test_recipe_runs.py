@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import recipe_changes
 import recipe_runs
 import recipe_table
 from flashmhf.layers import initialisation
@@ -143,7 +144,7 @@ def test_tables_of_made_rows():
     rows = made_rows(losses)
     assert recipe_table.effort_table(rows).rows[0] == ["flashmhf", 2, 2 * 350 * 8]
     means = {row[0].split(":")[0]: row[2:] for row in recipe_table.settings_table(rows).rows}
-    assert means["swiglu"] == ["4.000 +- 4.359", "0: 1.000, 1: 2.000, 2: 9.000", 3]
+    assert means["swiglu"] == ["4.000 +- 4.359 (3)", "0: 1.000, 1: 2.000, 2: 9.000"]
     (line,) = recipe_table.differences_table(rows).rows
     assert line[3:] == ["+0.500, +0.250", "0.177", "3 / 2"]
 
@@ -158,3 +159,29 @@ def test_the_best_setting_is_among_those_with_the_most_seeds():
     lucky = asdict(replace(RECIPE, output_gain=0.1)) | {"validation_loss": 0.5}
     (line,) = recipe_table.differences_table([*rows, lucky]).rows
     assert line[3] == "+0.500, +0.400"
+
+
+def test_a_change_is_measured_on_shared_seeds_only():
+    rows = made_rows({("flashmhf", 0): 1.0, ("flashmhf", 1): 2.0, ("flashmhf", 2): 4.0})
+    smaller = [row | {"out_gain": 0.1, "validation_loss": row["validation_loss"] + 0.5} for row in rows[:2]]
+    cells = recipe_changes.settings([*rows, *smaller, asdict(RECIPE) | {"heads": 2, "validation_loss": 3.0}])
+    assert recipe_changes.effect(cells, (RECIPE, {"out_gain": 0.1})) == "1.500 -> 2.000: +0.500 +- 0.000 (2)"
+    assert recipe_changes.effect(cells, (RECIPE, {"heads": 2})) == "1.000 -> 3.000: +2.000 (1)"
+    assert recipe_changes.effect(cells, (RECIPE, {"heads": 8})) == ""
+
+
+def test_the_interval_is_students():
+    assert recipe_changes.with_interval([1.0, 2.0, 3.0]) == "+2.000 +- 2.484 (3)"  # 4.303 / sqrt(3)
+
+
+def test_every_change_is_in_the_recorded_rows_and_in_the_documentation():
+    rows = recipe_runs.read(recipe_runs.RECORDED)
+    table = recipe_changes.changes_table(rows)
+    pairs = [pair for change in recipe_changes.CHANGES for pair in (change.swiglu, change.flashmhf) if pair]
+    assert len([cell for line in table.rows for cell in line[2:] if cell]) == len(pairs)
+    for change in recipe_changes.CHANGES:
+        both = [pair[0] for pair in (change.swiglu, change.flashmhf) if pair]
+        assert len({(run.steps, run.batch, run.optimizer, run.learning_rate, run.qk_norm) for run in both}) == 1
+    text = (recipe_runs.RECORDED.parents[2] / "docs/parametrisation.md").read_text()
+    for shown in (recipe_table.effort_table(rows), recipe_changes.recipe_table(rows), table):
+        assert shown.markdown() in text
