@@ -111,7 +111,6 @@ def test_the_recipe_is_the_default_of_flashmhf_train():
     assert recipe.learning_rate == DEFAULTS["learning_rate"]
     assert recipe.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
     assert recipe.lr_scheduler_kwargs == {"min_lr_rate": MIN_LR_RATE}
-    assert recipe.warmup == DEFAULTS["warmup_steps"]
     assert recipe.betas == (TrainingArguments.adam_beta1, DEFAULTS["adam_beta2"])
     assert recipe.weight_decay == DEFAULTS["weight_decay"]
     assert recipe.max_grad_norm == TrainingArguments.max_grad_norm
