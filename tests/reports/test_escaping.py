@@ -57,8 +57,8 @@ def test_markdown(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_html(name):
     page = render(
-        "run.html", title=name, summary=Table(("", "value"), [(name, name)]), curves=[], starts=Table((name,), []), warnings=[name],
-        data=[name], options={"model": name},
+        "run.html", title=name, summary=Table(("", "value"), [(name, name)]), curves=[], starts=Table((name,), []),
+        warnings=[name], data=[name], options={"model": name},
     )  # fmt: skip
     assert "<script" not in page
     page.encode()
