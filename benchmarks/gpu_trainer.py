@@ -1,7 +1,6 @@
 """One model in training on a GPU: the recipe, a step (eager, compiled, or replayed as a CUDA graph), validation."""
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from transformers import AttentionInterface, Trainer, get_scheduler
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
+from flashmhf.training.warmup import default_warmup
 
 ATTENTION = "causal_sdpa"
 MODES = ("eager", "graph", "compiled", "compiled graph")
@@ -25,14 +25,12 @@ class Recipe:
     Initialisation is in recipes/scaling/*.json.
 
     Args:
-        warmup: of the steps, rounded up.
         mup_base_width: the hidden size that the learning rate is for, see `flashmhf.training.learning_rates`.
     """
 
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
@@ -66,7 +64,7 @@ class ModelInTraining:
         self.schedule = get_scheduler(
             recipe.lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=math.ceil(recipe.warmup * steps),
+            num_warmup_steps=default_warmup(steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
         )

@@ -45,7 +45,7 @@ TOY = Pair(
     steps=20,
     batch_size=4,
     context_length=32,
-    recipe=Recipe(warmup=0.1),
+    recipe=Recipe(),
     validations=4,
     toy=True,
 )
@@ -91,7 +91,7 @@ def test_a_run_is_determined_by_its_seed(toy_rows, token_folder):
 
 
 def test_a_pair_that_diverges_ends_with_a_failure(token_folder):
-    recipe = Recipe(learning_rate=1e30, warmup=0.1)
+    recipe = Recipe(learning_rate=1e30)
     rows = list(train_pair(replace(TOY, recipe=recipe), read_tokens(token_folder), CPU, torch.float32))
     assert "failed" in rows[-1]
     assert not any(row.get("final") for row in rows)
@@ -111,7 +111,6 @@ def test_the_recipe_is_the_default_of_flashmhf_train():
     assert recipe.learning_rate == DEFAULTS["learning_rate"]
     assert recipe.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
     assert recipe.lr_scheduler_kwargs == {"min_lr_rate": MIN_LR_RATE}
-    assert recipe.warmup == DEFAULTS["warmup_steps"]
     assert recipe.betas == (TrainingArguments.adam_beta1, DEFAULTS["adam_beta2"])
     assert recipe.weight_decay == DEFAULTS["weight_decay"]
     assert recipe.max_grad_norm == TrainingArguments.max_grad_norm

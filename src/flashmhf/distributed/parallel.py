@@ -166,7 +166,7 @@ def _split_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(attention, mesh, {**columns, "o_proj": RowwiseParallel()})
     for name in ("q_norm", "k_norm"):  # of Qwen3's; queries and keys are (batch, length, heads, head_dim)
         if hasattr(attention, name):
-            parallelize_module(getattr(attention, name), mesh, SequenceParallel(sequence_dim=2))
+            parallelize_module(getattr(attention, name), mesh, SequenceParallel(sequence_dim=2, use_local_output=True))
     replicated: dict[str, Placement] = {"hidden_states": Replicate()}
     prepare = PrepareModuleInput(input_kwarg_layouts=replicated, desired_input_kwarg_layouts=replicated)
     parallelize_module(attention, mesh, prepare)
