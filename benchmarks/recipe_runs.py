@@ -7,7 +7,8 @@ repeat its run. `--select` chooses among them (a word is the value of any field)
 values, as new runs; `--list` only prints. `recipe_table.py` prints the tables. Two processes of one thread each, one to
 three minutes per run. The knobs are documented in `recipe_model.py`.
 
-How a repeated run can differ from the recorded one:
+Ten steps of six settings of this script and of the one that recorded the rows end within 4e-4 nats of each other. How a
+repeated run can differ from the recorded one:
 
 - Rounding. The recorded runs had the norm of `qk_norm` around q_proj and k_proj; here it is Qwen3's attention.
 - The text is the standard library of the running Python (recorded: 3.11).
@@ -185,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     done = {run_of(row) for row in read(arguments.output)}
     waiting = [run for run in dict.fromkeys(chosen) if run not in done]
     if arguments.list:
-        print(*waiting, sep="\n")
+        for run in waiting:
+            print(run)
         return
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
         if waiting:
