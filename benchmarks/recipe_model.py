@@ -134,7 +134,8 @@ def _scale_flashmhf(ffn: FlashMHF, run: RecipeRun) -> None:
     ffn.v.mul_(run.output_gain / math.sqrt(ffn.num_subnetworks * ffn.subnetwork_size) / REFERENCE_STD)
     if ffn.gate_weight is not None:
         ffn.gate_weight.mul_(unit / ffn.gate_scale)
-    assert ffn.in_proj is not None and ffn.out_proj is not None
+    assert ffn.in_proj is not None
+    assert ffn.out_proj is not None
     for linear, kind, gain in ((ffn.in_proj, run.in_proj, run.in_gain), (ffn.out_proj, run.out_proj, run.out_gain)):
         draw = nn.init.orthogonal_ if kind == "orthogonal" else nn.init.xavier_uniform_
         draw(linear.weight, gain=gain)
