@@ -89,6 +89,9 @@ CHANGES = [
         flashmhf=(RECIPE, {"output_gain": 0.1}),
     ),
     Change(text="W_out's gain 0.3 -> 0.1", flashmhf=(RECIPE, {"out_gain": 0.1})),
+    Change(text="W_out's gain 0.3 -> 0.707", flashmhf=(RECIPE, {"out_gain": 0.707})),
+    Change(text="AdamW 7e-4: W_out's gain 0.3 -> 0.707", flashmhf=(replace(ADAMW[0], **SMALLER), {"out_gain": 0.707})),
+    Change(text="AdamW 7e-4: V's gain 0.8 -> 0.3", flashmhf=(ADAMW[0], {"output_gain": 0.3})),
     Change(
         text="o_proj and down_proj (W_out) begin at zero",
         swiglu=(SWIGLU, {"residual_gain": 0.0}),
