@@ -11,21 +11,30 @@ processes and gradient accumulation, so that the check costs no synchronisation 
 The noise of a step is 1.48 times the median absolute difference of consecutive losses, divided by sqrt(2), so that a
 falling loss does not count as noise. Nothing is reported during warm-up.
 
-Calibrated on the curves of 58 runs of 200 to 700 steps with a warm-up of 10 % (AdamW and Muon, SwiGLU and FlashMHF, two
-corpora): none is flagged; the largest rise was 1.34 times the noise, the largest ratio of norms 1.5. Of synthetic
-curves (tests/training/test_instability.py), all spikes that end on a plateau, slow rises and growing norms are found.
-Not found: 2 of 2 runs with a warm-up of 7 steps of 350 (1e-3), which ended worse. Their losses fell as smoothly as the
+Calibrated on the curves of 58 runs of 200 to 700 steps with a warm-up of 10 % (AdamW and Muon, SwiGLU and FlashMHF):
+none is flagged; the largest rise was 1.34 times the noise, the largest ratio of norms 1.5. Of synthetic curves
+(tests/training/test_instability.py), all spikes that end on a plateau, slow rises and growing norms are found. Not
+found: 2 of 2 runs with a warm-up of 7 steps of 350 (1e-3), which ended worse. Their losses fell as smoothly as the
 others', only more slowly, and their norms stayed below 1.6 times the median: these signs find a run that gets worse,
 not one that learns slowly.
 """
 
 import collections
 import itertools
+import logging
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from flashmhf.training.non_finite_steps import NonFiniteGuard
+from flashmhf.training.run_log import add_row
+
+logger = logging.getLogger(__name__)
 
 STATE = "instability"  # in the Trainer's state: what a resumed run continues with
 ROW = "unstable"  # in rows of the log: the kind
@@ -141,3 +150,18 @@ class InstabilityDetector:
         if len(self._spikes) < SPIKES or self._spikes[0] <= step - SPIKES_WITHIN:
             return None
         return f"{SPIKES} loss spikes within {step - self._spikes[0] + 1} steps"
+
+
+def watch(
+    detector: InstabilityDetector, guard: NonFiniteGuard, state: TrainerState, arguments: TrainingArguments
+) -> None:
+    """Shows the step that `guard` has just checked to `detector`; warns, and logs, what is new."""
+    if guard.measured is None:
+        return
+    step = state.global_step + 1
+    warming_up = step <= arguments.get_warmup_steps(state.max_steps)
+    for found in detector.update(step, *guard.measured, spiked=guard.spiked, warming_up=warming_up):
+        state.log_history.append(found.as_row())
+        if arguments.process_index == 0:
+            logger.warning("%s", found)
+            add_row(Path(str(arguments.output_dir)), found.as_row())

@@ -37,14 +37,13 @@ from flashmhf.training.checkpoints import (
     replace_pickled_arguments,
 )
 from flashmhf.training.finite_weights import check_weights
-from flashmhf.training.instability import STATE, InstabilityDetector
+from flashmhf.training.instability import STATE, InstabilityDetector, watch
 from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
 from flashmhf.training.muon import ADAMW, MUON, Muon, gate_scales, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
 from flashmhf.training.run_files import record_warmup, was_begun
-from flashmhf.training.run_log import add_row
 from flashmhf.training.throughput import ThroughputMeter, speed
 from flashmhf.training.validation import losses_unfiltered, weights_kept
 from flashmhf.training.warmup import check_warmup, warmup_steps
@@ -213,21 +212,8 @@ class PretrainingTrainer(Trainer):
         self.guard.check(model, norm, self.state, self.control)
         if self.guard.in_a_row == 1:
             self.check_weights()
-        self._look_for_instability()
+        watch(self._instability, self.guard, self.state, self.args)
         return norm
-
-    def _look_for_instability(self) -> None:
-        if self.guard.measured is None:
-            return
-        step = self.state.global_step + 1
-        warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
-        for found in self._instability.update(
-            step, *self.guard.measured, spiked=self.guard.spiked, warming_up=warming_up
-        ):
-            self.state.log_history.append(found.as_row())
-            if self.is_world_process_zero():
-                logger.warning("%s", found)
-                add_row(Path(str(self.args.output_dir)), found.as_row())
 
     # After the step, as often as the arguments say: log, evaluate, save. Their time is not that of training.
 
