@@ -13,8 +13,8 @@ from flashmhf.reports.curves import averaged, line_style
 from flashmhf.reports.style import GREY, in_figure, plain
 from flashmhf.reports.verdicts import verdict_lines
 
-INCHES = (7.0, 5.4)
-TITLE_CHARACTERS = 100  # in a line
+INCHES = (5.4, 5.0)
+TITLE_CHARACTERS = 75  # in a line
 MAX_TITLE_LINES = 3
 SETTLED = 0.1  # of the steps, after which losses are in the picture; before, they fall too far to share its scale
 
@@ -29,7 +29,7 @@ def seed_bands(result: ComparisonResult) -> Figure:
     tops = [_band(above, result, row, steps, curves[row.variant]) for row in variants if curves[row.variant]]
     if tops:
         above.set_ylim(top=max(tops))
-        above.legend(frameon=False)
+        above.legend(frameon=False, fontsize=9)
     for row in variants:
         if (differences := _differences(result, row, curves)) and row.difference is not None:
             _band(below, result, row, steps, differences)
@@ -41,7 +41,7 @@ def seed_bands(result: ComparisonResult) -> Figure:
         plain(axes)
     lines = [line for sentence in verdict_lines(result) for line in textwrap.wrap(sentence, TITLE_CHARACTERS)]
     if len(lines) <= MAX_TITLE_LINES:
-        above.set_title("\n".join(map(in_figure, lines)), fontsize=8.5, loc="left")
+        above.set_title("\n".join(map(in_figure, lines)), fontsize=9, loc="left")
     return figure
 
 
