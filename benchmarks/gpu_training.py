@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.errors import InputError
 from gpu_bench import Bench, Case, OutOfTimeError
-from gpu_budget import TOKENS_PER_PARAMETER, Budget, PairCost, fit_budget, seeds_that_fit
+from gpu_budget import MAX_SEEDS, TOKENS_PER_PARAMETER, Budget, PairCost, fit_budget, seeds_that_fit
 from gpu_sizes import CONTENDERS, CONTEXT_LENGTH, SIZES, TOY_VOCABULARY, VOCABULARY, Size, config_of, parameters_of
 from gpu_trainer import EAGER_STEPS, ModelInTraining, Recipe
 from training_tokens import PARTS, Stream, TokenFiles, read_tokens
 
 TOKENS = Path(".lease/tokens")  # in the repository's root, carried to the machine
 TRIAL_STEPS = 10
-TOY_BATCH, TOY_CONTEXT, TOY_STEPS = 2, 16, 20
+TOY_BATCH, TOY_CONTEXT, TOY_STEPS, TOY_SEEDS = 2, 16, 20, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +99,19 @@ def pairs(bench: Bench, sizes: list[str]) -> Iterator[Case]:
         InputError: `trial` has no speed of a contender.
     """
     fastest = {name: {contender: _fastest(bench, name, contender) for contender in CONTENDERS} for name in sizes}
-    costs = {name: _cost(name, list(fastest[name].values())) for name in sizes}
+    costs = {name: _cost(bench, name, list(fastest[name].values())) for name in sizes}
     earlier = bench.rows("pairs")
+    most = TOY_SEEDS if bench.dry_run else MAX_SEEDS
     planned = next((row for row in earlier if "tokens_per_parameter" in row), None)
     if planned is None:
         budget = fit_budget(bench.remaining_s(), list(costs.values()))
+        budget = replace(budget, seeds=min(budget.seeds, most))
         yield Case("budget", functools.partial(_budget_row, budget, fastest))
     else:  # resumed: the runs must be as long as those before
         done = min(len({row["seed"] for row in earlier if row.get("final") and row["size"] == name}) for name in sizes)
         tokens = planned["tokens_per_parameter"]
         seeds = done + seeds_that_fit(bench.remaining_s(), list(costs.values()), tokens)
-        budget = Budget(tokens_per_parameter=tokens, seeds=seeds)
+        budget = Budget(tokens_per_parameter=tokens, seeds=min(seeds, most))
     measured_s: dict[str, float] = {}
     for seed in range(budget.seeds):
         for name in sizes:
@@ -137,12 +139,13 @@ def _fastest(bench: Bench, size: str, contender: str) -> Row:
     if not rows:
         raise InputError(f"trial: expected a speed of {contender} at {size}, got none; run the step trial first")
     rows = [{**row, "mode": row["mode"].partition(":")[0]} for row in rows]  # without the reason of a failed capture
-    return min(rows, key=lambda row: _cost(size, [row]).seconds(TOKENS_PER_PARAMETER))
+    return min(rows, key=lambda row: _cost(bench, size, [row]).seconds(TOKENS_PER_PARAMETER))
 
 
-def _cost(size: str, rows: list[Row]) -> PairCost:
+def _cost(bench: Bench, size: str, rows: list[Row]) -> PairCost:
+    toy_tokens = TOY_STEPS * TOY_BATCH * TOY_CONTEXT
     return PairCost(
-        parameters=parameters_of(SIZES[size]),
+        parameters=toy_tokens if bench.dry_run else parameters_of(SIZES[size]),
         start_s=sum(row["start_s"] for row in rows),
         s_per_token=sum(1 / row["tokens_per_s"] for row in rows),
     )
