@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-# For the demo, where the CPU has instructions for it.
-BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16|[[:space:]]bf16' /proc/cpuinfo && echo --bf16)
 
 .PHONY: setup demo test test-slow lint types format bench clean
 
@@ -20,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 DEMO_RECIPE = --max-steps 320 --per-device-train-batch-size 4 --optimizer muon --learning-rate 4e-3
 demo: setup
 	$(BIN)/flashmhf compare --variants swiglu,flashmhf --seeds 0,1,2 --jobs auto --data stdlib --output-dir $(DEMO) \
-	  --context-length 256 $(DEMO_RECIPE) $(BF16) --document-bytes 4096 \
+	  --context-length 256 $(DEMO_RECIPE) --document-bytes 4096 \
 	  --eval-strategy no --validation-tokens 16384 --save-strategy no --report-to none
 
 test: setup lint types

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         *("ops", "models", "data", "estimates", "evaluation", "training"),
         *("errors", "files", "lifeline", "serialization"),
     },
-    "sweeping": {"comparison", "estimates", "evaluation", "training", "errors", "files", "serialization"},
+    "sweeping": {"comparison", "estimates", "evaluation", "training", "errors", "files"},
     "reports": {"benchmarking", "comparison", "sweeping", "evaluation", "training", "errors", "files", "printable"},
     "cli": {
         *("ops", "models", "data", "estimates", "evaluation", "training", "benchmarking"),

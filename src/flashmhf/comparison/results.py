@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.verdict import Verdict
@@ -13,6 +13,7 @@ from flashmhf.evaluation.differences import Difference
 from flashmhf.files import read_json, write_json
 from flashmhf.serialization import from_plain
 
+R = TypeVar("R")
 RESULTS_FILE = "results.json"
 VERSION = 2  # of the file's format; files from before it had one are refused
 FINISHED, FAILED = "finished", "failed"
@@ -206,13 +207,22 @@ def read_comparison(file: Path) -> ComparisonResult:
     Raises:
         InputError: the file is damaged or has another version; names it.
     """
+    return read_result(ComparisonResult, file, VERSION, noun="comparison", command="compare")
+
+
+def read_result(kind: type[R], file: Path, version: int, *, noun: str, command: str) -> R:
+    """What a command that keeps finished runs has written of a dataclass `kind`, with its version.
+
+    Raises:
+        InputError: the file is damaged or has another version; names it.
+    """
     content = read_json(file)
-    if content.get("version") != VERSION:
+    if content.get("version") != version:
         raise InputError(
-            f"{file}: expected version {VERSION} of a comparison's results, got {content.get('version', 'none')}; "
-            "run flashmhf compare again, which keeps finished runs"
+            f"{file}: expected version {version} of a {noun}'s results, got {content.get('version', 'none')}; "
+            f"run flashmhf {command} again, which keeps finished runs"
         )
     try:
-        return from_plain(ComparisonResult, content)
+        return from_plain(kind, content)
     except ValueError as error:
         raise InputError(f"{file}: {error}") from error

@@ -4,10 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmhf.comparison.results import Spread
-from flashmhf.errors import InputError
-from flashmhf.files import read_json, write_json
-from flashmhf.serialization import from_plain
+from flashmhf.comparison.results import Spread, read_result
+from flashmhf.files import write_json
 from flashmhf.sweeping.optimum import RateRange
 from flashmhf.sweeping.settings import Sweep
 
@@ -102,13 +100,4 @@ def read_tuning(file: Path) -> TuningResult:
     Raises:
         InputError: the file is damaged or has another version; names it.
     """
-    content = read_json(file)
-    if content.get("version") != VERSION:
-        raise InputError(
-            f"{file}: expected version {VERSION} of a sweep's results, got {content.get('version', 'none')}; "
-            "run flashmhf sweep again, which keeps finished runs"
-        )
-    try:
-        return from_plain(TuningResult, content)
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from error
+    return read_result(TuningResult, file, VERSION, noun="sweep", command="sweep")

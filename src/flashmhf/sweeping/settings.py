@@ -8,6 +8,7 @@ from typing import ClassVar
 from flashmhf.comparison.settings import Comparison
 from flashmhf.errors import InputError
 from flashmhf.sweeping.halving import Cell, Halving
+from flashmhf.training.warmup import steps_of_share
 
 MAX_SHOWN = 8  # values in a message
 
@@ -57,7 +58,7 @@ class Sweep(Comparison):
         for length in self.halving.lengths:
             by_steps: dict[int, float] = {}
             for warmup in sorted(self.warmups):
-                steps = warmup_steps(warmup, length)
+                steps = steps_of_share(warmup, length)
                 if steps >= length:
                     raise InputError(f"warmups: expected less than the {length} steps of a run, got {warmup:g} of them")
                 if steps in by_steps:
@@ -81,11 +82,6 @@ class Sweep(Comparison):
     def grid(self, ffn_type: str) -> list[Cell]:
         """All cells of a contender."""
         return [Cell(warmup, rate) for warmup in sorted(self.warmups) for rate in sorted(self.learning_rates[ffn_type])]
-
-
-def warmup_steps(share: float, steps: int) -> int:
-    """As `TrainingArguments.get_warmup_steps` counts them."""
-    return math.ceil(steps * share)
 
 
 def _check_values(option: str, values: Sequence[float], below: float) -> None:

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from flashmhf.errors import InputError
 from flashmhf.layers import PKV, FlashMHF
+from flashmhf.training.learning_rates import scale_learning_rates
 from flashmhf.training.precision import computes_bfloat16
 
 OPTION = "optimizer"
@@ -89,17 +90,16 @@ class Muon(torch.optim.AdamW):
         others: Mapping[Tensor, float] | None = None,
         **options: Any,
     ) -> None:
-        scales = {**(others or {}), **matrices}
-        super().__init__(groups, **options)
-        split: dict[tuple, dict[str, Any]] = {}
-        for number, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                muon, scale = parameter in matrices, scales.get(parameter, 1.0)
-                # The decay is not a step of the scaled product, and stays.
-                own = {"lr": group["lr"] / scale, "weight_decay": group["weight_decay"] * scale, "muon": muon}
-                split.setdefault((number, muon, scale), {**group, **own, "params": []})["params"].append(parameter)
-        # The Trainer logs the rate of the first group.
-        self.param_groups = [split[key] for key in sorted(split, key=lambda key: (key[2] != 1.0, key))]
+        split = []
+        for group in groups:
+            for muon in (False, True):
+                chosen = [parameter for parameter in group["params"] if (parameter in matrices) == muon]
+                if chosen:
+                    split.append({**group, "params": chosen, "muon": muon})
+        super().__init__(split, **options)
+        scale_learning_rates(
+            self, {parameter: 1 / scale for parameter, scale in {**(others or {}), **matrices}.items()}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -136,10 +136,11 @@ class PretrainingTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        folder = Path(str(self.args.output_dir))
         if self.args.warmup_steps is None:
-            cast(Any, self.args).warmup_steps = warmup_steps(self.args, num_training_steps)
-            if self.is_world_process_zero() and was_begun(Path(str(self.args.output_dir))):
-                record_warmup(Path(str(self.args.output_dir)), warmup_steps(self.args, num_training_steps))
+            cast(Any, self.args).warmup_steps = steps = warmup_steps(self.args, num_training_steps)
+            if self.is_world_process_zero() and was_begun(folder):
+                record_warmup(folder, steps)
         else:
             check_warmup(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, *args, **options)

@@ -22,6 +22,11 @@ def default_warmup(steps: int) -> int:
     return min(max(1, round(SHARE * steps)), MOST, steps - 1)
 
 
+def steps_of_share(share: float, steps: int) -> int:
+    """As `TrainingArguments.get_warmup_steps` counts them."""
+    return math.ceil(share * steps)
+
+
 def warms_up(arguments: Any) -> bool:
     """Whether the schedule has a warm-up."""
     return arguments.lr_scheduler_type.value not in WITHOUT
@@ -39,7 +44,7 @@ def warmup_steps(arguments: Any, steps: int) -> int:
     given = arguments.warmup_steps
     if given is None:
         return default_warmup(steps)
-    return int(given) if given >= 1 else math.ceil(given * steps)
+    return int(given) if given >= 1 else steps_of_share(given, steps)
 
 
 def check_warmup(arguments: Any, steps: int) -> None:
