@@ -9,13 +9,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as nnf
+from torch import Tensor, nn
 
+from flashmhf import flash_mhf
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.layers.initialisation import REFERENCE_GAIN, REFERENCE_STD
+from flashmhf.layers.multi_head import HeadRMSNorm
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 
-SUBNETWORKS = 3
+OUTPUT_NORM_SCALE = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +47,17 @@ class RecipeRun:
         embedding_std: standard deviation of the embeddings.
         tied: the head shares the embeddings; otherwise its std is 0.02.
         heads: of the feed-forward layer.
-        gate: sigmoid or None.
+        subnetworks: of each head, with the same rows in all.
+        gate: "sigmoid", "free" (2 sigmoid, which does not sum to a constant), or None.
         q_norm: the feed-forward layer's norm per head.
         qk_norm: attention's norm per head.
         score_scale, gate_scale: None: heads.
+        output_scale: None: subnetworks.
+        rows: K, U and V (gate_proj, up_proj, down_proj) are "normal", or "orthogonal" with the same RMS.
+        blocks: what Muon orthogonalises at once: "matrix" (of a sub-network), "head" (all sub-networks of a head), or
+            "cut" (SwiGLU's matrices in 4 x 4 blocks).
+        output_norm: a norm per head of S before W_out, with a learned scale that starts at 0.6.
+        layers: of the decoder.
     """
 
     variant: str = "flashmhf"
@@ -75,11 +85,17 @@ class RecipeRun:
     embedding_std: float = 0.02
     tied: bool = True
     heads: int = 4
+    subnetworks: int = 3
     gate: str | None = "sigmoid"
     q_norm: bool = True
     qk_norm: bool = False
     score_scale: float | None = None
     gate_scale: float | None = None
+    output_scale: float | None = None
+    rows: str = "normal"
+    blocks: str = "matrix"
+    output_norm: bool = False
+    layers: int = 4
 
 
 FIELDS = tuple(field.name for field in fields(RecipeRun))
@@ -88,17 +104,49 @@ FIELDS = tuple(field.name for field in fields(RecipeRun))
 def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
     """The model with its initial weights; `sizes` replace values of its configuration."""
     values: dict[str, Any] = {"init": "reference", "tie_word_embeddings": run.tied, "qk_norm": run.qk_norm}
+    values |= {"num_hidden_layers": run.layers}
     if run.variant == "flashmhf":
         scale = float(run.heads)
-        values |= {"num_ffn_heads": run.heads, "gate_type": run.gate, "q_norm": run.q_norm}
+        values |= {"num_ffn_heads": run.heads, "gate_type": run.gate and "sigmoid", "q_norm": run.q_norm}
         values |= {"score_scale": scale if run.score_scale is None else run.score_scale}
         if run.gate is not None:
-            values |= {"num_subnetworks": SUBNETWORKS, "output_scale": float(SUBNETWORKS)}
+            values |= {"num_subnetworks": run.subnetworks}
+            values |= {"output_scale": float(run.subnetworks) if run.output_scale is None else run.output_scale}
             values |= {"gate_scale": scale if run.gate_scale is None else run.gate_scale}
     torch.manual_seed(run.seed)
     model = FlashMHFForCausalLM(FlashMHFConfig.from_preset(f"{run.variant}-tiny", **(values | sizes)))
     initialise(model, run)
+    for layer in model.model.layers:
+        if run.gate == "free":
+            layer.mlp.__class__ = FreeGate
+        if run.output_norm:
+            layer.mlp.out_proj = nn.Sequential(OutputNorm(layer.mlp), layer.mlp.out_proj)
     return model
+
+
+class FreeGate(FlashMHF):
+    """Gates 2 sigmoid(logit), which do not sum to a constant."""
+
+    def _sub_networks(self, x: Tensor, k: Tensor, u: Tensor, v: Tensor, gate_weight: Any, norm_weight: Any) -> Tensor:
+        q = self.in_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        if norm_weight is not None:
+            q = nnf.rms_norm(q, (self.head_dim,), eps=self.q_norm.eps) * norm_weight
+        gate = 2 * torch.einsum("...hd,hde->...he", q, gate_weight).sigmoid()
+        rows = (weight.view(self.rows_shape) for weight in (k, u, v))
+        return flash_mhf(q, *rows, gate, backend=self.backend)
+
+
+class OutputNorm(nn.Module):
+    """RMS norm of each head, with a learned scale."""
+
+    def __init__(self, ffn: FlashMHF) -> None:
+        super().__init__()
+        self.norm = HeadRMSNorm(ffn.num_heads, ffn.head_dim, 1e-6)
+        nn.init.constant_(self.norm.weight, OUTPUT_NORM_SCALE)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """s (..., H D), the heads' outputs side by side -> the same shape."""
+        return self.norm(s.unflatten(-1, self.norm.weight.shape)).flatten(-2)
 
 
 @torch.no_grad()
@@ -123,10 +171,23 @@ def _scale_swiglu(ffn: SwiGLU, run: RecipeRun) -> None:
     for linear in (ffn.gate_proj, ffn.up_proj):
         linear.weight.mul_(run.score_rms / math.sqrt(linear.in_features) / REFERENCE_STD)
     down = ffn.down_proj
+    if run.rows == "orthogonal":
+        for linear in (ffn.gate_proj, ffn.up_proj, down):
+            _draw_orthogonal(linear.weight)
     down.weight.mul_(run.output_gain / math.sqrt(down.in_features) / REFERENCE_STD * run.residual_gain)
 
 
+def _draw_orthogonal(weight: Tensor) -> None:
+    """Each matrix of `weight` (..., m, n) becomes orthogonal, with the RMS of all."""
+    rms = float(weight.square().mean().sqrt())
+    for matrix in weight.view(-1, *weight.shape[-2:]):
+        nn.init.orthogonal_(matrix, gain=rms * math.sqrt(max(matrix.shape)))
+
+
 def _scale_flashmhf(ffn: FlashMHF, run: RecipeRun) -> None:
+    if run.rows == "orthogonal":
+        for rows in (ffn.k, ffn.u, ffn.v):
+            _draw_orthogonal(rows)
     unit = run.score_rms / math.sqrt(ffn.head_dim) / REFERENCE_STD
     unit /= 1.0 if run.q_norm else REFERENCE_GAIN
     for rows in (ffn.k, ffn.u):

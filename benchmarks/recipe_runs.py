@@ -40,13 +40,15 @@ from recipe_model import FIELDS, RecipeRun, build
 
 RECORDED = Path(__file__).parent / "results/recipe_runs.jsonl"
 CONTEXT, VALIDATION_TOKENS, BLOCKS, EVALUATION_BATCH, LAST = 256, 2**16, 40_000, 16, 20
-BETAS, CLIP, MIN_COSINE = (0.9, 0.95), 1.0, 0.1
+BETAS, CLIP, MIN_COSINE, CUTS = (0.9, 0.95), 1.0, 0.1, 4
 
 
-def optimizer_of(model: nn.Module, run: RecipeRun) -> torch.optim.Optimizer:
-    hidden = matrices(model)
+def optimizer_of(model: nn.Module, run: RecipeRun) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    """The optimizer and, by the parameters' names, the tensors that it updates; they share the parameters' values."""
+    of_optimizer = {name: blocks_of(name, parameter.detach(), run) for name, parameter in model.named_parameters()}
+    hidden = {of_optimizer[name] for name, parameter in model.named_parameters() if parameter in matrices(model)}
     groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in of_optimizer.items():
         rate = run.learning_rate
         if parameter in hidden:
             if run.optimizer == "muon":
@@ -61,8 +63,18 @@ def optimizer_of(model: nn.Module, run: RecipeRun) -> torch.optim.Optimizer:
         groups.setdefault((rate, run.weight_decay if decays else 0.0), []).append(parameter)
     made = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if run.optimizer == "muon":
-        return Muon(made, dict.fromkeys(hidden, 1.0), betas=BETAS, fused=True)
-    return torch.optim.AdamW(made, betas=BETAS, fused=True)
+        return Muon(made, dict.fromkeys(hidden, 1.0), betas=BETAS, fused=True), of_optimizer
+    return torch.optim.AdamW(made, betas=BETAS, fused=True), of_optimizer
+
+
+def blocks_of(name: str, matrix: Tensor, run: RecipeRun) -> Tensor:
+    """A view (..., m, n) of the values, whose matrices Muon orthogonalises each by itself."""
+    if run.blocks == "head" and name.endswith(("mlp.k", "mlp.u", "mlp.v")):
+        return matrix.view(run.heads, -1, matrix.shape[-1])
+    if run.blocks == "cut" and name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight")):
+        m, n = matrix.shape
+        return matrix.view(CUTS, m // CUTS, CUTS, n // CUTS).transpose(1, 2)
+    return matrix
 
 
 def _factor(name: str, run: RecipeRun) -> float:
@@ -86,7 +98,7 @@ def train(run: RecipeRun, blocks: Tensor, validation: Tensor, **sizes: int) -> R
     """Trains one model on `blocks` (blocks, context) in a random order and returns its row."""
     model = build(run, **sizes)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(run.seed))
-    optimizer = optimizer_of(model, run)
+    optimizer, of_optimizer = optimizer_of(model, run)
     rates = [group["lr"] for group in optimizer.param_groups]
     losses, norms = [], []
     for step in range(run.steps):
@@ -96,8 +108,11 @@ def train(run: RecipeRun, blocks: Tensor, validation: Tensor, **sizes: int) -> R
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_factor(run, step)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            of_optimizer[name].grad = blocks_of(name, parameter.grad, run)
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         losses.append(loss.item())
     warmup = max(1, round(run.warmup * run.steps))
     results = {
@@ -150,7 +165,7 @@ def read(file: Path) -> list[Row]:
 
 
 def run_of(row: Row) -> RecipeRun:
-    return RecipeRun(**{name: row[name] for name in FIELDS})
+    return RecipeRun(**{name: row[name] for name in FIELDS if name in row})
 
 
 def values_of(text: str) -> Iterator[tuple[str, Any]]:
