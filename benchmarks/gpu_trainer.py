@@ -11,6 +11,7 @@ from transformers import AttentionInterface, Trainer, get_scheduler
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
+from flashmhf.training.muon import MUON, OPTIMIZERS, Muon, gate_scales, matrices
 from flashmhf.training.warmup import default_warmup
 
 ATTENTION = "causal_sdpa"
@@ -22,19 +23,28 @@ EAGER_STEPS = 4  # before a graph is captured: they allocate the optimizer's sta
 class Recipe:
     """How every model is trained: the defaults of `flashmhf train`, which a test compares.
 
-    Initialisation is in recipes/scaling/*.json.
+    Initialisation is in recipes/scaling/*.json; the warm-up is the package's, a tenth of the steps.
 
     Args:
-        mup_base_width: the hidden size that the learning rate is for, see `flashmhf.training.learning_rates`.
+        optimizer: "muon" or "adamw", see `flashmhf.training.muon`.
+        mup_base_width: with AdamW, the hidden size that the learning rate is for, see
+            `flashmhf.training.learning_rates`.
     """
 
-    learning_rate: float = 1e-3
+    optimizer: str = MUON
+    learning_rate: float = 4e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=lambda: {"min_lr_rate": 0.1})
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     mup_base_width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.optimizer == MUON and self.mup_base_width is not None:
+            raise ValueError(f"mup_base_width: expected None with {MUON}, got {self.mup_base_width}")
 
 
 class ModelInTraining:
@@ -136,7 +146,7 @@ class ModelInTraining:
 
 
 def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with the Trainer's parameter groups and this package's learning-rate factors.
+    """Muon or AdamW with the Trainer's parameter groups and this package's learning-rate factors.
 
     Its learning rates are tensors, which a graph reads anew in every replay.
     """
@@ -145,19 +155,14 @@ def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     decayed = [parameter for name, parameter in named if name in names]
     others = [parameter for name, parameter in named if name not in names]
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": weight_decay,
-                "lr": torch.tensor(recipe.learning_rate, device=device),
-            }
-            for parameters, weight_decay in ((decayed, recipe.weight_decay), (others, 0.0))
-        ],
-        betas=recipe.betas,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
+    groups = [
+        {"params": parameters, "weight_decay": weight_decay, "lr": torch.tensor(recipe.learning_rate, device=device)}
+        for parameters, weight_decay in ((decayed, recipe.weight_decay), (others, 0.0))
+    ]
+    options: Any = {"betas": recipe.betas, "fused": True, "capturable": device.type == "cuda"}
+    if recipe.optimizer == MUON:
+        return Muon(groups, matrices(model), gate_scales(model), **options)
+    optimizer = torch.optim.AdamW(groups, **options)
     if recipe.mup_base_width is not None:
         scale_learning_rates(optimizer, learning_rate_factors(model, recipe.mup_base_width))
     return optimizer

@@ -16,6 +16,7 @@ from flashmhf.comparison.settings import Variant
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_config
 from flashmhf.training.arguments import DEFAULTS, MIN_LR_RATE
+from flashmhf.training.muon import MUON, OPTIMIZERS
 from gpu_bench import Bench, OutOfTimeError
 from gpu_budget import MIN_SEEDS, TOKENS_PER_PARAMETER, PairCost, fit_budget, table
 from gpu_sizes import CONFIGS, CONTENDERS, SIZES, config_of, cost_of
@@ -108,12 +109,24 @@ def test_contenders_are_matched_as_flashmhf_compare_matches_them(size):
 
 def test_the_recipe_is_the_default_of_flashmhf_train():
     recipe = Recipe()
-    assert recipe.learning_rate == DEFAULTS["learning_rate"]
+    assert (recipe.optimizer, recipe.learning_rate) == (MUON, 4e-3)
     assert recipe.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
     assert recipe.lr_scheduler_kwargs == {"min_lr_rate": MIN_LR_RATE}
     assert recipe.betas == (TrainingArguments.adam_beta1, DEFAULTS["adam_beta2"])
     assert recipe.weight_decay == DEFAULTS["weight_decay"]
     assert recipe.max_grad_norm == TrainingArguments.max_grad_norm
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer: expected adamw or muon, got 'sgd'"),
+        ({"mup_base_width": 64}, "mup_base_width: expected None with muon, got 64"),
+    ],
+)
+def test_recipes_that_do_not_exist(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**options)
 
 
 def test_attention_equals_transformers_causal_attention():
@@ -132,30 +145,31 @@ class NoValues(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_a_training_step_never_synchronizes(contender):
-    trained = TOY.model(contender, 400, CPU, torch.bfloat16)
+def test_a_training_step_never_synchronizes(contender, optimizer):
+    recipe = Recipe(optimizer=optimizer)
+    trained = replace(TOY, recipe=recipe).model(contender, 400, CPU, torch.bfloat16)
     with NoValues():
-        with trained.autocast():
-            trained.model(trained.batch, labels=trained.batch, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.model.parameters(), 1.0, foreach=True)
+        for _ in range(2):  # the first makes the optimizer's state
+            trained._step()
     with pytest.raises(AssertionError), NoValues():
         bool(trained.batch.any())
 
 
 def test_norms_have_no_weight_decay_and_rates_stay_the_same_tensors():
     trained = TOY.model("flashmhf", 400, CPU, torch.float32)
-    decayed, others = trained.optimizer.param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
-    norms = [parameter for name, parameter in trained.model.named_parameters() if "norm" in name]
-    assert {id(parameter) for parameter in others["params"]} == {id(parameter) for parameter in norms}
-    tensors, rates = [group["lr"] for group in trained.optimizer.param_groups], []
+    groups = trained.optimizer.param_groups
+    assert groups[0]["muon"] is False  # and its learning rate has no factor
+    norms = {parameter for name, parameter in trained.model.named_parameters() if "norm" in name}
+    assert {parameter for group in groups if not group["weight_decay"] for parameter in group["params"]} == norms
+    tensors, rates = [group["lr"] for group in groups], []
     for _ in range(20):
         rates.append(float(tensors[0]))
         trained(torch.zeros(4, 32, dtype=torch.long))
-    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
-    assert rates[-1] < 2e-4
-    assert all(group["lr"] is tensor for group, tensor in zip(trained.optimizer.param_groups, tensors, strict=True))
+    assert rates[:3] == pytest.approx([0, 2e-3, 4e-3])
+    assert rates[-1] < 8e-4
+    assert all(group["lr"] is tensor for group, tensor in zip(groups, tensors, strict=True))
 
 
 @pytest.mark.slow

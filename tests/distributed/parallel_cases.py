@@ -1,7 +1,7 @@
 """What a tiny model computes in each layout over processes; `test_parallel.py` compares."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +22,7 @@ from flashmhf.distributed.sharded import load_sharded, save_sharded
 from flashmhf.layers import PKV, FlashMHF, SwiGLU
 from flashmhf.layers.former_shapes import former_shapes
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
+from flashmhf.training.muon import Muon, gate_scales, matrices
 
 BATCH, LENGTH = 4, 12
 MODELS: dict[str, dict[str, Any]] = {
@@ -58,6 +60,11 @@ def lay_out(model: nn.Module, layout: str) -> tuple[nn.Module, int, int]:
         return DistributedDataParallel(model), rank, world
     if layout == "fsdp":
         return shard_parameters(model, init_device_mesh("cpu", (world,))), rank, world
+    if layout == "uneven fsdp":  # as accelerate shards: every parameter over its first dimension
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh), rank, world
     if layout == "tp":
         return tensor_parallel(model, init_device_mesh("cpu", (world,))), 0, 1
     assert layout == "tp x fsdp"
@@ -117,8 +124,17 @@ def adam(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+def muon(model: nn.Module) -> Optimizer:
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
+    return Muon(groups, matrices(model), gate_scales(model), lr=1e-2)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {"adamw": adam, "muon": muon}
+
+
 def resumed(
-    name: str, layouts: list[str], folder: str, *, former: bool = False, **options: Any
+    name: str, layouts: list[str], folder: str, *, optimizer: str = "adamw", former: bool = False, **options: Any
 ) -> dict[tuple[str, str], list[float]]:
     """Losses by both layouts: three steps, a sharded checkpoint, and three more in another layout.
 
@@ -129,22 +145,39 @@ def resumed(
         model, part, parts = lay_out(
             in_former_shapes(build(name, **options)) if former else build(name, **options), first
         )
-        optimizer = adam(model)
-        curve(model, part, parts, 3, optimizer)
-        save_sharded(Path(folder) / first, model, optimizer)
+        first_half = OPTIMIZERS[optimizer](model)
+        curve(model, part, parts, 3, first_half)
+        save_sharded(Path(folder) / first, model, first_half)
         for second in layouts:
             model, part, parts = lay_out(build(name, **options, init="reference"), second)
-            optimizer = adam(model)
-            load_sharded(Path(folder) / first, model, optimizer)
-            losses = curve(model, part, parts, 3, optimizer)
+            second_half = OPTIMIZERS[optimizer](model)
+            load_sharded(Path(folder) / first, model, second_half)
+            losses = curve(model, part, parts, 3, second_half)
             results[first, second] = [mean_over_ranks(loss) for loss in losses]
     return results
 
 
-def curves(name: str, layouts: list[str], steps: int) -> dict[str, list[float]]:
-    return {
-        layout: [mean_over_ranks(loss) for loss in curve(*lay_out(build(name), layout), steps)] for layout in layouts
-    }
+def curves(cases: list[tuple[str, str, str]], steps: int) -> dict[tuple[str, str, str], list[float]]:
+    """Losses by optimizer, model and layout."""
+    results = {}
+    for optimizer, name, layout in cases:
+        model, part, parts = lay_out(build(name), layout)
+        losses = curve(model, part, parts, steps, OPTIMIZERS[optimizer](model))
+        results[optimizer, name, layout] = [mean_over_ranks(loss) for loss in losses]
+    return results
+
+
+def muon_collectives(name: str, layouts: list[str]) -> dict[str, int]:
+    """The number of collectives in a step of Muon, by layout."""
+    counts = {}
+    for layout in layouts:
+        model, part, parts = lay_out(build(name), layout)
+        optimizer = muon(model)
+        model(batch().chunk(parts)[part], labels=batch().chunk(parts)[part]).loss.backward()
+        with CommDebugMode() as step:
+            optimizer.step()
+        counts[layout] = step.get_total_counts()
+    return counts
 
 
 def collectives() -> dict[str, tuple[int, int]]:

@@ -4,7 +4,19 @@ import functools
 
 import pytest
 import torch
-from parallel_cases import LAYERS, MODELS, adam, batch, build, collectives, curve, curves, one_step, resumed
+from parallel_cases import (
+    LAYERS,
+    MODELS,
+    OPTIMIZERS,
+    batch,
+    build,
+    collectives,
+    curve,
+    curves,
+    muon_collectives,
+    one_step,
+    resumed,
+)
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flashmhf import FlashMHF
@@ -14,6 +26,7 @@ from flashmhf.models.loading import load_model
 from ranks import run_ranks
 
 LAYOUTS_OF_TWO = ["ddp", "fsdp", "tp"]
+LAYOUTS_OF_FOUR = [*LAYOUTS_OF_TWO, "tp x fsdp"]
 ONE_HEAD = {"num_ffn_kv_heads": 1}
 
 
@@ -25,8 +38,12 @@ def two_processes(folder: str) -> dict:
     return {
         "step": steps,
         "collectives": collectives(),
-        "resumed": resumed("flashmhf", LAYOUTS_OF_TWO, folder),
+        "collectives of Muon": muon_collectives("flashmhf", LAYOUTS_OF_TWO),
+        "resumed": {
+            name: resumed("flashmhf", LAYOUTS_OF_TWO, f"{folder}/{name}", optimizer=name) for name in OPTIMIZERS
+        },
         "resumed from former": resumed("flashmhf", ["fsdp", "tp"], f"{folder}/former", former=True),
+        "resumed, uneven": resumed("flashmhf", ["uneven fsdp"], f"{folder}/uneven", optimizer="muon", **ONE_HEAD),
         "resumed from former, grouped": resumed("flashmhf", ["fsdp"], f"{folder}/one head", former=True, **ONE_HEAD),
     }
 
@@ -68,45 +85,64 @@ def test_a_split_layer_costs_one_all_reduce_forward_and_one_backward(of_two, nam
     assert of_two["collectives"][name] == (1, 1)
 
 
-@pytest.fixture(scope="module")
-def losses_after_three_steps() -> list[float]:
-    return [loss.item() for loss in curve(build("flashmhf"), 0, 1, 6)][3:]
+def test_muon_gathers_projections_but_not_the_blocks_of_k_u_and_v(of_two):
+    projections = 2 * 6  # layers; of attention, and before and after the heads
+    assert of_two["collectives of Muon"] == {"ddp": 0, "fsdp": projections, "tp": projections}
+
+
+@functools.cache
+def one_process(optimizer: str, name: str, steps: int, **options: object) -> list[float]:
+    """The losses of one process."""
+    model = build(name, **options)
+    return [loss.item() for loss in curve(model, 0, 1, steps, OPTIMIZERS[optimizer](model))]
+
+
+def after_three_steps(optimizer: str = "adamw") -> list[float]:
+    return one_process(optimizer, "flashmhf", 6)[3:]
 
 
 @pytest.mark.parametrize("second", LAYOUTS_OF_TWO)
 @pytest.mark.parametrize("first", LAYOUTS_OF_TWO)
-def test_a_sharded_checkpoint_resumes_in_any_layout(of_two, losses_after_three_steps, first, second):
-    assert of_two["resumed"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_sharded_checkpoint_resumes_in_any_layout(of_two, optimizer, first, second):
+    losses = of_two["resumed"][optimizer][first, second]
+    assert losses == pytest.approx(after_three_steps(optimizer), rel=1e-4)
+
+
+def test_muon_with_blocks_that_the_ranks_share_unevenly(of_two):
+    """Three blocks of K, U and V for two ranks."""
+    expected = one_process("muon", "flashmhf", 6, **ONE_HEAD)[3:]
+    assert of_two["resumed, uneven"]["uneven fsdp", "uneven fsdp"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("second", ["fsdp", "tp"])
 @pytest.mark.parametrize("first", ["fsdp", "tp"])
-def test_a_sharded_checkpoint_with_the_former_shapes_resumes(of_two, losses_after_three_steps, first, second):
-    assert of_two["resumed from former"][first, second] == pytest.approx(losses_after_three_steps, rel=1e-4)
+def test_a_sharded_checkpoint_with_the_former_shapes_resumes(of_two, first, second):
+    assert of_two["resumed from former"][first, second] == pytest.approx(after_three_steps(), rel=1e-4)
 
 
 def test_a_former_checkpoint_that_was_sharded_by_sub_networks_resumes(of_two):
     """One head of K, U and V for two ranks: these were sharded by another dimension than now."""
-    expected = [loss.item() for loss in curve(build("flashmhf", **ONE_HEAD), 0, 1, 6)][3:]
+    expected = one_process("adamw", "flashmhf", 6, **ONE_HEAD)[3:]
     assert of_two["resumed from former, grouped"]["fsdp", "fsdp"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
-def test_a_sharded_checkpoint_becomes_a_plain_model(of_two, folder_of_two, tmp_path, losses_after_three_steps, layout):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_sharded_checkpoint_becomes_a_plain_model(of_two, folder_of_two, tmp_path, name, layout):
     model = build("flashmhf", init="reference")
-    optimizer = adam(model)
-    load_sharded(folder_of_two / layout, model, optimizer)
+    optimizer = OPTIMIZERS[name](model)
+    load_sharded(folder_of_two / name / layout, model, optimizer)
     model.save_pretrained(tmp_path)
     losses = [loss.item() for loss in curve(model, 0, 1, 3, optimizer)]
-    assert losses == pytest.approx(losses_after_three_steps, rel=1e-4)
+    assert losses == pytest.approx(after_three_steps(name), rel=1e-4)
     assert load_model(str(tmp_path))(batch(), labels=batch()).loss.item() == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_loss_and_gradients_of_four_processes(tmp_path):
-    models, layouts = ["flashmhf", "swiglu"], ["ddp", "fsdp", "tp", "tp x fsdp"]
-    results = run_ranks(one_step, 4, tmp_path, models, layouts)
+    results = run_ranks(one_step, 4, tmp_path, ["flashmhf", "swiglu"], LAYOUTS_OF_FOUR)
     for (name, _), result in results.items():
         check_step(result, name)
 
@@ -114,20 +150,21 @@ def test_loss_and_gradients_of_four_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_curves_of_four_processes(tmp_path):
-    expected = [loss.item() for loss in curve(build("flashmhf"), 0, 1, 20)]
-    assert expected[-1] < expected[0] - 1
-    results = run_ranks(curves, 4, tmp_path, "flashmhf", ["ddp", "fsdp", "tp", "tp x fsdp"], 20)
-    for layout, losses in results.items():
-        assert losses == pytest.approx(expected, rel=1e-3), layout
+    cases = [(optimizer, "flashmhf", layout) for optimizer in OPTIMIZERS for layout in LAYOUTS_OF_FOUR]
+    cases += [("muon", "grouped", "uneven fsdp"), ("muon", "swiglu", "tp x fsdp")]  # six blocks for four ranks; QK-norm
+    for (optimizer, name, layout), losses in run_ranks(curves, 4, tmp_path, cases, 20).items():
+        expected = one_process(optimizer, name, 20)
+        assert expected[-1] < expected[0] - 1
+        assert losses == pytest.approx(expected, rel=1e-3), (optimizer, name, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_sharded_checkpoint_with_the_former_shapes_resumes_on_four_processes(tmp_path, losses_after_three_steps):
+def test_a_sharded_checkpoint_with_the_former_shapes_resumes_on_four_processes(tmp_path):
     layouts = ["fsdp", "tp x fsdp"]
     results = run_ranks(resumed_from_former, 4, tmp_path, "flashmhf", layouts, str(tmp_path))
     for layouts_of_both, losses in results.items():
-        assert losses == pytest.approx(losses_after_three_steps, rel=1e-4), layouts_of_both
+        assert losses == pytest.approx(after_three_steps(), rel=1e-4), layouts_of_both
 
 
 class FakeMesh:

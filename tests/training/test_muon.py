@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
@@ -13,7 +14,7 @@ from flashmhf.layers import FlashMHF
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.muon import Muon, gate_scales, matrices, orthogonalised
+from flashmhf.training.muon import Muon, check_optimizer, gate_scales, matrices, orthogonalised
 from flashmhf.training.run import train
 from flashmhf.training.run_files import read_run
 from tiny import tiny_model
@@ -123,6 +124,24 @@ def test_a_scale_and_its_inverse_in_the_weights_train_alike(gate_type):
     assert losses[0] < 4.6  # from 5.7
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_learning_rate_in_a_tensor_changes_no_bit(fused):
+    rate = torch.tensor(4e-3)
+    models = []
+    for lr in (rate, rate.item()):
+        torch.manual_seed(0)
+        model = tiny_model(q_norm=True, init="scaled")
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
+        muon = Muon(groups, matrices(model), gate_scales(model), lr=lr, fused=fused)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            muon.step()
+        models.append(model)
+    first, second = (list(model.parameters()) for model in models)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def test_gate_and_norm_are_not_orthogonalised():
     layer = FlashMHF(32, 4, 3, 16, q_norm=True)
     model = tiny_model(q_norm=True)
@@ -173,11 +192,31 @@ def test_a_run_without_the_option_was_one_with_adamw(tmp_path):
     ("options", "flags", "message"),
     [
         ({"optimizer": "sgd"}, [], "optimizer: expected adamw or muon, got 'sgd'"),
-        ({"optimizer": "muon"}, ["--optim", "adafactor"], "optim: expected none of its own with --optimizer muon"),
-        ({"optimizer": "muon", "mup_base_width": 8}, [], "mup-base-width: expected none with --optimizer muon"),
+        (
+            {"optimizer": "muon"},
+            ["--optim", "adafactor"],
+            "optim: expected none with --optimizer muon, or --optimizer adamw, got adafactor",
+        ),
+        (
+            {"optimizer": "muon", "mup_base_width": 8},
+            [],
+            "mup-base-width: expected none with --optimizer muon, .* or --optimizer adamw, got 8",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, flags, message):
     with pytest.raises(InputError, match=message):
         train(settings(tmp_path, **options), parse_arguments([*FLAGS, *flags], str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("version", "refused"), [(None, False), (2, False), (1, True)])
+def test_fsdp_of_version_1_is_refused(tmp_path, monkeypatch, version, refused):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # as TrainingArguments sets it
+    config = None if version is None else {"version": version}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, fsdp=True, fsdp_config=config)
+    if refused:
+        with pytest.raises(InputError, match=r"fsdp-config: expected version 2, .* adamw, got version 1"):
+            check_optimizer("muon", arguments, None)
+    else:
+        check_optimizer("muon", arguments, None)

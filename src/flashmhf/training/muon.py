@@ -37,12 +37,20 @@ def check_optimizer(name: str, arguments: TrainingArguments, mup_base_width: int
         raise InputError(f"{OPTION}: expected {' or '.join(OPTIMIZERS)}, got {name!r}")
     if name == ADAMW:
         return
+    other = f"or --{OPTION} {ADAMW}"
     if arguments.optim not in ADAMW_NAMES:
-        raise InputError(f"optim: expected none of its own with --{OPTION} {MUON}, got {arguments.optim}")
-    if arguments.fsdp:
-        raise InputError(f"{OPTION}: expected {ADAMW} with --fsdp, which flattens matrices or hides them, got {MUON}")
+        raise InputError(f"optim: expected none with --{OPTION} {MUON}, {other}, got {arguments.optim.value}")
+    version = (arguments.fsdp_plugin_args or {}).get("fsdp_version", "xla")
+    if arguments.fsdp and version != 2:
+        raise InputError(
+            f"fsdp-config: expected version 2, the default, with --{OPTION} {MUON}, {other}, "
+            f"got version {version}, which may flatten matrices"
+        )
     if mup_base_width is not None:
-        raise InputError(f"mup-base-width: expected none with --{OPTION} {MUON}, which it was not derived for")
+        raise InputError(
+            f"mup-base-width: expected none with --{OPTION} {MUON}, for which its factors were not derived, {other}, "
+            f"got {mup_base_width}"
+        )
 
 
 def matrices(model: nn.Module) -> dict[Tensor, float]:
@@ -80,7 +88,7 @@ class Muon(torch.optim.AdamW):
         groups: of parameters, as for any optimizer; split by rule and scale.
         matrices: (..., m, n), whose last two dimensions are a matrix each, and the scale that follows them.
         others: other parameters that a scale follows.
-        options: of torch.optim.AdamW.
+        options: of torch.optim.AdamW; `lr` may be a tensor.
     """
 
     def __init__(
@@ -119,26 +127,30 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _update(self, group: dict[str, Any]) -> None:
+        rate = group["lr"]
+        if isinstance(rate, Tensor):  # read by no host, so that a CUDA graph can replay the step
+            rate = rate.double()  # what a float computes
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)  # AdamW expects one when a state is loaded
+                device = parameter.device if group["fused"] or group["capturable"] else None
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)  # as AdamW's, to load a state
                 state["momentum"] = torch.zeros_like(parameter)
             state["step"] += 1
             momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
             update = orthogonalised(parameter.grad.lerp(momentum, MOMENTUM))  # Nesterov's
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:])))
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.sub_(update.mul_(rate * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))))
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
     """U V^T of the singular value decomposition U S V^T, approximately: (..., m, n) -> the same shape and dtype."""
-    if isinstance(matrix, DTensor):  # every rank computes all of it and keeps its part
-        everywhere = [Replicate()] * matrix.device_mesh.ndim
-        result = DTensor.from_local(orthogonalised(matrix.full_tensor()), matrix.device_mesh, everywhere)
-        return result.redistribute(placements=matrix.placements)
+    if isinstance(matrix, DTensor):
+        return _orthogonalised_shards(matrix)
+    if matrix.numel() == 0:  # of a rank without a block of K, U or V
+        return matrix
     a, b, c = NEWTON_SCHULZ
     x = matrix.to(torch.bfloat16 if computes_bfloat16(use_cpu=matrix.device.type == "cpu") else torch.float32)
     wide = x.shape[-2] <= x.shape[-1]
@@ -149,3 +161,16 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).reshape(matrix.shape).to(matrix.dtype)
+
+
+def _orthogonalised_shards(matrix: DTensor) -> DTensor:
+    """Each rank computes the matrices of which it has a part, and keeps that part.
+
+    Blocks sharded over the dimensions before the last two are complete: K, U and V sharded by heads or sub-networks
+    need no communication.
+    """
+    mesh, blocks = matrix.device_mesh, range(matrix.dim() - 2)
+    gathered = [one if getattr(one, "dim", None) in blocks else Replicate() for one in matrix.placements]
+    local = orthogonalised(matrix.redistribute(placements=gathered).to_local())
+    whole = DTensor.from_local(local, mesh, gathered, run_check=False, shape=matrix.shape, stride=matrix.stride())
+    return whole.redistribute(placements=matrix.placements)
