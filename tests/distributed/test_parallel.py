@@ -34,9 +34,8 @@ resumed_from_former = functools.partial(resumed, former=True)
 
 
 def two_processes(folder: str) -> dict:
-    steps = one_step(list(MODELS), LAYOUTS_OF_TWO)
     return {
-        "step": steps,
+        "step": one_step([(name, layout) for name in MODELS for layout in LAYOUTS_OF_TWO]),
         "collectives": collectives(),
         "collectives of Muon": muon_collectives("flashmhf", LAYOUTS_OF_TWO),
         "resumed": {
@@ -142,7 +141,9 @@ def test_a_sharded_checkpoint_becomes_a_plain_model(of_two, folder_of_two, tmp_p
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_loss_and_gradients_of_four_processes(tmp_path):
-    results = run_ranks(one_step, 4, tmp_path, ["flashmhf", "swiglu"], LAYOUTS_OF_FOUR)
+    cases = [("flashmhf", layout) for layout in LAYOUTS_OF_FOUR]
+    cases += [("swiglu", layout) for layout in ("ddp", "fsdp", "tp x fsdp")]  # its two heads of keys: not over four
+    results = run_ranks(one_step, 4, tmp_path, cases)
     for (name, _), result in results.items():
         check_step(result, name)
 

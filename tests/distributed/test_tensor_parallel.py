@@ -138,6 +138,28 @@ def resume(run: TrainConfig, folder: Path, layout: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_muon_trains_as_one_process_and_resumes_from_its_checkpoint(run, tmp_path):
+    """With a norm of queries and keys, and of the heads of the layer, on four processes."""
+    values = {**json.loads(Path(run.model).read_text()), "qk_norm": True}
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    muon, flags = dataclasses.replace(run, model=str(tmp_path / "model.json"), optimizer="muon"), ("--bf16", "false")
+    alone, together = tmp_path / "one", tmp_path / "four"
+    validation_loss = train(muon, parse_arguments([*ONE, *flags], str(alone))).validation_loss
+    losses = rows(alone, "loss")
+    assert losses[-1] < losses[0] - 1
+    ended = split(muon, together, "tp x fsdp", "--optimizer", "muon", *flags)
+    assert ended.returncode == 0, ended.stderr
+    shutil.rmtree(alone / "checkpoint-8")
+    resumed = split(muon, alone, "tp x fsdp", "--optimizer", "muon", "--resume", *flags)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from checkpoint-4" in resumed.stderr
+    for folder, process in ((together, ended), (alone, resumed)):
+        assert rows(folder, "loss") == pytest.approx(losses, rel=1e-4)
+        assert json.loads(process.stdout)["validation_loss"] == pytest.approx(validation_loss, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_non_finite_steps_end_a_tensor_parallel_run_with_a_complete_checkpoint(run, model_file, tmp_path):
     """The model has tied embeddings, which are saved once."""
     tied, folder = dataclasses.replace(run, model=str(model_file)), tmp_path / "run"
