@@ -15,8 +15,9 @@ from flashmhf.comparison.matching import match
 from flashmhf.comparison.settings import Variant
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_config
-from flashmhf.training.arguments import DEFAULTS, MIN_LR_RATE
-from flashmhf.training.muon import MUON, OPTIMIZERS
+from flashmhf.training.arguments import DEFAULTS, LEARNING_RATES, MIN_LR_RATE
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.muon import OPTIMIZERS
 from gpu_bench import Bench, OutOfTimeError
 from gpu_budget import MIN_SEEDS, TOKENS_PER_PARAMETER, PairCost, fit_budget, table
 from gpu_sizes import CONFIGS, CONTENDERS, SIZES, config_of, cost_of
@@ -109,7 +110,8 @@ def test_contenders_are_matched_as_flashmhf_compare_matches_them(size):
 
 def test_the_recipe_is_the_default_of_flashmhf_train():
     recipe = Recipe()
-    assert (recipe.optimizer, recipe.learning_rate) == (MUON, 4e-3)
+    assert recipe.optimizer == TrainConfig.optimizer
+    assert recipe.learning_rate == LEARNING_RATES[recipe.optimizer]
     assert recipe.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
     assert recipe.lr_scheduler_kwargs == {"min_lr_rate": MIN_LR_RATE}
     assert recipe.betas == (TrainingArguments.adam_beta1, DEFAULTS["adam_beta2"])
