@@ -22,6 +22,8 @@ def command(run: TrainConfig, folder: Path, processes: int, *flags: str, launche
         run.data.source,
         "--output-dir",
         str(folder),
+        "--optimizer",
+        run.optimizer,
         *FLAGS,
     ]
     batch = [

@@ -36,8 +36,7 @@ def losses(folder: Path) -> list[float]:
 def test_muon_with_fsdp_trains_as_one_process_and_resumes(run, tmp_path):
     batch = ("--per-device-train-batch-size", "4", "--report-to", "none", "--eval-strategy", "no")
     alone = train(run, parse_arguments([*STEPS, *batch], str(tmp_path / "one")))
-    sharded = ("--optimizer", "muon", *STEPS)
-    ended = torchrun(run, tmp_path / "fsdp", 2, *sharded, launcher=FSDP)
+    ended = torchrun(run, tmp_path / "fsdp", 2, *STEPS, launcher=FSDP)
     assert ended.returncode == 0, ended.stderr
     expected = losses(tmp_path / "one")
     assert expected[-1] < expected[0] - 1
@@ -45,7 +44,7 @@ def test_muon_with_fsdp_trains_as_one_process_and_resumes(run, tmp_path):
     assert json.loads(ended.stdout)["validation_loss"] == pytest.approx(alone.validation_loss, rel=1e-4)
 
     shutil.rmtree(tmp_path / "fsdp/checkpoint-6")
-    ended = torchrun(run, tmp_path / "fsdp", 2, *sharded, "--resume", launcher=FSDP)
+    ended = torchrun(run, tmp_path / "fsdp", 2, *STEPS, "--resume", launcher=FSDP)
     assert ended.returncode == 0, ended.stderr
     assert "resuming from checkpoint-3" in ended.stderr
     assert losses(tmp_path / "fsdp") == pytest.approx(expected, rel=1e-4)

@@ -25,14 +25,7 @@ from flashmhf.training.run import train
 from flashmhf.training.run_files import TrainResult
 from torchrun import torchrun
 
-STEPS = (
-    "--max-steps",
-    "8",
-    "--save-steps",
-    "4",
-    "--max-grad-norm",
-    "0.5",
-)  # the norms are above: every step is clipped
+STEPS = ("--max-steps", "8", "--save-steps", "4", "--bf16", "false", "--max-grad-norm", "0.5")  # every step is clipped
 ONE = [*STEPS, "--learning-rate", "1e-2", "--logging-steps", "1", "--per-device-train-batch-size", "4"]
 ONE += ["--report-to", "none", "--eval-strategy", "no", "--disable-tqdm", "true"]
 LAYOUTS = {"tp": (2, "4"), "tp x fsdp": (4, "2")}  # processes, sequences of each group of two; four sequences a step
@@ -44,9 +37,8 @@ def run(corpus_folder, tmp_path_factory) -> TrainConfig:
     file = tmp_path_factory.mktemp("configs") / "heads.json"
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     file.write_text(json.dumps({**sizes, "num_subnetworks": 3, "q_norm": True, "init": "scaled"}))
-    return TrainConfig(
-        model=str(file), data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=63 * 32)
-    )
+    data = DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=63 * 32)
+    return TrainConfig(model=str(file), data=data, optimizer="adamw")
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +134,15 @@ def test_muon_trains_as_one_process_and_resumes_from_its_checkpoint(run, tmp_pat
     """With a norm of queries and keys, and of the heads of the layer, on four processes."""
     values = {**json.loads(Path(run.model).read_text()), "qk_norm": True}
     (tmp_path / "model.json").write_text(json.dumps(values))
-    muon, flags = dataclasses.replace(run, model=str(tmp_path / "model.json"), optimizer="muon"), ("--bf16", "false")
+    muon = dataclasses.replace(run, model=str(tmp_path / "model.json"), optimizer="muon")
     alone, together = tmp_path / "one", tmp_path / "four"
-    validation_loss = train(muon, parse_arguments([*ONE, *flags], str(alone))).validation_loss
+    validation_loss = train(muon, parse_arguments(ONE, str(alone))).validation_loss
     losses = rows(alone, "loss")
     assert losses[-1] < losses[0] - 1
-    ended = split(muon, together, "tp x fsdp", "--optimizer", "muon", *flags)
+    ended = split(muon, together, "tp x fsdp")
     assert ended.returncode == 0, ended.stderr
     shutil.rmtree(alone / "checkpoint-8")
-    resumed = split(muon, alone, "tp x fsdp", "--optimizer", "muon", "--resume", *flags)
+    resumed = split(muon, alone, "tp x fsdp", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from checkpoint-4" in resumed.stderr
     for folder, process in ((together, ended), (alone, resumed)):

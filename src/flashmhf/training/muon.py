@@ -39,8 +39,9 @@ def check_optimizer(name: str, arguments: TrainingArguments, mup_base_width: int
     if name == ADAMW:
         return
     other = f"or --{OPTION} {ADAMW}"
-    if arguments.optim not in ADAMW_NAMES:
-        raise InputError(f"optim: expected none with --{OPTION} {MUON}, {other}, got {arguments.optim.value}")
+    given = OptimizerNames(arguments.optim)
+    if given not in ADAMW_NAMES:
+        raise InputError(f"optim: expected none with --{OPTION} {MUON}, {other}, got {given.value}")
     version = (arguments.fsdp_plugin_args or {}).get("fsdp_version", "xla")
     if arguments.fsdp and version != 2:
         raise InputError(
