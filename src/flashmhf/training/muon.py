@@ -162,7 +162,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     x = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + EPSILON)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)  # `@` would copy the transpose of a single matrix
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).reshape(matrix.shape).to(matrix.dtype)
 
