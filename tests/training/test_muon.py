@@ -142,6 +142,24 @@ def test_a_learning_rate_in_a_tensor_changes_no_bit(fused):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_skips_steps_and_unscales(fused):
+    parameter = nn.Parameter(torch.ones(4, 3))
+    muon = Muon([{"params": [parameter]}], {parameter: 1.0}, lr=0.1, weight_decay=0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    gradients = torch.randn(2, 4, 3)
+    gradients[0, 0, 0] = torch.inf
+    for gradient in gradients:
+        before = parameter.detach().clone()
+        scaler.scale((parameter * gradient).sum()).backward()
+        scaler.step(muon)
+        scaler.update()
+        muon.zero_grad()
+        assert parameter.isfinite().all()
+        assert torch.equal(parameter, before) != bool(gradient.isfinite().all())
+    torch.testing.assert_close(muon.state[parameter]["momentum"], 0.05 * gradients[1])
+
+
 def test_gate_and_norm_are_not_orthogonalised():
     layer = FlashMHF(32, 4, 3, 16, q_norm=True)
     model = tiny_model(q_norm=True)

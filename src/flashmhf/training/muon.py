@@ -109,6 +109,7 @@ class Muon(torch.optim.AdamW):
                 if chosen:
                     split.append({**group, "params": chosen, "muon": muon})
         super().__init__(split, **options)
+        self._step_supports_amp_scaling = False  # fused AdamW unscales gradients and skips steps itself; Muon does not
         scale_learning_rates(
             self, {parameter: 1 / scale for parameter, scale in {**(others or {}), **matrices}.items()}
         )
