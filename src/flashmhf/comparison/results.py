@@ -12,6 +12,7 @@ from flashmhf.errors import InputError
 from flashmhf.evaluation.differences import Difference
 from flashmhf.files import read_json, write_json
 from flashmhf.serialization import from_plain
+from flashmhf.training.instability import Instability
 
 R = TypeVar("R")
 RESULTS_FILE = "results.json"
@@ -39,6 +40,7 @@ class RunResult:
         validation_loss: nats/token.
         tokens_per_second: median over the log.
         elapsed_s: in training, over all processes of the run.
+        instabilities: signs of divergence, at most one of each kind, of a run that failed, too.
     """
 
     variant: str
@@ -60,6 +62,7 @@ class RunResult:
     tokens_per_second: float | None = None
     peak_memory_mib: float | None = None
     elapsed_s: float | None = None
+    instabilities: tuple[Instability, ...] = ()
 
     @property
     def finished(self) -> bool:
