@@ -10,7 +10,7 @@ from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.verdict import Verdict
 from flashmhf.errors import InputError
 from flashmhf.evaluation.differences import Difference
-from flashmhf.files import read_json, write_json
+from flashmhf.files import read_results, write_json
 from flashmhf.serialization import from_plain
 from flashmhf.training.instability import Instability
 
@@ -219,12 +219,8 @@ def read_result(kind: type[R], file: Path, version: int, *, noun: str, command: 
     Raises:
         InputError: the file is damaged or has another version; names it.
     """
-    content = read_json(file)
-    if content.get("version") != version:
-        raise InputError(
-            f"{file}: expected version {version} of a {noun}'s results, got {content.get('version', 'none')}; "
-            f"run flashmhf {command} again, which keeps finished runs"
-        )
+    advice = f"run flashmhf {command} again, which keeps finished runs"
+    content = read_results(file, version, noun=noun, advice=advice)
     try:
         return from_plain(kind, content)
     except ValueError as error:
