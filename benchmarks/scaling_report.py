@@ -22,6 +22,7 @@ BESIDE = 1.04  # by which a contender's points are shifted
 def markdown(found: Fit) -> str:
     """The result as a page."""
     form = "loss = E + A N^-alpha" if found.has_floor else "a pure power law, loss = A N^-alpha: too few sizes for E"
+    form += ", and to tell whether it holds" if len(found.sizes) == 2 else ""
     spread = "its own deviations" if found.own_deviations else "the relative deviations of all sizes, pooled"
     where = "at the largest size" if found.own_deviations else "here"
     return "\n".join(

@@ -103,7 +103,7 @@ COVERAGE = [
 
 @pytest.mark.parametrize("options", COVERAGE)
 def test_intervals_hold_the_truth_at_about_their_rate(monkeypatch, options):
-    """Of 200 made-up data sets, 190 are expected."""
+    """Of 200 made-up data sets, 190 are expected. (Of 800 with a floor, 761, 765 and 759 were measured.)"""
     monkeypatch.setattr(scaling_law, "DRAWS", 200)
     monkeypatch.setattr(scaling_law, "CURVE_POINTS", 2)
     truth = {"exponent": 0.3, "difference of exponents": 0.0, "difference": CLAIM}
@@ -155,6 +155,12 @@ def test_three_sizes_have_a_pure_power_law():
     found = fitted(runs_of(1e-5, floor=0.0, sizes=("1m", "3m", "10m")))
     assert not found.has_floor
     assert found.exponents["flashmhf"].value == pytest.approx(0.3, abs=0.003)
+
+
+def test_two_sizes_are_too_few_to_check_the_law():
+    words = "too few sizes for E, and to tell whether it holds."
+    assert words in markdown(fitted(runs_of(0.01, sizes=("1m", "3m"))))
+    assert words not in markdown(fitted(runs_of(0.01, sizes=("1m", "3m", "10m"))))
 
 
 def test_seeds_needed_grow_with_the_square_of_the_deviation():
