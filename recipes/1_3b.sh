@@ -7,6 +7,6 @@ shift 3
 gpus=${GPUS:-1}
 torchrun --standalone --nproc-per-node "$gpus" -m flashmhf train --model flashmhf-1.3b --data "$data" --streaming \
   --tokenizer "$tokenizer" --output-dir "$out" --context-length 4096 --per-device-train-batch-size 4 \
-  --gradient-accumulation-steps $((16 / gpus > 0 ? 16 / gpus : 1)) --max-steps 409600 --learning-rate 1e-3 \
-  --lr-scheduler-type cosine_with_min_lr --lr-scheduler-kwargs '{"min_lr": 1e-5}' --warmup-steps 0.015 \
+  --gradient-accumulation-steps $((16 / gpus > 0 ? 16 / gpus : 1)) --max-steps 409600 --optimizer adamw \
+  --learning-rate 1e-3 --lr-scheduler-type cosine_with_min_lr --lr-scheduler-kwargs '{"min_lr": 1e-5}' --warmup-steps 0.015 \
   --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --bf16 true --eval-steps 2000 --save-steps 2000 "$@"

@@ -8,7 +8,7 @@ shift 2
 resume=
 [ ! -d "$out/model" ] || resume=--resume
 flashmhf train --model flashmhf-tiny --data "$data" --tokenizer "$out/tokenizer" --output-dir "$out/model" \
-  --context-length 256 --per-device-train-batch-size 16 --learning-rate 1e-3 --max-steps 1200 \
+  --context-length 256 --per-device-train-batch-size 16 --max-steps 1200 \
   --eval-steps 200 --save-steps 200 --validation-tokens 131072 $resume "$@"
 flashmhf eval "$out/model" --data "$data" --context-length 256 --stride 128
 flashmhf generate "$out/model" --prompt "It was a dark and stormy night" --max-new-tokens 150

@@ -15,7 +15,7 @@ from flashmhf.comparison.matching import match
 from flashmhf.comparison.settings import Variant
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_config
-from flashmhf.training.arguments import DEFAULTS, MIN_LR_RATE
+from flashmhf.training.arguments import DEFAULTS, LEARNING_RATES, MIN_LR_RATE
 from gpu_bench import Bench, OutOfTimeError
 from gpu_budget import MIN_SEEDS, TOKENS_PER_PARAMETER, PairCost, fit_budget, table
 from gpu_sizes import CONFIGS, CONTENDERS, SIZES, config_of, cost_of
@@ -108,7 +108,7 @@ def test_contenders_are_matched_as_flashmhf_compare_matches_them(size):
 
 def test_the_recipe_is_the_default_of_flashmhf_train():
     recipe = Recipe()
-    assert recipe.learning_rate == DEFAULTS["learning_rate"]
+    assert recipe.learning_rate == LEARNING_RATES["adamw"]
     assert recipe.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
     assert recipe.lr_scheduler_kwargs == {"min_lr_rate": MIN_LR_RATE}
     assert recipe.betas == (TrainingArguments.adam_beta1, DEFAULTS["adam_beta2"])

@@ -78,6 +78,16 @@ def test_a_comparison_without_recorded_inputs_goes_on_with_a_line(tmp_path, capl
     assert "compare.json is of an older version: make sure that data and models are those of then" in caplog.text
 
 
+def test_a_comparison_of_a_version_without_muon_is_one_with_adamw(tmp_path):
+    claim(tmp_path, SETTINGS, INPUTS)
+    old = read_json(tmp_path / SETTINGS.settings_file)
+    del old["train"]["optimizer"]
+    write_json(tmp_path / SETTINGS.settings_file, old)
+    with pytest.raises(InputError, match=r"holds a comparison with train.optimizer 'adamw'; got 'muon'"):
+        claim(tmp_path, SETTINGS, INPUTS)
+    claim(tmp_path, replace(SETTINGS, train=replace(SETTINGS.train, optimizer="adamw")), INPUTS)
+
+
 @pytest.mark.parametrize("inputs", [7, {}, {"data": 1, "tokenizer": "a", "models": []}, [], "text"])
 def test_inputs_that_cannot_be_read_are_named(tmp_path, inputs):
     claim(tmp_path, SETTINGS, INPUTS)

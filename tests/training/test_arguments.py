@@ -46,6 +46,12 @@ def test_defaults_fit_the_values_that_were_given(tmp_path, flags, expected):
     assert {name: getattr(arguments, name) for name in expected} == expected
 
 
+def test_the_learning_rate_fits_the_optimizer(tmp_path):
+    rates = [parse_arguments([], str(tmp_path), **given).learning_rate for given in ({}, {"optimizer": "adamw"})]
+    assert rates == [4e-3, 1e-3]
+    assert parse_arguments(["--learning-rate", "0.5"], str(tmp_path), optimizer="adamw").learning_rate == 0.5
+
+
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("gpu", [True, False])
 def test_bfloat16_is_the_default_of_a_device_that_computes_it(monkeypatch, gpu, native):

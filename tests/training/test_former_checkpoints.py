@@ -38,7 +38,7 @@ def make_former(checkpoint: Path) -> None:
 
 def test_it_resumes_and_ends_like_the_uninterrupted_run(corpus_folder, model_file, tmp_path):
     data = DataConfig(source=str(corpus_folder), context_length=16, validation_tokens=64)
-    run = TrainConfig(model=str(model_file), data=data)
+    run = TrainConfig(model=str(model_file), data=data, optimizer="adamw")
     train(run, parse_arguments(FLAGS, str(tmp_path / "run")))
     former = Path(shutil.copytree(tmp_path / "run", tmp_path / "former"))
     shutil.rmtree(former / "checkpoint-4")

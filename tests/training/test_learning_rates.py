@@ -122,6 +122,7 @@ def test_a_run_with_scaled_learning_rates_resumes(corpus_folder, model_file, tmp
     run = TrainConfig(
         model=str(model_file),
         data=DataConfig(source=str(corpus_folder), context_length=32, validation_tokens=2048),
+        optimizer="adamw",
         mup_base_width=8,
     )
     start(run, tmp_path / "uninterrupted")
@@ -142,6 +143,7 @@ def test_a_base_width_must_be_positive(corpus_folder, model_file, tmp_path):
     run = TrainConfig(
         model=str(model_file),
         data=DataConfig(source=str(corpus_folder), context_length=32),
+        optimizer="adamw",
         mup_base_width=0,
     )
     with pytest.raises(InputError, match="mup-base-width: expected a hidden size of at least 1, got 0"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
-from flashmhf.layers import FlashMHF
+from flashmhf.layers import PKV, FlashMHF
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
@@ -181,3 +181,37 @@ def test_what_does_not_go_together_is_refused(tmp_path, options, flags, message)
     with pytest.raises(InputError, match=message):
         train(settings(tmp_path, **options), parse_arguments([*FLAGS, *flags], str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+class OneLayer(nn.Module):
+    """A layer by itself, with what `matrices` asks of a model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.embeddings = layer, nn.Embedding(1, 1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def change_by_a_step(layer: nn.Module, name: str) -> float:
+    """Of the output, relative to it, by one step of the parameter alone along a random gradient."""
+    parameter = layer.get_parameter(name)
+    x = torch.randn(512, 256)
+    with torch.no_grad():
+        before = layer(x)
+        optimizer = Muon([{"params": [parameter]}], {parameter: matrices(OneLayer(layer))[parameter]}, lr=4e-3)
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        return float((layer(x) - before).norm() / before.norm())
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_steps_change_the_output_of_all_layers_alike(name):
+    torch.manual_seed(0)
+    flashmhf = FlashMHF(256, 4, 3, 192, q_norm=True, init="scaled")
+    pkv = PKV(256, 4, 864, init="scaled")
+    assert 0.5 < change_by_a_step(pkv, name) / change_by_a_step(flashmhf, name) < 2

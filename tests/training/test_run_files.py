@@ -12,6 +12,7 @@ from flashmhf.training.fingerprints import Fingerprints, refused_difference
 from flashmhf.training.resuming import check_same_inputs, prepare_output_dir
 from flashmhf.training.run_files import (
     TrainResult,
+    optimizer_of,
     read_fingerprints,
     read_result,
     read_run,
@@ -20,7 +21,12 @@ from flashmhf.training.run_files import (
 )
 from tiny import train_result
 
-CONFIG = TrainConfig(model="flashmhf-tiny", data=DataConfig(source="books", context_length=64), mup_base_width=32)
+CONFIG = TrainConfig(
+    model="flashmhf-tiny",
+    data=DataConfig(source="books", context_length=64),
+    optimizer="adamw",
+    mup_base_width=32,
+)
 
 PRINTS = Fingerprints(
     data=((1.0, "1234567890"),),
@@ -108,6 +114,16 @@ def test_a_run_from_before_the_versions_is_resumed(tmp_path, caplog):
     assert "run.json is of an older version: make sure that data and seed are those of then" in caplog.text
     with pytest.raises(InputError, match="resume: expected the mup_base_width of the earlier run, 32, got 64"):
         prepare_output_dir(tmp_path, replace(CONFIG, mup_base_width=64), resume=True)
+
+
+def test_a_resumed_run_keeps_its_optimizer(tmp_path):
+    assert optimizer_of(None, tmp_path, resume=True) == "muon"  # nothing has begun
+    write_run(tmp_path, CONFIG, PRINTS)
+    assert optimizer_of(None, tmp_path, resume=True) == "adamw"
+    assert optimizer_of(None, tmp_path, resume=False) == "muon"
+    assert optimizer_of("muon", tmp_path, resume=True) == "muon"  # which the run then refuses
+    edit(tmp_path / "run.json", optimizer=...)  # by a version that had AdamW alone
+    assert optimizer_of(None, tmp_path, resume=True) == "adamw"
 
 
 def test_a_result_from_before_the_versions_is_read(tmp_path):

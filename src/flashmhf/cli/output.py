@@ -28,7 +28,8 @@ ContextLength = Annotated[int, typer.Option(help="Tokens per training block.")]
 ValidationTokens = Annotated[int, typer.Option(help="Maximum number of tokens for validation.")]
 DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between the documents of a block.")]
 Optimizer = Annotated[
-    str, typer.Option(help="adamw, or muon: momentum orthogonalised for the layers' matrices, AdamW for the rest.")
+    str | None,
+    typer.Option(help="muon (default: momentum orthogonalised for the layers' matrices, AdamW for the rest) or adamw."),
 ]
 MupBaseWidth = Annotated[
     int | None,

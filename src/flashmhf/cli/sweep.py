@@ -78,7 +78,7 @@ def sweep(
     model: Model = "flashmhf-tiny",
     data: Data = DataConfig.source,
     tokenizer: Tokenizer = DataConfig.tokenizer,
-    learning_rates: LearningRates = "5e-4,1e-3,2e-3,4e-3",
+    learning_rates: LearningRates = "1e-3,2e-3,4e-3,8e-3",
     warmups: Warmups = "0.02,0.1",
     max_steps: MaxSteps = None,
     budget: Budget = None,

@@ -54,7 +54,7 @@ def train(
     validation_tokens: ValidationTokens = DataConfig.validation_tokens,
     document_mask: DocumentMask = DataConfig.document_mask,
     bad_data: BadData = DataConfig.bad_data,
-    optimizer: Optimizer = TrainConfig.optimizer,
+    optimizer: Optimizer = None,
     mup_base_width: MupBaseWidth = TrainConfig.mup_base_width,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last complete checkpoint in the folder.")
@@ -71,12 +71,14 @@ def train(
     with results_only():
         from flashmhf.training.arguments import parse_arguments
         from flashmhf.training.run import train as run_training
-        from flashmhf.training.run_files import was_begun
+        from flashmhf.training.run_files import optimizer_of, was_begun
 
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
         flags = [*context.meta.get(CONFIG_FLAGS, ()), *context.args]
-        arguments = parse_arguments(flags, output_dir, resume=resume)
-        result = run_training(TrainConfig.from_options(context.params), arguments, resume=resume)
+        optimizer = optimizer_of(optimizer, Path(output_dir), resume=resume)
+        arguments = parse_arguments(flags, output_dir, optimizer=optimizer, resume=resume)
+        options = {**context.params, "optimizer": optimizer}
+        result = run_training(TrainConfig.from_options(options), arguments, resume=resume)
     number = result.interrupted_by
     if number is not None and arguments.process_index == 0 and not has_parent():
         say(

@@ -15,6 +15,7 @@ from flashmhf.files import read_json, write_json
 from flashmhf.serialization import as_plain, from_plain
 from flashmhf.training.fingerprints import changes, config_values
 from flashmhf.training.resuming import LOCK_FILE
+from flashmhf.training.run_files import FORMER_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def claim(output_dir: Path, settings: Comparison, inputs: Inputs) -> None:
             )
         try:
             before = from_plain(Inputs, earlier[INPUTS]) if INPUTS in earlier else None
+            if isinstance(earlier.get("train"), dict):
+                earlier["train"] = FORMER_DEFAULTS | earlier["train"]
             then = as_plain(asdict(from_plain(type(settings), earlier)))
         except ValueError as error:
             raise InputError(f"{file}: {error}") from error

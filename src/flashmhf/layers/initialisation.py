@@ -12,7 +12,9 @@ REFERENCE_GAIN = 0.707  # of the Xavier-uniform projections
 SCALED_IN_GAIN = 1.0  # of W_in, which starts orthogonal: q has the RMS of x
 SCALED_OUT_GAIN = 0.707  # of W_out, which starts orthogonal
 SCALED_SCORE_RMS = 0.64  # RMS of M, N and the gate's logits at initialisation, for inputs of unit RMS
+SCALED_HIDDEN_RMS = 0.23  # of SiLU(M) N, if M and N have that RMS
 SCALED_PKV_KEY_RMS = 1.0  # RMS of PKV's logits
+SCALED_PKV_WEIGHT_RMS = math.sqrt(math.e)  # of PKV's softmax weights, for such logits, times the number of slots
 SCALED_PKV_VALUE_STD = 1.0
 SCALED_OUTPUT_GAIN = 0.3  # times 1 / sqrt(d_ff): standard deviation of V and of a down-projection
 

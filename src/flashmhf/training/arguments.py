@@ -11,17 +11,19 @@ from transformers import HfArgumentParser, TrainingArguments
 from flashmhf.errors import InputError
 from flashmhf.training.argument_checks import check_flags, check_together
 from flashmhf.training.argument_trials import try_arguments
+from flashmhf.training.config import TrainConfig
+from flashmhf.training.muon import ADAMW, MUON
 from flashmhf.training.precision import computes_bfloat16
 from flashmhf.training.run_files import read_fingerprints, was_begun
 from flashmhf.training.warmup import WITHOUT, check_warmup
 
 SAVE_STEPS = 500
+LEARNING_RATES = {MUON: 4e-3, ADAMW: 1e-3}
 MIN_LR_RATE = 0.1  # of a schedule that ends at a share of the learning rate
 # Those whose defaults depend on the machine or have changed between versions: a resumed run keeps its values of them.
 KEPT = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16")
-DEPENDENT = (*KEPT, "metric_for_best_model", "save_strategy", "save_steps")  # see `_complete`
+DEPENDENT = (*KEPT, "learning_rate", "metric_for_best_model", "save_strategy", "save_steps")  # see `_complete`
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine_with_min_lr",
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
@@ -39,12 +41,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def parse_arguments(flags: list[str], output_dir: str, *, resume: bool = False) -> TrainingArguments:
+def parse_arguments(
+    flags: list[str], output_dir: str, *, optimizer: str = TrainConfig.optimizer, resume: bool = False
+) -> TrainingArguments:
     """`transformers.TrainingArguments` from command-line flags, with this package's defaults.
 
     Args:
         flags: such as ["--max-steps", "300"].
         output_dir: the run's folder.
+        optimizer: that of `TrainConfig`, which decides the default learning rate.
         resume: whether the run in the folder goes on: schedule and precision are then those that it was begun with.
 
     Returns:
@@ -68,6 +73,8 @@ def parse_arguments(flags: list[str], output_dir: str, *, resume: bool = False) 
                 f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
             )
         _complete(values, _kept(Path(output_dir)) if resume else {})
+        if values.learning_rate is None:
+            values.learning_rate = LEARNING_RATES.get(optimizer, LEARNING_RATES[MUON])
         check_flags(values)
         if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():
             raise InputError(f"ddp-backend: expected none without torchrun, got {values.ddp_backend}")

@@ -18,7 +18,7 @@ class TrainConfig:
     Args:
         model: a preset or a JSON configuration (both start from new weights), or a model's folder (starts from its).
         data: what it is trained on.
-        optimizer: "adamw", or "muon" for the layers' matrices, see `flashmhf.training.muon`.
+        optimizer: "muon" for the layers' matrices, see `flashmhf.training.muon`, or "adamw".
         mup_base_width: the hidden size for which the learning rate was tuned; see `learning_rates`.
         max_non_finite_steps: this many steps in a row without a finite loss and gradient end the run.
         regional_compilation: compile each decoder layer, see `flashmhf.training.compilation`.
@@ -28,7 +28,7 @@ class TrainConfig:
 
     model: str
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: str = "adamw"
+    optimizer: str = "muon"
     mup_base_width: int | None = None
     max_non_finite_steps: int = 5
     regional_compilation: bool = False

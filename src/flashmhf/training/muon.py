@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from flashmhf.errors import InputError
 from flashmhf.layers import PKV, FlashMHF
+from flashmhf.layers.initialisation import SCALED_HIDDEN_RMS, SCALED_PKV_WEIGHT_RMS
 from flashmhf.training.learning_rates import scale_learning_rates
 from flashmhf.training.precision import computes_bfloat16
 
@@ -51,7 +52,8 @@ def matrices(model: nn.Module) -> dict[Tensor, float]:
     They are the weights of Linear modules but the head's, and K, U, V, whose last two dimensions are a matrix. Not the
     gate's weights: E columns for each head are no matrix worth orthogonalising. What a layer computes with is the
     product of scale and parameter, so that product gets the update, whatever the scale: K and U of init="scaled",
-    whose scale gives AdamW's steps the right size, move as if there were none.
+    whose scale gives AdamW's steps the right size, move as if there were none. PKV's logits have the scale
+    1 / sqrt(head_dim); its softmax weights are as far from SiLU(M) N as stated here, so that its output changes as far.
     """
     output, embeddings = (getattr(model, f"get_{end}put_embeddings")() for end in ("out", "in"))
     found: dict[Tensor, float] = {}
@@ -62,7 +64,8 @@ def matrices(model: nn.Module) -> dict[Tensor, float]:
             rows = module.output_scale / (1 if module.gate_type is None else module.num_subnetworks)
             found |= {module.k: module.score_scale, module.u: module.score_scale, module.v: rows}
         elif isinstance(module, PKV):
-            found |= {module.k: 1.0, module.v: 1.0}
+            weights = SCALED_PKV_WEIGHT_RMS / module.num_slots
+            found |= {module.k: module.head_dim**-0.5, module.v: weights / SCALED_HIDDEN_RMS}
     found.pop(embeddings.weight, None)
     return {parameter: scale for parameter, scale in found.items() if parameter.requires_grad}
 

@@ -71,6 +71,13 @@ def was_begun(output_dir: Path) -> bool:
     return (output_dir / RUN_FILE).exists()
 
 
+def optimizer_of(given: str | None, output_dir: Path, *, resume: bool) -> str:
+    """The optimizer of a run: the given one, else that of the run in the folder if it is resumed, else the default."""
+    if given is None and resume and was_begun(output_dir):
+        return read_run(output_dir).optimizer
+    return TrainConfig.optimizer if given is None else given
+
+
 def write_run(output_dir: Path, config: TrainConfig, prints: Fingerprints) -> None:
     """Writes run.json, and removes the result of an earlier process, which no longer holds."""
     write_json(output_dir / RUN_FILE, {"version": VERSION, **config.options(), FINGERPRINTS: asdict(prints)})
