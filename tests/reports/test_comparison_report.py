@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
-from comparison_results import SEEDS, Collector, differences, result, run_result, spread
 from jinja2 import UndefinedError
 
+from comparison_results import SEEDS, Collector, differences, result, run_result, spread
 from flashmhf.comparison.results import (
     ComparisonResult,
     Curve,

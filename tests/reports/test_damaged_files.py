@@ -5,12 +5,12 @@ import sys
 
 import matplotlib.pyplot as plt
 import pytest
-from comparison_results import result as comparison_result
 from test_run_report import log_lines
 
 import flashmhf.cli
 from benchmark_results import result as benchmark_result
 from benchmark_results import row as benchmark_row
+from comparison_results import result as comparison_result
 from flashmhf.benchmarking.results import read_result as read_benchmark
 from flashmhf.comparison.results import write_comparison
 from flashmhf.reports import render
