@@ -1,5 +1,6 @@
 """What one change of the recipe is worth: pairs of settings in recipe_runs.py's rows that differ in it, by seed."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -243,14 +244,15 @@ def changes_table(rows: list[Row]) -> Table:
 
 
 def recipe_table(rows: list[Row]) -> Table:
-    """The recipe of both contenders at every rate that both ran."""
+    """The recipe of both contenders at every rate that both ran, with four heads of 64 and with two of 128."""
     cells = settings(rows)
     lines = []
-    for rate in sorted({run.learning_rate for run in cells}):
-        swiglu, flashmhf = (cells.get(replace(run, **rates(rate)), {}) for run in (SWIGLU, RECIPE))
+    for heads, rate in itertools.product((4, 2), sorted({run.learning_rate for run in cells})):
+        contenders = replace(SWIGLU, **rates(rate)), replace(RECIPE, heads=heads, **rates(rate))
+        swiglu, flashmhf = (cells.get(run, {}) for run in contenders)
         differences = paired_differences(swiglu, flashmhf)
         if differences:
             resolution = f"{statistics.stdev(differences):.3f}" if len(differences) > 1 else "one seed"
             texts = [mean_text(losses) for losses in (swiglu, flashmhf)]
-            lines.append([f"Muon {rate:g}", *texts, with_interval(differences), resolution])
+            lines.append([f"Muon {rate:g}, {heads} heads", *texts, with_interval(differences), resolution])
     return Table(["recipe", "SwiGLU", "FlashMHF", "FlashMHF - SwiGLU", "resolution"], lines)
