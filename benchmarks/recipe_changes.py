@@ -52,7 +52,7 @@ DEEP = replace(RECIPE, layers=8), replace(SWIGLU, layers=8)
 RECIPE_ADAMW = [
     replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
 ]
-LARGE_ADAMW, MIDDLE_ADAMW = (replace(RECIPE_ADAMW[0], out_gain=gain) for gain in (0.707, 0.5))
+LARGE_ADAMW = replace(RECIPE_ADAMW[0], out_gain=0.707)
 ADAMW = RecipeRun(output_gain=0.8, **ORTHOGONAL), RecipeRun(variant="swiglu", output_gain=0.3)
 ADAMW_SHORT = [replace(run, **{**SHORT, **ADAMW_RATE}) for run in ADAMW]
 ADAMW_FAN_IN = [replace(run, learning_rate=1e-3, schedule="linear", **FAN_IN) for run in ADAMW]
@@ -100,9 +100,7 @@ CHANGES = [
     ),
     Change(text="W_out's gain 0.3 -> 0.1", flashmhf=(RECIPE, {"out_gain": 0.1})),
     Change(text="W_out's gain 0.3 -> 0.707", flashmhf=(RECIPE, {"out_gain": 0.707})),
-    Change(text="W_out's gain 0.3 -> 0.5", flashmhf=(RECIPE, {"out_gain": 0.5})),
     Change(text="AdamW 7e-4: W_out's gain 0.3 -> 0.707", flashmhf=(RECIPE_ADAMW[0], {"out_gain": 0.707})),
-    Change(text="AdamW 7e-4: W_out's gain 0.5 -> 0.707", flashmhf=(MIDDLE_ADAMW, {"out_gain": 0.707})),
     Change(text="AdamW 7e-4 -> Muon 4e-3", swiglu=(RECIPE_ADAMW[1], MUON), flashmhf=(RECIPE_ADAMW[0], MUON)),
     Change(text="... W_out's gain 0.707", flashmhf=(LARGE_ADAMW, MUON)),
     Change(text="AdamW 7e-4 -> 1.4e-3", swiglu=(RECIPE_ADAMW[1], FASTER), flashmhf=(LARGE_ADAMW, FASTER)),
