@@ -48,7 +48,7 @@ SWIGLU = RecipeRun(variant="swiglu", output_gain=0.3, **SHORT)  # the recipe
 LARGE = RecipeRun(output_gain=0.8, **ORTHOGONAL, **NO_SCALE, **SHORT)
 RECIPE = replace(LARGE, **SMALLER)
 TENTH = replace(RECIPE, out_gain=0.1)
-DEEP = replace(RECIPE, layers=8), replace(SWIGLU, layers=8)
+DEEP = replace(RECIPE, layers=8, heads=2), replace(SWIGLU, layers=8)
 RECIPE_ADAMW = [
     replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
 ]
