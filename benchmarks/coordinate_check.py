@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flashmhf.reports.benchmark_figures import png
 from flashmhf.reports.style import colours_of
 from flashmhf.reports.table import Table
+from measured_picture import main
 
 STEPS, BATCH, CONTEXT, LEARNING_RATE, SEEDS = 4, 2, 128, 1e-3, 2
 BASE_WIDTH, HEAD_DIM, SUBNETWORK_SIZE = 64, 64, 192
@@ -208,6 +209,11 @@ def line_of(rows: list[Measurement], **chosen: Any) -> list[Measurement]:
     return [row for row in rows if all(getattr(row, name) == value for name, value in chosen.items())]
 
 
+def tables(rows: list[Measurement]) -> str:
+    """Markdown: exponents of sizes and changes along both axes."""
+    return "\n\n".join(table(rows, axis, quantity) for axis in ("width", "heads") for quantity in ("size", "change"))
+
+
 def table(rows: list[Measurement], axis: str, quantity: str) -> str:
     """Markdown: exponents of a quantity along an axis, one line per variant and part."""
     settings = [pair for pair in SETTINGS if axis == "width" or not pair[1]]
@@ -259,21 +265,5 @@ def draw(rows: list[Measurement], file: Path) -> None:
     file.write_bytes(png(figure, dpi=80))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("--draw-only", action="store_true", help="from existing results")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if not arguments.draw_only:
-        write_rows(run(), arguments.results)
-    rows = read_rows(arguments.results)
-    for axis in ("width", "heads"):
-        for quantity in ("size", "change"):
-            print(table(rows, axis, quantity) + "\n")
-    draw(rows, arguments.picture)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, run=run, write_rows=write_rows, read_rows=read_rows, tables=tables, draw=draw)

@@ -1,5 +1,6 @@
 """What one change of the recipe is worth: pairs of settings in recipe_runs.py's rows that differ in it, by seed."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -37,12 +38,21 @@ NO_SCALE: Values = {"score_scale": 1.0, "gate_scale": 1.0}
 ADAMW_RATE: Values = {"optimizer": "adamw", "learning_rate": 1.4e-3, "muon_learning_rate": None}
 FAN_IN: Values = {"attention": "fan_in", "residual_gain": 0.354}
 SMALLER: Values = {"output_gain": 0.3, "out_gain": 0.3}
+FASTER: Values = {"learning_rate": 1.4e-3}
+SLOWER: Values = {"learning_rate": 3.5e-4}
+ROWS: Values = {"rows": "orthogonal"}
+BRANCHES: Values = {"residual_gain": 0.707}
 RATE_TEXT = "learning rate 0.004 -> {}"
 
 SWIGLU = RecipeRun(variant="swiglu", output_gain=0.3, **SHORT)  # the recipe
 LARGE = RecipeRun(output_gain=0.8, **ORTHOGONAL, **NO_SCALE, **SHORT)
 RECIPE = replace(LARGE, **SMALLER)
 TENTH = replace(RECIPE, out_gain=0.1)
+DEEP = replace(RECIPE, layers=8, heads=2), replace(SWIGLU, layers=8)
+RECIPE_ADAMW = [
+    replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
+]
+LARGE_ADAMW = replace(RECIPE_ADAMW[0], out_gain=0.707)
 ADAMW = RecipeRun(output_gain=0.8, **ORTHOGONAL), RecipeRun(variant="swiglu", output_gain=0.3)
 ADAMW_SHORT = [replace(run, **{**SHORT, **ADAMW_RATE}) for run in ADAMW]
 ADAMW_FAN_IN = [replace(run, learning_rate=1e-3, schedule="linear", **FAN_IN) for run in ADAMW]
@@ -90,6 +100,11 @@ CHANGES = [
     ),
     Change(text="W_out's gain 0.3 -> 0.1", flashmhf=(RECIPE, {"out_gain": 0.1})),
     Change(text="W_out's gain 0.3 -> 0.707", flashmhf=(RECIPE, {"out_gain": 0.707})),
+    Change(text="AdamW 7e-4: W_out's gain 0.3 -> 0.707", flashmhf=(RECIPE_ADAMW[0], {"out_gain": 0.707})),
+    Change(text="AdamW 7e-4 -> Muon 4e-3", swiglu=(RECIPE_ADAMW[1], MUON), flashmhf=(RECIPE_ADAMW[0], MUON)),
+    Change(text="... W_out's gain 0.707", flashmhf=(LARGE_ADAMW, MUON)),
+    Change(text="AdamW 7e-4 -> 1.4e-3", swiglu=(RECIPE_ADAMW[1], FASTER), flashmhf=(LARGE_ADAMW, FASTER)),
+    Change(text="AdamW 7e-4 -> 3.5e-4", swiglu=(RECIPE_ADAMW[1], SLOWER), flashmhf=(LARGE_ADAMW, SLOWER)),
     Change(text="AdamW 7e-4: W_out's gain 0.3 -> 0.707", flashmhf=(replace(ADAMW[0], **SMALLER), {"out_gain": 0.707})),
     Change(text="AdamW 7e-4: V's gain 0.8 -> 0.3", flashmhf=(ADAMW[0], {"output_gain": 0.3})),
     Change(
@@ -126,7 +141,20 @@ CHANGES = [
     Change(text="without the per-head norm", flashmhf=(TENTH, {"q_norm": False})),
     Change(text="without the gate", flashmhf=(LONG_2, {"gate": None, "gate_scale": None})),
     Change(text="without the gate", flashmhf=(TENTH, {"gate": None, "gate_scale": None})),
+    Change(text="without the per-head norm", flashmhf=(RECIPE, {"q_norm": False})),
+    Change(text="without the gate", flashmhf=(RECIPE, {"gate": None, "gate_scale": None})),
+    Change(text="gates 2 sigmoid, which do not sum to a constant", flashmhf=(RECIPE, {"gate": "free"})),
+    Change(text="a norm of each head's output before W_out", flashmhf=(RECIPE, {"output_norm": True})),
+    Change(text="K, U, V (SwiGLU's three matrices) orthogonal", swiglu=(SWIGLU, ROWS), flashmhf=(RECIPE, ROWS)),
+    Change(text="3 sub-networks of 192 -> 12 of 48", flashmhf=(RECIPE, {"subnetworks": 12})),
+    Change(text="... with output_scale 3", flashmhf=(RECIPE, {"subnetworks": 12, "output_scale": 3.0})),
     Change(text="4 heads -> 2", flashmhf=(LARGE, {"heads": 2})),
+    Change(text="4 heads -> 2", flashmhf=(RECIPE, {"heads": 2})),
+    Change(text="4 heads -> 1", flashmhf=(RECIPE, {"heads": 1})),
+    Change(text="4 heads -> 8", flashmhf=(RECIPE, {"heads": 8})),
+    Change(text="Muon on all sub-networks of a head as one matrix", flashmhf=(RECIPE, {"blocks": "head"})),
+    Change(text="Muon on SwiGLU's matrices in 4 x 4 blocks", swiglu=(SWIGLU, {"blocks": "cut"})),
+    Change(text="8 layers: branches times 0.707", swiglu=(DEEP[1], BRANCHES), flashmhf=(DEEP[0], BRANCHES)),
     Change(
         text="embeddings of std 0.02, tied -> 0.3, untied (SwiGLU's gain 0.3 -> 0.8, too)",
         swiglu=(LONG[1], {**UNTIED, "output_gain": 0.8}),
@@ -214,14 +242,15 @@ def changes_table(rows: list[Row]) -> Table:
 
 
 def recipe_table(rows: list[Row]) -> Table:
-    """The recipe of both contenders at every rate that both ran."""
+    """The recipe of both contenders at every rate that both ran, with four heads of 64 and with two of 128."""
     cells = settings(rows)
     lines = []
-    for rate in sorted({run.learning_rate for run in cells}):
-        swiglu, flashmhf = (cells.get(replace(run, **rates(rate)), {}) for run in (SWIGLU, RECIPE))
+    for heads, rate in itertools.product((4, 2), sorted({run.learning_rate for run in cells})):
+        contenders = replace(SWIGLU, **rates(rate)), replace(RECIPE, heads=heads, **rates(rate))
+        swiglu, flashmhf = (cells.get(run, {}) for run in contenders)
         differences = paired_differences(swiglu, flashmhf)
         if differences:
             resolution = f"{statistics.stdev(differences):.3f}" if len(differences) > 1 else "one seed"
             texts = [mean_text(losses) for losses in (swiglu, flashmhf)]
-            lines.append([f"Muon {rate:g}", *texts, with_interval(differences), resolution])
+            lines.append([f"Muon {rate:g}, {heads} heads", *texts, with_interval(differences), resolution])
     return Table(["recipe", "SwiGLU", "FlashMHF", "FlashMHF - SwiGLU", "resolution"], lines)

@@ -128,12 +128,13 @@ class FreeGate(FlashMHF):
     """Gates 2 sigmoid(logit), which do not sum to a constant."""
 
     def _sub_networks(self, x: Tensor, k: Tensor, u: Tensor, v: Tensor, gate_weight: Any, norm_weight: Any) -> Tensor:
-        q = self.in_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        q = self._query(x)
         if norm_weight is not None:
+            assert self.q_norm is not None
             q = nnf.rms_norm(q, (self.head_dim,), eps=self.q_norm.eps) * norm_weight
         gate = 2 * torch.einsum("...hd,hde->...he", q, gate_weight).sigmoid()
-        rows = (weight.view(self.rows_shape) for weight in (k, u, v))
-        return flash_mhf(q, *rows, gate, backend=self.backend)
+        k, u, v = (weight.view(self.rows_shape) for weight in (k, u, v))
+        return flash_mhf(q, k, u, v, gate, backend=self.backend)
 
 
 class OutputNorm(nn.Module):

@@ -165,7 +165,7 @@ def read(file: Path) -> list[Row]:
 
 
 def run_of(row: Row) -> RecipeRun:
-    return RecipeRun(**{name: row[name] for name in FIELDS if name in row})
+    return RecipeRun(**{name: row[name] for name in FIELDS})
 
 
 def values_of(text: str) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from flashmhf.layers.initialisation import REFERENCE_GAIN, init_orthogonal
 from flashmhf.reports.benchmark_figures import png
 from flashmhf.reports.style import colours_of
 from flashmhf.reports.table import Table
+from measured_picture import main
 
 RATES = {"sign": 1e-3, "polar": 4e-3}
 SCORE_RMS, VOCABULARY, SEEDS, QUANTILES, SHOWN = 0.64, 256, 2, 33, 2
@@ -304,19 +305,5 @@ def draw(rows: list[Measurement], file: Path) -> None:
     file.write_bytes(png(figure, dpi=80))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("--draw-only", action="store_true", help="from existing results")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if not arguments.draw_only:
-        write_rows(run(), arguments.results)
-    rows = read_rows(arguments.results)
-    print(tables(rows))
-    draw(rows, arguments.picture)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, run=run, write_rows=write_rows, read_rows=read_rows, tables=tables, draw=draw)

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         *("ops", "layers", "models", "data", "distributed", "estimates"),
         *("errors", "files", "serialization", "system_errors"),
     },
-    "benchmarking": {"ops", "layers", "models", "estimates", "errors"},
+    "benchmarking": {"ops", "layers", "models", "estimates", "errors", "files", "serialization"},
     "comparison": {
         *("ops", "models", "data", "estimates", "evaluation", "training"),
         *("errors", "files", "lifeline", "serialization"),

@@ -210,6 +210,23 @@ def read_json(file: Path, *, version: int | None = None, strict: bool = False) -
     return content
 
 
+def read_results(file: Path, version: int, *, noun: str, advice: str) -> dict[str, Any]:
+    """The JSON object that holds a command's results, of exactly this "version".
+
+    Args:
+        noun: what the results are of, for the message.
+        advice: what to do about another version, for the message.
+
+    Raises:
+        InputError: the file is damaged or of another version; names it.
+    """
+    content = read_json(file)
+    if content.get("version") != version:
+        found = content.get("version", "none")
+        raise InputError(f"{file}: expected version {version} of a {noun}'s results, got {found}; {advice}")
+    return content
+
+
 def parse_json(text: str) -> Any:
     """Any JSON value; numbers that are not finite become None.
 

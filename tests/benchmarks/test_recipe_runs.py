@@ -100,8 +100,8 @@ def test_a_run_is_repeatable_and_muon_steps_matter():
 
 @pytest.mark.parametrize("variant", ["flashmhf", "swiglu"])
 def test_the_recipe_starts_as_the_package_does(variant):
-    """RECIPE's explicit values are those of init="scaled" with score_scale = gate_scale = 1, but for W_out's gain."""
-    model = build(replace(RECIPE, variant=variant, out_gain=initialisation.SCALED_OUT_GAIN))
+    """RECIPE's explicit values are those of init="scaled" with score_scale = gate_scale = 1, but for the heads."""
+    model = build(replace(RECIPE, variant=variant, heads=2))
     scales = {"score_scale": 1.0, "gate_scale": 1.0} if variant == "flashmhf" else {}
     expected = FlashMHFForCausalLM(FlashMHFConfig.from_preset(f"{variant}-tiny", **scales))
     for name, weight in model.state_dict().items():

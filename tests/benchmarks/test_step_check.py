@@ -1,6 +1,7 @@
 """Steps and spectra of benchmarks/step_check.py against what docs/parametrisation.md derives, on tiny models."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -48,19 +49,36 @@ def test_polar_is_the_orthogonal_factor_of_every_matrix():
     torch.testing.assert_close(torch.linalg.svdvals(update), torch.full((3, 4), 0.2 * math.sqrt(12)))
 
 
-def test_rows_come_back_and_are_drawn(tmp_path, monkeypatch):
+def command_line(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["step_check.py", *map(str, arguments)])
+    step_check.main(
+        step_check.__doc__,
+        run=step_check.run,
+        write_rows=step_check.write_rows,
+        read_rows=step_check.read_rows,
+        tables=step_check.tables,
+        draw=step_check.draw,
+    )
+
+
+def test_rows_come_back_and_are_drawn(tmp_path, monkeypatch, capsys):
+    """By its command line, and from the results alone."""
     monkeypatch.setattr(step_check, "SETTINGS", dict.fromkeys(step_check.SETTINGS, TINY))
     rows = list(step_check.spectra(hidden=64))
     assert {row.setting for row in rows} == set(CHAINS)
     once = list(step_check.measure("", TINY, 0))
     rows += [replace(row, setting=name) for name in step_check.SETTINGS for row in once]
     file = tmp_path / "rows.csv"
-    step_check.write_rows(rows, file)
+    monkeypatch.setattr(step_check, "run", lambda: rows)
+    command_line(monkeypatch, file, tmp_path / "picture.png")
+    printed = capsys.readouterr().out
     back = step_check.read_rows(file)
     assert [replace(row, value=0.0) for row in back] == [replace(row, value=0.0) for row in rows]
     assert [row.value for row in back] == pytest.approx([row.value for row in rows], rel=1e-4)
-    text = step_check.tables(back)
-    assert all(name in text for name in (*CHAINS, *step_check.SETTINGS))
-    step_check.draw(back, tmp_path / "picture.png")
+    assert all(name in printed for name in (*CHAINS, *step_check.SETTINGS))
+    monkeypatch.setattr(step_check, "run", None)
+    command_line(monkeypatch, file, tmp_path / "again.png", "--draw-only")
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "picture.png").read_bytes()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(back[0], Measurement)

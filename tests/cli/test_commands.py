@@ -270,7 +270,7 @@ BAD = {
     "bench to a file": (["bench", "op", "--output", "rows.json"], "output: expected a folder, got 'rows.json'"),
     "bench against nothing": (
         ["bench", "op", "--compare", "gone.json"],
-        "compare: expected the results.json of a benchmark, got 'gone.json': No such file",
+        "compare: expected a JSON object in gone.json, got [Errno 2] No such file",
     ),
     "bench unknown model": (["bench", "model", "--models", "gpt-9"], "model: expected a preset"),
     "temperature": (["generate", "x", "--temperature", "-1"], "temperature"),

@@ -1,5 +1,6 @@
 """Comparisons: matched parameters, complete results, resuming, and refusals."""
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from flashmhf.comparison.plan import Plan
 from flashmhf.comparison.results import RESULTS_FILE
 from flashmhf.comparison.scoring import SCORING_PER_TRAINING, START_FLOPS, count_processes
 from flashmhf.comparison.settings import Variant
+from flashmhf.comparison.summary import run_result
 from flashmhf.data.config import DataConfig
 from flashmhf.data.tokenizer import load_tokenizer
 from flashmhf.errors import InputError, RunError
@@ -28,6 +30,7 @@ from flashmhf.models.configuration import FFN_TYPES
 from flashmhf.models.loading import load_model
 from flashmhf.reports.comparison import write_files
 from flashmhf.training.config import TrainConfig
+from flashmhf.training.instability import Instability
 from flashmhf.training.run_files import write_result
 from tiny import train_result
 
@@ -130,6 +133,17 @@ def test_a_run_that_failed_is_named_and_in_no_mean(settings, tmp_path):
     assert [run.status for run in result.runs] == ["finished", "failed"]
     row = next(row for row in result.variants if row.variant == "flashmhf")
     assert (row.failed_seeds, row.validation_loss.mean, row.documents.number) == ((0,), None, None)
+
+
+def test_a_run_on_the_edge_of_divergence_is_known_even_if_it_failed(settings, tmp_path):
+    run = Plan(settings(), tmp_path).final()[0]
+    found = Instability(step=2, kind="loss", found="it rises")
+    run.folder.mkdir(parents=True)
+    rows = {"start": 0, "time": 0.0}, {"time": 1.0, **found.as_row()}
+    (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (run_result(run).status, run_result(run).instabilities) == ("failed", (found,))
+    finish(run, 2.0)
+    assert (run_result(run).status, run_result(run).instabilities) == ("finished", (found,))
 
 
 def finish(run, loss: float) -> None:

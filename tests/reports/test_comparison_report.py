@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
-from comparison_results import SEEDS, Collector, differences, result, run_result, spread
 from jinja2 import UndefinedError
 
+from comparison_results import SEEDS, Collector, differences, result, run_result, spread
 from flashmhf.comparison.results import (
     ComparisonResult,
     Curve,
@@ -22,6 +22,7 @@ from flashmhf.reports.comparison import write_files, write_report
 from flashmhf.reports.comparison_tables import markdown_table, terminal_text
 from flashmhf.reports.render import png
 from flashmhf.reports.seed_bands import seed_bands
+from flashmhf.training.instability import Instability
 
 
 def test_the_page_shows_all_results_and_loads_nothing(tmp_path):
@@ -154,6 +155,36 @@ def test_runs_that_failed_are_named(tmp_path):
     assert table.endswith("These runs failed and are in no mean: swiglu with seed 1.")
     write_report(failed, tmp_path / "report.html")
     assert "swiglu with seed 1" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_on_the_edge_of_divergence_are_named_everywhere(tmp_path):
+    """In one sentence, which survives the file; a file without the field has none."""
+    first, second, *others = result().runs
+    found = (
+        Instability(step=40, kind="gradient norm", found="the gradient norm is 9, 4 times its median"),
+        Instability(step=90, kind="spikes", found="3 loss spikes within 20 steps"),
+    )
+    unstable = result(runs=(first, replace(second, instabilities=found), *others))
+    write_comparison(unstable, tmp_path / "results.json")
+    unstable = read_comparison(tmp_path / "results.json")
+    words = (
+        "These runs were on the edge of divergence; lower --learning-rate or lengthen --warmup-steps: swiglu with "
+        "seed 1 (step 40: the gradient norm is 9, 4 times its median; step 90: 3 loss spikes within 20 steps)."
+    )
+    write_report(unstable, tmp_path / "report.html")
+    page = Collector()
+    page.feed((tmp_path / "report.html").read_text())
+    assert words in page.text
+    assert words in markdown_table(unstable).splitlines()
+    assert words in " ".join(terminal_text(unstable).split())
+
+    content = unstable.as_dict()
+    for run in content["runs"]:
+        del run["instabilities"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    older = read_comparison(tmp_path / "results.json")
+    assert older == result()
+    assert "divergence" not in markdown_table(older) + terminal_text(older)
 
 
 def lines_of(axes) -> dict[str, list[float]]:

@@ -3,16 +3,19 @@
 import json
 import sys
 
+import matplotlib.pyplot as plt
 import pytest
-from comparison_results import result as comparison_result
 from test_run_report import log_lines
 
 import flashmhf.cli
 from benchmark_results import result as benchmark_result
 from benchmark_results import row as benchmark_row
+from comparison_results import result as comparison_result
 from flashmhf.benchmarking.results import read_result as read_benchmark
 from flashmhf.comparison.results import write_comparison
+from flashmhf.reports import render
 from flashmhf.reports.benchmark_page import write_results
+from flashmhf.reports.run import write_run_report
 from flashmhf.sweeping.results import TUNING_FILE, write_tuning
 from flashmhf.training.run_files import write_result
 from made_up_sweeps import tuning_result
@@ -78,13 +81,27 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def no_pages(monkeypatch):
-    """Pages are not drawn where only what is read matters, since drawing takes half a second."""
-    import matplotlib.pyplot as plt
+    """Pages are not drawn where only what is read matters, since drawing takes half a second.
 
-    from flashmhf.reports import render
+    In an environment of its own: jinja2 keeps the macros of a loaded template together with their filters, so that a
+    filter that is replaced in the common one would stay in every later page of the process.
+    """
+    environment = render._ENVIRONMENT.overlay()
+    environment.filters = {**environment.filters, "svg": lambda figure: plt.close(figure) or ""}
+    monkeypatch.setattr(render, "_ENVIRONMENT", environment)
 
-    monkeypatch.setattr(render, "_svg", lambda figure: plt.close(figure) or "")
-    monkeypatch.setitem(render._ENVIRONMENT.filters, "svg", render._svg)
+
+def test_pages_without_figures_leave_no_trace(tmp_path, request, monkeypatch):
+    """Whichever of them is the first to load the templates."""
+    monkeypatch.setattr(render, "_ENVIRONMENT", render._ENVIRONMENT.overlay())
+    run_folder(tmp_path)
+    common = render._ENVIRONMENT
+    request.getfixturevalue("no_pages")
+    write_run_report(tmp_path, tmp_path / "page.html")
+    assert "<svg" not in (tmp_path / "page.html").read_text()
+    monkeypatch.setattr(render, "_ENVIRONMENT", common)
+    write_run_report(tmp_path, tmp_path / "page.html")
+    assert "<svg" in (tmp_path / "page.html").read_text()
 
 
 FILES = [

@@ -6,15 +6,20 @@ import shlex
 
 import matplotlib.pyplot as plt
 import pytest
-from test_run_report import Collector
 from typer.testing import CliRunner
 
+from comparison_results import Collector
 from flashmhf.cli import app
 from flashmhf.reports.sweep import PICTURE_FILE, sentence, short, terminal_text, write_files
 from flashmhf.reports.sweep_figure import losses_by_rate
 from flashmhf.sweeping.commands import commands
+from flashmhf.sweeping.plan import SweepPlan
 from flashmhf.sweeping.results import TUNING_FILE, write_tuning
-from made_up_sweeps import flag, made_up_loss, tuning_result
+from flashmhf.sweeping.summary import summarise
+from flashmhf.training.instability import Instability
+from flashmhf.training.run_files import write_result
+from made_up_sweeps import TOKENS_PER_STEP, flag, made_up_loss, tuning_result
+from tiny import train_result
 
 
 def sentence_of(tmp_path, loss=made_up_loss, **changes) -> str:
@@ -91,6 +96,17 @@ def test_a_sentence_on_seeds_that_fail(tmp_path):
     assert re.search(
         r"The next best, \S+ with \d+ % warm-up, failed with 1 of its seeds\.", sentence(result.contenders[0])
     )
+
+
+def test_a_sentence_on_an_optimum_on_the_edge_of_divergence(tmp_path):
+    result = tuning_result(tmp_path)
+    assert "divergence" not in sentence(result.contenders[1])
+    (folder,) = (tmp_path / "runs").glob("flashmhf-steps64-lr0.002-warmup0.1-seed1")
+    found = Instability(step=5, kind="loss", found="it rises")
+    write_result(train_result(folder, validation_loss=1.6, tokens=64 * TOKENS_PER_STEP, instabilities=(found,)))
+    again = summarise(SweepPlan(result.settings, tmp_path))
+    assert "On the edge of divergence with seed 1." in sentence(again.contenders[1])
+    assert "divergence" not in sentence(again.contenders[0])
 
 
 def test_a_sentence_on_one_rate(tmp_path):

@@ -1,6 +1,5 @@
 """A benchmark's result, and its JSON form."""
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import Provenance
 from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
 from flashmhf.errors import InputError
+from flashmhf.files import read_results
+from flashmhf.serialization import from_plain
 
 VERSION = 2  # of results.json; 1 had no number, and provenance in every row
 
@@ -51,41 +52,32 @@ def read_result(file: Path) -> BenchmarkResult:
     """The result that a results.json holds; its comparison is left out.
 
     Raises:
-        InputError: the file is something else, or of another version.
+        InputError: the file is something else, or of another version; names it.
     """
+    content = read_results(file, VERSION, noun="benchmark", advice="run flashmhf bench again")
     try:
-        return _from_json(json.loads(file.read_bytes()))
-    except OSError as error:
-        reason = error.strerror
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        reason = "not JSON"
-    except (ValueError, TypeError) as error:
-        reason = str(error)
-    raise InputError(f"compare: expected the results.json of a benchmark, got {str(file)!r}: {reason}")
+        return _from_json(content)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
-def _from_json(content: Any) -> BenchmarkResult:
-    """Raises ValueError or TypeError for what is not a result."""
-    if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
-        raise ValueError("it has no 'kind'")
-    if content.get("version") != VERSION:
-        raise ValueError(f"expected version {VERSION}, got {content.get('version', 1)}; run the benchmark again")
-    rows = content.get("rows")
+def _from_json(content: dict[str, Any]) -> BenchmarkResult:
+    """Raises ValueError for what is not a result."""
+    kind, rows, shape = (content.get(name) for name in ("kind", "rows", "workload"))
+    if not isinstance(kind, str):
+        raise ValueError("expected kind, got none")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it has no 'rows'")
+        raise ValueError("expected rows, got none")
     for number, row in enumerate(rows, 1):
         if "failed" not in row and not _is_time(row.get("median_ms")):
-            raise ValueError(f"row {number} has no 'median_ms'")
-        if not all(row.get(name) is None or _is_time(row[name]) for name in QUARTILES):
-            raise ValueError(f"row {number} has a quartile that is not a time")
-    for name in ("workload", "provenance"):
-        if not isinstance(content.get(name), dict):
-            raise ValueError(f"it has no {name!r}")
-    workload = ModelWorkload if content["kind"] == "model" else LayerShape
+            raise ValueError(f"row {number}: expected median_ms, got {row.get('median_ms')!r:.80}")
+        for name in QUARTILES:
+            if row.get(name) is not None and not _is_time(row[name]):
+                raise ValueError(f"row {number}: expected a time as {name}, got {row[name]!r:.80}")
     return BenchmarkResult(
-        kind=content["kind"],
-        provenance=Provenance(**content["provenance"]),
-        workload=workload(**content["workload"]),
+        kind=kind,
+        provenance=from_plain(Provenance, content.get("provenance")),
+        workload=from_plain(ModelWorkload, shape) if kind == "model" else from_plain(LayerShape, shape),
         rows=tuple(rows),
     )
 

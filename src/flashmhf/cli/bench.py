@@ -92,12 +92,12 @@ def bench(
     _refuse(kind, for_layers if kind == "model" else for_models)
     with results_only():
         from flashmhf.benchmarking.provenance import provenance
-        from flashmhf.benchmarking.results import BenchmarkResult, read_result
+        from flashmhf.benchmarking.results import BenchmarkResult
         from flashmhf.reports.benchmark_page import write_results
 
         if output is not None:
             check_folder("output", output)
-        old = None if compare is None else read_result(Path(compare))
+        old = None if compare is None else _earlier(Path(compare))
         names, picked = _choices("dtypes", dtypes, DTYPES), pick_device(device)
         workload: LayerShape | ModelWorkload
         if kind == "model":
@@ -198,6 +198,15 @@ def _model_runs(workload: ModelWorkload, dtypes: list[str], **options: Any) -> R
     for dtype in dtypes:
         for title, measure in (("training", bench_training), ("generation", bench_generation)):
             yield f"{title}, {dtype}", functools.partial(measure, workload, dtype=getattr(torch, dtype), **options)
+
+
+def _earlier(file: Path) -> "BenchmarkResult":
+    from flashmhf.benchmarking.results import read_result
+
+    try:
+        return read_result(file)
+    except InputError as error:
+        raise InputError(f"compare: {error}") from error
 
 
 def _refuse(kind: str, options: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class Plan:
         self.settings = settings
         self.output_dir = output_dir
         self._bases = settings.bases()
-        names = [_name(model) for model in self._bases]
+        names = [model_name(model) for model in self._bases]
         if len(set(names)) < len(names):
             raise InputError(f"model: expected names that differ, got {', '.join(self._bases)}")
 
@@ -90,7 +90,7 @@ class Plan:
         several = len(self._bases) > 1
         return [
             MatchedVariant(
-                name=f"{_name(model)}-{variant.name}" if several else variant.name,
+                name=f"{model_name(model)}-{variant.name}" if several else variant.name,
                 variant=variant,
                 model=model,
                 config=match(
@@ -166,5 +166,6 @@ class Plan:
         )
 
 
-def _name(model: str) -> str:
+def model_name(model: str) -> str:
+    """Of a preset, file or folder: what variants on several backbones are named after."""
     return Path(model).name.removesuffix(".json")

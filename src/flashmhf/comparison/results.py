@@ -10,8 +10,9 @@ from flashmhf.comparison.settings import Comparison
 from flashmhf.comparison.verdict import Verdict
 from flashmhf.errors import InputError
 from flashmhf.evaluation.differences import Difference
-from flashmhf.files import read_json, write_json
+from flashmhf.files import read_results, write_json
 from flashmhf.serialization import from_plain
+from flashmhf.training.instability import Instability
 
 R = TypeVar("R")
 RESULTS_FILE = "results.json"
@@ -39,6 +40,7 @@ class RunResult:
         validation_loss: nats/token.
         tokens_per_second: median over the log.
         elapsed_s: in training, over all processes of the run.
+        instabilities: signs of divergence, at most one of each kind, of a run that failed, too.
     """
 
     variant: str
@@ -60,6 +62,7 @@ class RunResult:
     tokens_per_second: float | None = None
     peak_memory_mib: float | None = None
     elapsed_s: float | None = None
+    instabilities: tuple[Instability, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -216,12 +219,8 @@ def read_result(kind: type[R], file: Path, version: int, *, noun: str, command: 
     Raises:
         InputError: the file is damaged or has another version; names it.
     """
-    content = read_json(file)
-    if content.get("version") != version:
-        raise InputError(
-            f"{file}: expected version {version} of a {noun}'s results, got {content.get('version', 'none')}; "
-            f"run flashmhf {command} again, which keeps finished runs"
-        )
+    advice = f"run flashmhf {command} again, which keeps finished runs"
+    content = read_results(file, version, noun=noun, advice=advice)
     try:
         return from_plain(kind, content)
     except ValueError as error:

@@ -29,6 +29,7 @@ from flashmhf.comparison.verdict import MIN_SEEDS, judge
 from flashmhf.estimates.cost import model_cost
 from flashmhf.evaluation import Evaluation
 from flashmhf.evaluation.differences import BITS_PER_BYTE, NATS_PER_TOKEN, paired_difference
+from flashmhf.training.instability import recorded
 from flashmhf.training.run_log import read_log
 
 SPREADS = ("validation_loss", "bits_per_byte", "tokens_per_second", "peak_memory_mib", "elapsed_s")
@@ -86,6 +87,7 @@ def run_result(run: Run) -> RunResult:
         "folder": run.folder.name,
         "curve": _curve(rows, "loss"),
         "validation_curve": _curve(rows, "eval_loss"),
+        "instabilities": recorded(rows),
     }
     result = run.result
     if result is None:

@@ -14,6 +14,7 @@ from flashmhf.reports.comparison_tables import (
     loss_table,
     markdown_table,
     rate_table,
+    unstable_runs,
 )
 from flashmhf.reports.curves import bars, curves, gate_maps, loss_against
 from flashmhf.reports.render import PAGE_FILE, png, write_page
@@ -53,7 +54,7 @@ def write_report(result: ComparisonResult, file: Path) -> None:
         notes=(about_numbers(result), about_verdicts()),
         picture=seed_bands(result),
         picture_caption=caption(result),
-        failed=failed_runs(result),
+        warnings=[line for line in (failed_runs(result), unstable_runs(result)) if line],
         ablations=ablation_table(result),
         rates=rate_table(result),
         gates=gate_table(result),

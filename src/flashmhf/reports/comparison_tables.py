@@ -13,6 +13,7 @@ from flashmhf.reports.verdicts import (
     resolution_cell,
     verdict_lines,
 )
+from flashmhf.training.instability import ADVICE
 
 WIDTH = 100  # of a terminal
 RATE_COLUMNS = ("FFN", "learning rate", "validation loss, first seed", "")
@@ -20,10 +21,11 @@ GATE_COLUMNS = ("FFN", "gate entropy by head", "evenness of the load by head")
 
 
 def markdown_table(result: ComparisonResult) -> str:
-    """One row per variant; what the numbers are; verdicts; ablations; runs that failed."""
+    """One row per variant; what the numbers are; verdicts; runs that failed or were unstable; ablations."""
     ablations = ablation_table(result)
     verdicts = "\n".join(f"- {in_markdown(line)}" for line in verdict_lines(result))
-    notes = about_numbers(result), verdicts, verdicts and about_verdicts(), in_markdown(failed_runs(result))
+    warnings = in_markdown(failed_runs(result)), in_markdown(unstable_runs(result))
+    notes = about_numbers(result), verdicts, verdicts and about_verdicts(), *warnings
     parts = [loss_table(result).markdown(), *notes, ablations and ablations.markdown()]
     return "\n\n".join(part for part in parts if part)
 
@@ -43,7 +45,7 @@ def terminal_text(result: ComparisonResult) -> str:
     ]
     columns = "FFN", "held-out loss", _to_first(result), "resolution", "parameters", "tokens/s"
     lines = [Table(columns, rows).aligned()]
-    for texts in (verdict_lines(result), [failed_runs(result)], [about_numbers(result)]):
+    for texts in (verdict_lines(result), [failed_runs(result)], [unstable_runs(result)], [about_numbers(result)]):
         paragraph = [line for text in texts for line in textwrap.wrap(text, WIDTH)]
         lines += ["", *paragraph] if paragraph else []
     for variant, continuation in result.samples.continuations.items():
@@ -114,6 +116,16 @@ def failed_runs(result: ComparisonResult) -> str:
         if row.validation_loss is None and not row.chosen
     ]
     return f"These runs failed and are in no mean: {', '.join(failed)}." if failed else ""
+
+
+def unstable_runs(result: ComparisonResult) -> str:
+    """A sentence on the runs that were on the edge of divergence; empty if none was."""
+    unstable = []
+    for run in result.runs:
+        if run.instabilities:
+            signs = "; ".join(f"step {one.step}: {one.found}" for one in run.instabilities)
+            unstable.append(f"{run.variant} with seed {run.seed} ({signs})")
+    return f"These runs were on the edge of divergence; {ADVICE}: {', '.join(unstable)}." if unstable else ""
 
 
 def rate_table(result: ComparisonResult) -> Table | None:

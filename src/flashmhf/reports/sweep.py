@@ -118,6 +118,9 @@ def sentence(contender: ContenderResult) -> str:
     ]
     if best.failed_seeds:
         parts.append(f"Every cell has a seed that failed; here {', '.join(map(str, best.failed_seeds))}.")
+    if best.unstable_seeds:
+        noun = "seed" if len(best.unstable_seeds) == 1 else "seeds"
+        parts.append(f"On the edge of divergence with {noun} {', '.join(map(str, best.unstable_seeds))}.")
     return " ".join([*parts, *_decision(contender), *_edges(contender)])
 
 

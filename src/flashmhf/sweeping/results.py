@@ -22,12 +22,14 @@ class CellResult:
         warmup: share of the steps.
         validation_loss: nats/token over the seeds that finished.
         failed_seeds: seeds whose runs failed; they are in no mean.
+        unstable_seeds: seeds whose runs finished, but were on the edge of divergence.
     """
 
     learning_rate: float
     warmup: float
     validation_loss: Spread
     failed_seeds: tuple[int, ...]
+    unstable_seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

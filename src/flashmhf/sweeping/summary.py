@@ -59,12 +59,14 @@ def _rung(plan: SweepPlan, contender: MatchedVariant, rung: int) -> RungResult:
 
 
 def _cell(cell: Cell, runs: Sequence[Run]) -> CellResult:
-    losses = {run.seed: None if run.result is None else run.result.validation_loss for run in runs}
+    results = {run.seed: run.result for run in runs}
+    losses = {seed: None if result is None else result.validation_loss for seed, result in results.items()}
     return CellResult(
         learning_rate=cell.learning_rate,
         warmup=cell.warmup,
         validation_loss=Spread.of(losses.values()),
         failed_seeds=tuple(seed for seed, loss in losses.items() if loss is None),
+        unstable_seeds=tuple(seed for seed, result in results.items() if result is not None and result.instabilities),
     )
 
 
