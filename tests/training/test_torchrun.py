@@ -1,6 +1,7 @@
 """Training over processes as a user starts it: one result, one set of files, the losses of one process."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -15,11 +16,18 @@ import pytest
 from flashmhf.cli.train import OWN_STORE
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
+from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import train
 from torchrun import command, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-STEPS = ("--max-steps", "8", "--save-steps", "4")
+STEPS = ("--max-steps", "8", "--save-steps", "4", "--bf16", "false")
+
+
+@pytest.fixture
+def run(run) -> TrainConfig:
+    """With AdamW: Muon's iterations in bfloat16 make more of differences in rounding than these tests allow."""
+    return dataclasses.replace(run, optimizer="adamw")
 
 
 @pytest.fixture
