@@ -41,14 +41,12 @@ SMALLER: Values = {"output_gain": 0.3, "out_gain": 0.3}
 FASTER: Values = {"learning_rate": 1.4e-3}
 SLOWER: Values = {"learning_rate": 3.5e-4}
 ROWS: Values = {"rows": "orthogonal"}
-BRANCHES: Values = {"residual_gain": 0.707}
 RATE_TEXT = "learning rate 0.004 -> {}"
 
 SWIGLU = RecipeRun(variant="swiglu", output_gain=0.3, **SHORT)  # the recipe
 LARGE = RecipeRun(output_gain=0.8, **ORTHOGONAL, **NO_SCALE, **SHORT)
 RECIPE = replace(LARGE, **SMALLER)
 TENTH = replace(RECIPE, out_gain=0.1)
-DEEP = replace(RECIPE, layers=8, heads=2), replace(SWIGLU, layers=8)
 RECIPE_ADAMW = [
     replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
 ]
@@ -154,7 +152,6 @@ CHANGES = [
     Change(text="4 heads -> 8", flashmhf=(RECIPE, {"heads": 8})),
     Change(text="Muon on all sub-networks of a head as one matrix", flashmhf=(RECIPE, {"blocks": "head"})),
     Change(text="Muon on SwiGLU's matrices in 4 x 4 blocks", swiglu=(SWIGLU, {"blocks": "cut"})),
-    Change(text="8 layers: branches times 0.707", swiglu=(DEEP[1], BRANCHES), flashmhf=(DEEP[0], BRANCHES)),
     Change(
         text="embeddings of std 0.02, tied -> 0.3, untied (SwiGLU's gain 0.3 -> 0.8, too)",
         swiglu=(LONG[1], {**UNTIED, "output_gain": 0.8}),

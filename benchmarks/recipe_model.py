@@ -57,7 +57,6 @@ class RecipeRun:
         blocks: what Muon orthogonalises at once: "matrix" (of a sub-network), "head" (all sub-networks of a head), or
             "cut" (SwiGLU's matrices in 4 x 4 blocks).
         output_norm: a norm per head of S before W_out, with a learned scale that starts at 0.6.
-        layers: of the decoder.
     """
 
     variant: str = "flashmhf"
@@ -95,7 +94,6 @@ class RecipeRun:
     rows: str = "normal"
     blocks: str = "matrix"
     output_norm: bool = False
-    layers: int = 4
 
 
 FIELDS = tuple(field.name for field in fields(RecipeRun))
@@ -104,7 +102,6 @@ FIELDS = tuple(field.name for field in fields(RecipeRun))
 def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
     """The model with its initial weights; `sizes` replace values of its configuration."""
     values: dict[str, Any] = {"init": "reference", "tie_word_embeddings": run.tied, "qk_norm": run.qk_norm}
-    values |= {"num_hidden_layers": run.layers}
     if run.variant == "flashmhf":
         scale = float(run.heads)
         values |= {"num_ffn_heads": run.heads, "gate_type": run.gate and "sigmoid", "q_norm": run.q_norm}

@@ -21,17 +21,7 @@ from recipe_changes import Losses, changes_table, mean_text, paired_differences,
 from recipe_model import RecipeRun
 from recipe_runs import RECORDED, read
 
-REGIME = (
-    "steps",
-    "batch",
-    "optimizer",
-    "learning_rate",
-    "muon_learning_rate",
-    "warmup",
-    "schedule",
-    "qk_norm",
-    "layers",
-)
+REGIME = ("steps", "batch", "optimizer", "learning_rate", "muon_learning_rate", "warmup", "schedule", "qk_norm")
 ONLY_FLASHMHF = (
     *("in_proj", "in_gain", "out_proj", "out_gain", "heads", "subnetworks", "gate", "q_norm", "output_norm"),
     *("score_scale", "gate_scale", "output_scale"),
@@ -50,7 +40,6 @@ def regime_text(run: RecipeRun) -> str:
         same = run.muon_learning_rate == run.learning_rate
         rates = f"Muon {run.muon_learning_rate:g}" + ("" if same else f", {rates}")
     norm = ", qk_norm" if run.qk_norm else ""
-    norm += f", {run.layers} layers" if run.layers != DEFAULTS["layers"] else ""
     return f"{run.steps} x {run.batch}, {rates}, {run.schedule}, {run.warmup:.0%} warm-up{norm}"
 
 

@@ -66,7 +66,7 @@ def test_parameters_are_matched(base, variant):
 
 def test_scales_are_those_of_the_new_layer():
     base = FlashMHFConfig.from_preset("flashmhf-tiny")
-    assert (base.score_scale, base.output_scale) == (4.0, 3.0)
+    assert (base.score_scale, base.output_scale) == (2.0, 3.0)
     assert match(base, Variant("mhffn")).output_scale == 1.0
     assert match(base, Variant("dense_moe")).score_scale == 1.0
 
@@ -258,10 +258,10 @@ def test_a_head_dim_that_does_not_divide_the_width_is_refused(settings, tmp_path
 
 
 def test_ablations_keep_scales_that_were_set():
-    base = FlashMHFConfig.from_preset("flashmhf-tiny", score_scale=2.0)
+    base = FlashMHFConfig.from_preset("flashmhf-tiny", score_scale=3.0)
     config = match(base, Variant("flashmhf", ("subnetworks", "6")))
-    assert (config.score_scale, config.gate_scale, config.output_scale) == (2.0, 4.0, 6.0)
-    assert match(base, Variant("mhffn")).score_scale == 4.0
+    assert (config.score_scale, config.gate_scale, config.output_scale) == (3.0, 2.0, 6.0)
+    assert match(base, Variant("mhffn")).score_scale == 2.0
 
 
 def test_models_with_the_same_name_or_without_subnetworks_are_refused(settings, model_file, tmp_path):
