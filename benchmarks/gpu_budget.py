@@ -91,7 +91,7 @@ def table() -> str:
                     "plan": plan,
                     "share of peak": f"{share:.0%}",
                     "seeds of both": budget.seeds,
-                    "tokens per parameter": budget.tokens_per_parameter,
+                    "tokens per parameter": round(budget.tokens_per_parameter, 2),
                     "M tokens of the largest model": round(budget.tokens_per_parameter * largest / 1e6),
                 }
             )
