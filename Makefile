@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # SwiGLU against FlashMHF on the text of the Python standard library, three seeds each, with a verdict: at most six
 # minutes on two cores.
-DEMO_RECIPE = --max-steps 320 --per-device-train-batch-size 4
+DEMO_RECIPE = --max-steps 360 --per-device-train-batch-size 4 --lr-scheduler-type linear
 demo: setup
 	$(BIN)/flashmhf compare --variants swiglu,flashmhf --seeds 0,1,2 --jobs auto --data stdlib --output-dir $(DEMO) \
 	  --context-length 256 $(DEMO_RECIPE) --document-bytes 4096 \
