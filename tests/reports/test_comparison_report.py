@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pytest
 from jinja2 import UndefinedError
+from matplotlib.text import Text
 
 from comparison_results import SEEDS, Collector, differences, result, run_result, spread
 from flashmhf.comparison.results import (
@@ -219,6 +220,17 @@ def test_the_picture_has_means_bands_and_paired_differences():
     assert band_of(below, 0) == (-0.5, -0.5)
     assert "flashmhf is better than swiglu" in above.get_title(loc="left")
     plt.close(figure)
+
+
+def test_a_long_verdict_stays_in_the_picture(monkeypatch):
+    verdict = "flashmhf against swiglu: not decided by 3 seeds; more than 1,000 would be needed for this difference."
+    monkeypatch.setattr("flashmhf.reports.seed_bands.verdict_lines", lambda result: [verdict])
+    figure = seed_bands(result())
+    figure.draw_without_rendering()
+    title = figure.axes[0].get_title(loc="left")
+    assert " ".join(title.split()) == verdict
+    (text,) = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() == title)
+    assert text.get_window_extent().x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("steps", [(), (7,)], ids=["no step", "one step"])

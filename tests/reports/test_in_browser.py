@@ -6,9 +6,9 @@ Requires Chromium and its driver (Debian: apt-get install chromium chromium-driv
 import shutil
 
 import pytest
-from comparison_results import result
 from test_run_report import log_lines
 
+from comparison_results import result
 from flashmhf.reports.comparison import write_report
 from flashmhf.reports.run import write_run_report
 from flashmhf.reports.sweep import write_report as write_sweep_report

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from comparison_results import Collector, result
 
+from comparison_results import Collector, result
 from flashmhf.cli import app
 from flashmhf.comparison.results import (
     write_comparison,

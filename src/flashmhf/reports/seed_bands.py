@@ -14,7 +14,7 @@ from flashmhf.reports.style import GREY, in_figure, plain
 from flashmhf.reports.verdicts import verdict_lines
 
 INCHES = (5.4, 5.0)
-TITLE_CHARACTERS = 75  # in a line
+TITLE_CHARACTERS = 66  # in a line
 MAX_TITLE_LINES = 3
 SETTLED = 0.1  # of the steps, after which losses are in the picture; before, they fall too far to share its scale
 
