@@ -17,8 +17,9 @@ CONTEXT_LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A pair of models, named by their parameters without embeddings; heads of 64, hidden size / layers is 64.
+    """A pair of models, named by their parameters without embeddings.
 
+    Hidden size / layers is 64; attention has heads of 64, FlashMHF the fewest heads of at most 128.
     `swiglu_width` is what `flashmhf.comparison.matching.match` finds. The batch grows with the model, so that the
     smallest model does not end after a hundred steps.
     """

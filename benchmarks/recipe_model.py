@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flashmhf import flash_mhf
 from flashmhf.layers import FlashMHF, SwiGLU
-from flashmhf.layers.initialisation import REFERENCE_GAIN, REFERENCE_STD
+from flashmhf.layers.initialisation import REFERENCE_GAIN, REFERENCE_STD, init_orthogonal
 from flashmhf.layers.multi_head import HeadRMSNorm
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 
@@ -165,27 +165,24 @@ def initialise(model: FlashMHFForCausalLM, run: RecipeRun) -> None:
             _scale_flashmhf(ffn, run)
 
 
+def _rms(weight: Tensor) -> float:
+    return float(weight.square().mean().sqrt())
+
+
 def _scale_swiglu(ffn: SwiGLU, run: RecipeRun) -> None:
     for linear in (ffn.gate_proj, ffn.up_proj):
         linear.weight.mul_(run.score_rms / math.sqrt(linear.in_features) / REFERENCE_STD)
     down = ffn.down_proj
     if run.rows == "orthogonal":
         for linear in (ffn.gate_proj, ffn.up_proj, down):
-            _draw_orthogonal(linear.weight)
+            init_orthogonal(linear.weight, std=_rms(linear.weight))
     down.weight.mul_(run.output_gain / math.sqrt(down.in_features) / REFERENCE_STD * run.residual_gain)
-
-
-def _draw_orthogonal(weight: Tensor) -> None:
-    """Each matrix of `weight` (..., m, n) becomes orthogonal, with the RMS of all."""
-    rms = float(weight.square().mean().sqrt())
-    for matrix in weight.view(-1, *weight.shape[-2:]):
-        nn.init.orthogonal_(matrix, gain=rms * math.sqrt(max(matrix.shape)))
 
 
 def _scale_flashmhf(ffn: FlashMHF, run: RecipeRun) -> None:
     if run.rows == "orthogonal":
         for rows in (ffn.k, ffn.u, ffn.v):
-            _draw_orthogonal(rows)
+            init_orthogonal(rows, std=_rms(rows))
     unit = run.score_rms / math.sqrt(ffn.head_dim) / REFERENCE_STD
     unit /= 1.0 if run.q_norm else REFERENCE_GAIN
     for rows in (ffn.k, ffn.u):

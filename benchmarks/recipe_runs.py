@@ -46,7 +46,8 @@ BETAS, CLIP, MIN_COSINE, CUTS = (0.9, 0.95), 1.0, 0.1, 4
 def optimizer_of(model: nn.Module, run: RecipeRun) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
     """The optimizer and, by the parameters' names, the tensors that it updates; they share the parameters' values."""
     of_optimizer = {name: blocks_of(name, parameter.detach(), run) for name, parameter in model.named_parameters()}
-    hidden = {of_optimizer[name] for name, parameter in model.named_parameters() if parameter in matrices(model)}
+    of_muon = matrices(model)
+    hidden = {of_optimizer[name] for name, parameter in model.named_parameters() if parameter in of_muon}
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in of_optimizer.items():
         rate = run.learning_rate

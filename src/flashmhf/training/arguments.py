@@ -72,9 +72,7 @@ def parse_arguments(
             raise InputError(
                 f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
             )
-        _complete(values, _kept(Path(output_dir)) if resume else {})
-        if values.learning_rate is None:
-            values.learning_rate = LEARNING_RATES.get(optimizer, LEARNING_RATES[MUON])
+        _complete(values, _kept(Path(output_dir)) if resume else {}, optimizer)
         check_flags(values)
         if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():
             raise InputError(f"ddp-backend: expected none without torchrun, got {values.ddp_backend}")
@@ -98,9 +96,11 @@ def _kept(output_dir: Path) -> dict[str, Any]:
     return {} if prints is None else {name: prints.arguments[name] for name in KEPT if name in prints.arguments}
 
 
-def _complete(values: argparse.Namespace, kept: Mapping[str, Any]) -> None:
+def _complete(values: argparse.Namespace, kept: Mapping[str, Any], optimizer: str = TrainConfig.optimizer) -> None:
     """Sets what was not given to what the earlier run had (`kept`), or else to what fits the values that were."""
     _complete_schedule(values, kept)
+    if values.learning_rate is None:
+        values.learning_rate = LEARNING_RATES.get(optimizer, LEARNING_RATES[MUON])  # another name is refused later
     best = values.load_best_model_at_end and values.eval_strategy != "no"  # each evaluated model is saved
     if values.save_strategy is None:
         values.save_strategy = values.eval_strategy if best else "steps"
