@@ -21,7 +21,7 @@ def compiled_triton(monkeypatch):
 
 
 def test_names_and_reasons(compiled_triton):
-    assert list(flashmhf.backends()) == ["hopper", "triton", "blockwise", "reference"]
+    assert list(flashmhf.backends()) == ["hopper", "triton", "onednn", "blockwise", "reference"]
     on_cpu = flashmhf.backends(PROBLEM)
     assert on_cpu["blockwise"] is None
     assert on_cpu["reference"] is None
@@ -55,7 +55,7 @@ def test_a_named_backend_never_falls_back(compiled_triton):
 
 def test_an_unknown_backend_is_an_error():
     with pytest.raises(
-        ValueError, match="backend: expected one of auto, hopper, triton, blockwise, reference, got 'cuda'"
+        ValueError, match="backend: expected one of auto, hopper, triton, onednn, blockwise, reference, got 'cuda'"
     ):
         backends.select(PROBLEM, "cuda")
 

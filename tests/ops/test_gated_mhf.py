@@ -200,7 +200,10 @@ def test_bad_weights(changes, message):
         ({"gate_total": float("nan")}, "gate_total: expected a finite number, got nan"),
         ({"norm_eps": -1e-6}, "norm_eps: expected a finite number >= 0, got -1e-06"),
         ({"norm_eps": float("inf")}, "norm_eps: expected a finite number >= 0, got inf"),
-        ({"backend": "cuda"}, "backend: expected one of auto, hopper, triton, blockwise, reference, got 'cuda'"),
+        (
+            {"backend": "cuda"},
+            "backend: expected one of auto, hopper, triton, onednn, blockwise, reference, got 'cuda'",
+        ),
     ],
 )
 def test_bad_options(options, message, device):

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from flashmhf.ops.hopper import tiles as hopper_tiles
+from flashmhf.ops.onednn import library as onednn_library
 from flashmhf.ops.problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ TRITON_MIN_CAPABILITY = (8, 0)
 TRITON_MAX_HEAD_DIM = 256
 HOPPER_CAPABILITY = (9, 0)
 HOPPER_MIN_TRITON = (3, 6)
+ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+ONEDNN_MIN_TOKENS = 64
 TRITON_KERNELS = "flashmhf.ops.triton.common"
 
 
@@ -140,6 +143,24 @@ def _triton_warning(problem: Problem) -> str | None:
     return "runs in Triton's interpreter (TRITON_INTERPRET), thousands of times slower" if interprets_triton() else None
 
 
+def _onednn_unsupported_reason(problem: Problem | None) -> str | None:
+    if problem is not None and problem.device.type != "cpu":
+        return f"needs tensors on a CPU, got {problem.device.type}"
+    if find_spec("numba") is None:
+        return "the package numba is not installed (pip install 'flashmhf[cpu]')"
+    if problem is None:
+        return onednn_library.unsupported_reason(torch.float32)
+    if problem.dtype not in ONEDNN_DTYPES:
+        return f"supports float32 and bfloat16, got {problem.dtype}"
+    if problem.dtype == torch.bfloat16 and problem.D % 2 != 0:
+        return f"supports even head dims with bfloat16, got {problem.D}"
+    return onednn_library.unsupported_reason(problem.dtype)
+
+
+def _onednn_auto_skip_reason(problem: Problem) -> str | None:
+    return None if problem.T >= ONEDNN_MIN_TOKENS else f"is faster only from {ONEDNN_MIN_TOKENS} tokens on"
+
+
 def _runs_everywhere(problem: Problem | None) -> None:
     return None
 
@@ -158,6 +179,12 @@ BACKENDS = (
         _triton_unsupported_reason,
         _triton_auto_skip_reason,
         _triton_warning,
+    ),
+    Backend(
+        "onednn",
+        "flashmhf.ops.onednn.backend",
+        _onednn_unsupported_reason,
+        _onednn_auto_skip_reason,
     ),
     Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
     Backend("reference", "flashmhf.ops.reference", _runs_everywhere),

@@ -48,7 +48,7 @@ def run(
         tensors: every tensor argument of the operator.
         options: every other argument; hashable.
     """
-    key: list[Any] = [compute, options, torch.are_deterministic_algorithms_enabled()]
+    key: list[Any] = [compute, options, torch.are_deterministic_algorithms_enabled(), torch._C._get_mkldnn_enabled()]
     if tensors[0] is not None and tensors[0].dtype is torch.float32:
         key.append(torch.get_float32_matmul_precision())
     for x in tensors:
