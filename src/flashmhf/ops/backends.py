@@ -23,7 +23,6 @@ TRITON_MAX_HEAD_DIM = 256
 HOPPER_CAPABILITY = (9, 0)
 HOPPER_MIN_TRITON = (3, 6)
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-ONEDNN_MIN_TOKENS = 64
 TRITON_KERNELS = "flashmhf.ops.triton.common"
 
 
@@ -157,10 +156,6 @@ def _onednn_unsupported_reason(problem: Problem | None) -> str | None:
     return onednn_library.unsupported_reason(problem.dtype)
 
 
-def _onednn_auto_skip_reason(problem: Problem) -> str | None:
-    return None if problem.T >= ONEDNN_MIN_TOKENS else f"is faster only from {ONEDNN_MIN_TOKENS} tokens on"
-
-
 def _runs_everywhere(problem: Problem | None) -> None:
     return None
 
@@ -184,7 +179,6 @@ BACKENDS = (
         "onednn",
         "flashmhf.ops.onednn.backend",
         _onednn_unsupported_reason,
-        _onednn_auto_skip_reason,
     ),
     Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
     Backend("reference", "flashmhf.ops.reference", _runs_everywhere),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops.onednn.backward import backward_region
+from flashmhf.ops.onednn.few_tokens import few_tokens_region
 from flashmhf.ops.onednn.forward import forward_region
 from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, problem_arguments, run
 from flashmhf.ops.onednn.prologue import backward as prologue_backward
@@ -11,6 +12,9 @@ from flashmhf.ops.onednn.prologue import forward as prologue_forward
 from flashmhf.ops.tensors import Gradients, Inputs
 
 __all__ = ["backward", "forward", "prologue_backward", "prologue_forward"]
+
+FEW_TOKENS = 4
+MIN_PARAMETERS = 2**19  # read by each thread: with fewer, waking it takes longer
 
 
 def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
@@ -22,6 +26,12 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     threads = torch.get_num_threads()
     arguments = problem_arguments(q_THD, k, gate_THE, threads)
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr()}
+    if q_THD.shape[0] <= FEW_TOKENS:
+        arguments["items"] = q_THD.shape[1]
+        threads = min(threads, max(3 * k.numel() // MIN_PARAMETERS, 1))
+        block = q_THD.shape[0] * q_THD.shape[2] * 4
+        run(few_tokens_region, arguments, {"x": block, "sum": block, "ku": 2 * block, "v": block}, threads)
+        return out.view(q.shape)
     run(forward_region, arguments, _forward_buffers(arguments), threads)
     return out.view(q.shape)
 

@@ -127,7 +127,7 @@ def transpose_tokens(a, source, target, tokens, padded):
     D, stride = a.head_dim, a.heads * a.head_dim
     size = stride * (tokens - 1) + D
     if a.is_bfloat16:
-        transpose_bfloat16(halves(source, size), halves(target, D * padded), tokens, D, stride, padded)
+        transpose_bfloat16(halves(source, size), words(target, D * padded // 2), tokens, D, stride, padded // 2)
     else:
         transpose_words(words(source, size), words(target, D * padded), tokens, D, stride, padded)
 
@@ -155,7 +155,7 @@ def store_weight_gradients(a, workspace, segment, head, first, last):
 def store_transposed(a, source, target, at, rows, stride):
     D = a.head_dim
     if a.is_bfloat16 and not a.weights_are_partial:
-        transpose_rounded(floats(source, D * stride), halves(target + 2 * at, rows * D), D, rows, stride)
+        transpose_rounded(floats(source, D * stride), words(target + 2 * at, rows * D // 2), D, rows, stride)
     else:
         transpose_words(words(source, D * stride), words(target + 4 * at, rows * D), D, rows, stride, D)
 

@@ -89,7 +89,10 @@ def run(function: Any, arguments: Mapping[str, int | float], buffers: Mapping[st
     record["next_item"] = counter.ctypes.data
     record["release"] = library.address(library.RELEASE)
     record["thread_number"] = library.address(library.THREAD_NUMBER)
-    _parallel()(function.address, record.ctypes.data, threads, 0)
+    if threads == 1:
+        function.ctypes(record.ctypes.data)
+    else:
+        _parallel()(function.address, record.ctypes.data, threads, 0)
 
 
 @functools.cache

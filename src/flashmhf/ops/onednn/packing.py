@@ -32,17 +32,16 @@ def clear_columns(target, rows, start, stop, stride):
 
 @vector_kernel
 def transpose_bfloat16(source, target, rows, columns, source_stride, target_stride):
-    """target[c, r] = source[r, c], of bfloat16, two of which are a word of `source`; an odd row gets one of zeros.
-
-    Sizes and strides in bfloat16 elements; `target` has halves.
-    """
-    for r in range(rows):
-        row = source[source_stride * r : source_stride * r + columns]
-        for c in range(row.size):
-            target[target_stride * c + r] = row[c]
-    if rows % 2 == 1:
-        for c in range(columns):
-            target[target_stride * c + rows] = ZERO
+    """target[c, r] = source[r, c]; an odd last row gets one of zeros. `target` and its stride are in words."""
+    for r in range(0, rows, 2):
+        low = source[source_stride * r : source_stride * r + columns]
+        if r + 1 < rows:
+            high = source[source_stride * (r + 1) : source_stride * (r + 1) + columns]
+            for c in range(columns):
+                target[target_stride * c + r // 2] = pair(low[c], high[c])
+        else:
+            for c in range(columns):
+                target[target_stride * c + r // 2] = pair(low[c], ZERO)
 
 
 @vector_kernel
@@ -76,11 +75,12 @@ def round_rows(source, target, rows, columns, target_stride):
 
 @vector_kernel
 def transpose_rounded(source, target, rows, columns, source_stride):
-    """target[c, r] = source[r, c], float32 to bfloat16, for `columns` of the source's."""
-    for c in range(columns):
-        out = target[rows * c : rows * (c + 1)]
-        for r in range(out.size):
-            out[r] = to_bfloat16(source[source_stride * r + c])
+    """target[c, r] = source[r, c], float32 to bfloat16, for an even number of rows; `target` is in words."""
+    for r in range(0, rows, 2):
+        low = source[source_stride * r : source_stride * r + columns]
+        high = source[source_stride * (r + 1) : source_stride * (r + 1) + columns]
+        for c in range(columns):
+            target[rows // 2 * c + r // 2] = pair(to_bfloat16(low[c]), to_bfloat16(high[c]))
 
 
 @vector_kernel

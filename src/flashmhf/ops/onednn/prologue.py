@@ -28,6 +28,8 @@ from flashmhf.ops.onednn.primitives import (
 )
 from flashmhf.ops.prologue import MIN_GATE_SUM, Prologue
 
+MIN_ELEMENTS = 2**14  # of Q for each thread: with fewer, waking it takes longer
+
 f32 = np.float32
 ZERO, ONE, LEAST = f32(0), f32(1), f32(MIN_GATE_SUM)
 
@@ -46,7 +48,7 @@ def forward(
             arguments["out"] = normed.data_ptr()
         if gate is not None:
             arguments["gate_out"] = gate.data_ptr()
-        run(prologue_forward_region, arguments, _buffers(arguments), torch.get_num_threads())
+        run(prologue_forward_region, arguments, _buffers(arguments), _threads(q_THD))
     return normed, gate
 
 
@@ -75,12 +77,16 @@ def backward(
             "dgate_weight_t": dgate_weight_t.data_ptr(),
             "dnorm_weight": dnorm_weight.data_ptr(),
         }
-        run(prologue_backward_region, arguments, _buffers(arguments), torch.get_num_threads())
+        run(prologue_backward_region, arguments, _buffers(arguments), _threads(q_THD))
     return (
         dnormed.view(q.shape),
         None if gate_weight is None else dgate_weight_t.sum(0).mT.to(gate_weight.dtype),
         None if norm_weight is None else dnorm_weight.sum(0).to(norm_weight.dtype),
     )
+
+
+def _threads(q: Tensor) -> int:
+    return min(torch.get_num_threads(), max(q.numel() // MIN_ELEMENTS, 1))
 
 
 def _float32(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,7 +96,7 @@ def _float32(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
 def _arguments(q: Tensor, weights: tuple[Tensor | None, ...], prologue: Prologue) -> dict[str, int | float]:
     """q (T, H, D); the tensors in `weights` have to live as long as the call."""
     (T, H, D), (gate_weight, norm_weight) = q.shape, weights
-    cut = segments(H, T, torch.get_num_threads())
+    cut = segments(H, T, _threads(q))
     return {
         "brgemm": library.address(library.BRGEMM[torch.float32]),
         "items": H * cut,
