@@ -57,6 +57,10 @@ class RecipeRun:
         blocks: what Muon orthogonalises at once: "matrix" (of a sub-network), "head" (all sub-networks of a head), or
             "cut" (SwiGLU's matrices in 4 x 4 blocks).
         output_norm: a norm per head of S before W_out, with a learned scale that starts at 0.6.
+        layers: of the model.
+        branch_scale: what attention's and the feed-forward layer's outputs are multiplied by in the forward pass.
+        guided: share of the steps during which a SwiGLU beside each feed-forward layer fades from all to none of its
+            output (self-guided training: Wei et al., arXiv 2406.16450).
     """
 
     variant: str = "flashmhf"
@@ -94,6 +98,9 @@ class RecipeRun:
     rows: str = "normal"
     blocks: str = "matrix"
     output_norm: bool = False
+    layers: int = 4
+    branch_scale: float = 1.0
+    guided: float = 0.0
 
 
 FIELDS = tuple(field.name for field in fields(RecipeRun))
@@ -102,6 +109,7 @@ FIELDS = tuple(field.name for field in fields(RecipeRun))
 def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
     """The model with its initial weights; `sizes` replace values of its configuration."""
     values: dict[str, Any] = {"init": "reference", "tie_word_embeddings": run.tied, "qk_norm": run.qk_norm}
+    values["num_hidden_layers"] = run.layers
     if run.variant == "flashmhf":
         scale = float(run.heads)
         values |= {"num_ffn_heads": run.heads, "gate_type": run.gate and "sigmoid", "q_norm": run.q_norm}
@@ -118,7 +126,34 @@ def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
             layer.mlp.__class__ = FreeGate
         if run.output_norm:
             layer.mlp.out_proj = nn.Sequential(OutputNorm(layer.mlp), layer.mlp.out_proj)
+        if run.guided:
+            layer.mlp = Guided(layer.mlp, model.config.hidden_size)
+        if run.branch_scale != 1.0:
+            for branch in (layer.self_attn.o_proj, layer.mlp):
+                branch.register_forward_hook(lambda module, inputs, output: output * run.branch_scale)
     return model
+
+
+class Guided(nn.Module):
+    """A feed-forward layer and a SwiGLU of as many parameters, whose part of the output is `share`."""
+
+    def __init__(self, ffn: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.ffn, self.share = ffn, 1.0
+        size = sum(parameter.numel() for parameter in ffn.parameters()) // (3 * hidden_size)
+        self.guide = SwiGLU(hidden_size, size, init="scaled")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.ffn(x)
+        return out if self.share == 0 else self.share * self.guide(x) + (1 - self.share) * out
+
+
+def fade_guides(model: nn.Module, run: RecipeRun, step: int) -> None:
+    """Sets the guides' share of the output in this step: half a cosine from 1 to 0."""
+    done = step / (run.guided * run.steps) if run.guided else 1.0
+    for module in model.modules():
+        if isinstance(module, Guided):
+            module.share = 0.5 * (1 + math.cos(math.pi * done)) if done < 1 else 0.0
 
 
 class FreeGate(FlashMHF):

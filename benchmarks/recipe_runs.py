@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.benchmarking.provenance import provenance
 from flashmhf.training.muon import Muon, matrices
-from recipe_model import FIELDS, RecipeRun, build
+from recipe_model import FIELDS, RecipeRun, build, fade_guides
 
 RECORDED = Path(__file__).parent / "results/recipe_runs.jsonl"
 CONTEXT, VALIDATION_TOKENS, BLOCKS, EVALUATION_BATCH, LAST = 256, 2**16, 40_000, 16, 20
@@ -103,6 +103,7 @@ def train(run: RecipeRun, blocks: Tensor, validation: Tensor, **sizes: int) -> R
     rates = [group["lr"] for group in optimizer.param_groups]
     losses, norms = [], []
     for step in range(run.steps):
+        fade_guides(model, run, step)
         tokens = blocks[order[(step * run.batch + torch.arange(run.batch)) % len(order)]].long()
         loss = _losses(model, tokens).mean()
         loss.backward()
@@ -110,12 +111,15 @@ def train(run: RecipeRun, blocks: Tensor, validation: Tensor, **sizes: int) -> R
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_factor(run, step)
         for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
+            if parameter.grad is None:  # of a guide that has faded out
+                of_optimizer[name].grad = None
+                continue
             of_optimizer[name].grad = blocks_of(name, parameter.grad, run)
         optimizer.step()
         model.zero_grad()
         losses.append(loss.item())
     warmup = max(1, round(run.warmup * run.steps))
+    fade_guides(model, run, run.steps)
     results = {
         "validation_loss": evaluate(model, validation),
         "train_loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
