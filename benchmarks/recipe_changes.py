@@ -47,6 +47,8 @@ SWIGLU = RecipeRun(variant="swiglu", output_gain=0.3, **SHORT)  # the recipe
 LARGE = RecipeRun(output_gain=0.8, **ORTHOGONAL, **NO_SCALE, **SHORT)
 RECIPE = replace(LARGE, **SMALLER)
 TENTH = replace(RECIPE, out_gain=0.1)
+TWO_HEADS = replace(RECIPE, heads=2)  # the tiny presets
+DEEP = replace(SWIGLU, layers=8), replace(TWO_HEADS, layers=8)
 RECIPE_ADAMW = [
     replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
 ]
@@ -141,15 +143,18 @@ CHANGES = [
     Change(text="without the gate", flashmhf=(TENTH, {"gate": None, "gate_scale": None})),
     Change(text="without the per-head norm", flashmhf=(RECIPE, {"q_norm": False})),
     Change(text="without the gate", flashmhf=(RECIPE, {"gate": None, "gate_scale": None})),
+    Change(text="2 heads: without the per-head norm", flashmhf=(TWO_HEADS, {"q_norm": False})),
+    Change(text="2 heads: without the gate", flashmhf=(TWO_HEADS, {"gate": None, "gate_scale": None})),
     Change(text="gates 2 sigmoid, which do not sum to a constant", flashmhf=(RECIPE, {"gate": "free"})),
     Change(text="a norm of each head's output before W_out", flashmhf=(RECIPE, {"output_norm": True})),
     Change(text="K, U, V (SwiGLU's three matrices) orthogonal", swiglu=(SWIGLU, ROWS), flashmhf=(RECIPE, ROWS)),
     Change(text="3 sub-networks of 192 -> 12 of 48", flashmhf=(RECIPE, {"subnetworks": 12})),
     Change(text="... with output_scale 3", flashmhf=(RECIPE, {"subnetworks": 12, "output_scale": 3.0})),
+    Change(text="2 heads: 3 sub-networks of 192 -> 12 of 48", flashmhf=(TWO_HEADS, {"subnetworks": 12})),
     Change(text="4 heads -> 2", flashmhf=(LARGE, {"heads": 2})),
     Change(text="4 heads -> 2", flashmhf=(RECIPE, {"heads": 2})),
-    Change(text="4 heads -> 1", flashmhf=(RECIPE, {"heads": 1})),
-    Change(text="4 heads -> 8", flashmhf=(RECIPE, {"heads": 8})),
+    Change(text="2 heads -> 1", flashmhf=(TWO_HEADS, {"heads": 1})),
+    Change(text="2 heads -> 8", flashmhf=(TWO_HEADS, {"heads": 8})),
     Change(text="Muon on all sub-networks of a head as one matrix", flashmhf=(RECIPE, {"blocks": "head"})),
     Change(text="Muon on SwiGLU's matrices in 4 x 4 blocks", swiglu=(SWIGLU, {"blocks": "cut"})),
     Change(
@@ -179,6 +184,27 @@ CHANGES = [
         swiglu=(SWIGLU, {"schedule": "cosine"}),
         flashmhf=(RECIPE, {"schedule": "cosine"}),
     ),
+    Change(
+        text="2 heads: warm-up 10 % -> 2 %", swiglu=(SWIGLU, {"warmup": 0.02}), flashmhf=(TWO_HEADS, {"warmup": 0.02})
+    ),
+    Change(
+        text="2 heads: warm-up 10 % -> 5 %", swiglu=(SWIGLU, {"warmup": 0.05}), flashmhf=(TWO_HEADS, {"warmup": 0.05})
+    ),
+    Change(text="weight decay 0.1 -> 0.03", swiglu=(SWIGLU, {"weight_decay": 0.03})),
+    Change(
+        text="2 heads: a SwiGLU beside it that fades out in half of the steps", flashmhf=(TWO_HEADS, {"guided": 0.5})
+    ),
+    Change(
+        text="8 layers, 2 heads: branches times 1 / 2 (CompleteP)",
+        swiglu=(DEEP[0], {"branch_scale": 0.5}),
+        flashmhf=(DEEP[1], {"branch_scale": 0.5}),
+    ),
+    Change(
+        text="8 layers, 2 heads: branches times 1 / sqrt(2)",
+        swiglu=(DEEP[0], {"branch_scale": 0.707}),
+        flashmhf=(DEEP[1], {"branch_scale": 0.707}),
+    ),
+    Change(text="2 heads: " + RATE_TEXT.format(0.0028), flashmhf=(TWO_HEADS, rates(2.8e-3))),
     Change(text=RATE_TEXT.format(0.0028), swiglu=(SWIGLU, rates(2.8e-3)), flashmhf=(RECIPE, rates(2.8e-3))),
     Change(text=RATE_TEXT.format(0.0056), swiglu=(SWIGLU, rates(5.6e-3)), flashmhf=(LARGE, rates(5.6e-3))),
     Change(text=RATE_TEXT.format(0.008), swiglu=(LONG[1], rates(8e-3)), flashmhf=(LONG[0], rates(8e-3))),
