@@ -47,7 +47,10 @@ def backward(
     if grads.dgate is not None:
         arguments["dgate"] = dgate.data_ptr()
     cut = arguments["segments"]
-    parts = [None if x is None or cut == 1 else torch.empty(cut, *x.shape) for x in grads.of_weights]
+    parts = [
+        None if x is None or cut == 1 else torch.empty(cut, *x.shape, dtype=torch.float32, device="cpu")
+        for x in grads.of_weights
+    ]
     arguments["weights_are_partial"] = int(cut > 1)
     for name, grad, part in zip(("dk", "du", "dv"), grads.of_weights, parts, strict=True):
         target = grad if part is None else part
@@ -65,7 +68,10 @@ def backward(
 def _plain(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
     """Contiguous, with one dimension of tokens, and the gate in float32; no gate is one value for all."""
     q_THD = q.reshape(-1, *q.shape[-2:]).contiguous()
-    gate_THE = torch.ones(1) if gate is None else gate.reshape(-1, *gate.shape[-2:]).float().contiguous()
+    if gate is None:
+        gate_THE = torch.ones(1, dtype=torch.float32, device="cpu")
+    else:
+        gate_THE = gate.reshape(-1, *gate.shape[-2:]).float().contiguous()
     return q_THD, k.contiguous(), u.contiguous(), v.contiguous(), gate_THE
 
 

@@ -82,7 +82,7 @@ def run(function: Any, arguments: Mapping[str, int | float], buffers: Mapping[st
         record[f"buffer_{name}"] = size
         size += -(-number_of_bytes // ALIGNMENT) * ALIGNMENT
     threads = min(threads, int(arguments["items"]))
-    workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8)
+    workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     record["workspace"] = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
     record["workspace_bytes"] = size
     counter = np.zeros(1, np.int64)

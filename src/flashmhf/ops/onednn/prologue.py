@@ -36,8 +36,10 @@ def forward(
     q: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None, prologue: Prologue
 ) -> tuple[Tensor, Tensor | None]:
     """As in `ops/prologue.py`."""
-    normed = q if norm_weight is None else torch.empty(q.shape, dtype=q.dtype)
-    gate = None if gate_weight is None else torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32)
+    normed = q if norm_weight is None else torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    gate = None
+    if gate_weight is not None:
+        gate = torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32, device="cpu")
     q_THD = q.reshape(-1, *q.shape[-2:]).contiguous()
     if q_THD.shape[0] > 0 and (gate_weight is not None or norm_weight is not None):
         weights = _float32(gate_weight, norm_weight)
@@ -66,7 +68,9 @@ def backward(
     arguments = _arguments(q_THD, weights, prologue)
     (T, H, D), cut = q_THD.shape, int(arguments["segments"])
     E = int(arguments["subnetworks"])
-    dgate_weight_t, dnorm_weight = torch.zeros(cut, H, E, D), torch.zeros(cut, H, D)
+    dgate_weight_t, dnorm_weight = (
+        torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in ((cut, H, E, D), (cut, H, D))
+    )
     if T > 0:
         dgate = None if dgate is None else dgate.float().contiguous()
         arguments |= {
