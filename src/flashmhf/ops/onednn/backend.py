@@ -43,8 +43,9 @@ def backward(
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "dout": dout.data_ptr()}
     if grads.dq is not None:
         arguments["dq"] = grads.dq.data_ptr()
-    dgate = torch.zeros_like(gate_THE)
-    if grads.dgate is not None:
+    dgate = grads.dgate
+    if dgate is not None:
+        dgate = dgate if dgate.dtype == torch.float32 else torch.empty_like(gate_THE)
         arguments["dgate"] = dgate.data_ptr()
     cut = arguments["segments"]
     parts = [
@@ -60,7 +61,7 @@ def backward(
     for grad, part in zip(grads.of_weights, parts, strict=True):
         if grad is not None and part is not None:
             grad.copy_(part.sum(0))
-    if grads.dgate is not None:
+    if grads.dgate is not None and dgate is not grads.dgate:
         grads.dgate.copy_(dgate.view(grads.dgate.shape))
     return grads
 
