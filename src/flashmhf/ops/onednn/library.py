@@ -38,6 +38,8 @@ def address(name: str) -> int:
 
 def unsupported_reason(dtype: torch.dtype) -> str | None:
     """Why products of this dtype cannot be computed here."""
+    if not torch.backends.mkldnn.is_available():
+        return f"PyTorch {torch.__version__} is built without oneDNN"
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is disabled"
     return _unsupported_reason(dtype)
