@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flashmhf.ops.onednn.backward import backward_region
 from flashmhf.ops.onednn.forward import forward_region
-from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, problem_arguments, run
+from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, max_threads, problem_arguments, run
 from flashmhf.ops.onednn.prologue import backward as prologue_backward
 from flashmhf.ops.onednn.prologue import forward as prologue_forward
 from flashmhf.ops.tensors import Gradients, Inputs
@@ -19,7 +19,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     out = torch.empty_like(q_THD)
     if q_THD.shape[0] == 0:
         return out.view(q.shape)
-    threads = torch.get_num_threads()
+    threads = max_threads()
     arguments = problem_arguments(q_THD, k, gate_THE, threads)
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr()}
     run(forward_region, arguments, _forward_buffers(arguments), threads)
@@ -38,7 +38,7 @@ def backward(
                 grad.zero_()
         return grads
     dout = dout.reshape(q_THD.shape).contiguous()
-    threads = torch.get_num_threads()
+    threads = max_threads()
     arguments = problem_arguments(q_THD, k, gate_THE, threads)
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "dout": dout.data_ptr()}
     if grads.dq is not None:

@@ -1,7 +1,8 @@
 """How a call is cut into work for several threads, what the kernels are told, and the parallel region.
 
 The threads are those of PyTorch's own operators, as many as `torch.get_num_threads()`: other pools would compete with
-them for the cores. An item of work is a parameter head with a segment of the tokens; a thread takes one after another.
+them for the cores. A forked process, which inherits GNU OpenMP's record of the threads but not the threads, has one.
+An item of work is a parameter head with a segment of the tokens; a thread takes one after another.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,23 @@ def region(function: Any) -> Any:
         return numba.cfunc(SIGNATURE, error_model="numpy")(function)
 
 
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def max_threads() -> int:
+    """How many threads a region may have."""
+    return 1 if _is_forked else torch.get_num_threads()
+
+
 def run(function: Any, arguments: Mapping[str, int | float], buffers: Mapping[str, int], threads: int) -> None:
     """Runs a region.
 
@@ -73,7 +92,7 @@ def run(function: Any, arguments: Mapping[str, int | float], buffers: Mapping[st
         function: made by `region`.
         arguments: by name; what is left out is zero.
         buffers: names and bytes of the buffers that each thread has for itself.
-        threads: at most so many.
+        threads: `max_threads()`, or fewer.
     """
     record, size = np.zeros(1, ARGUMENTS), 0
     for name, value in arguments.items():

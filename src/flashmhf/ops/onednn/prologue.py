@@ -11,7 +11,7 @@ from flashmhf.ops.onednn import library
 from flashmhf.ops.onednn.elementwise import LEAST as VANISHES
 from flashmhf.ops.onednn.elementwise import exponential, sigmoid, total
 from flashmhf.ops.onednn.forward import element_bytes, segment_of
-from flashmhf.ops.onednn.launch import BLOCK_TOKENS, region, run, segments
+from flashmhf.ops.onednn.launch import BLOCK_TOKENS, max_threads, region, run, segments
 from flashmhf.ops.onednn.packing import transpose_words
 from flashmhf.ops.onednn.primitives import (
     call_brgemm,
@@ -49,7 +49,7 @@ def forward(
             arguments["out"] = normed.data_ptr()
         if gate is not None:
             arguments["gate_out"] = gate.data_ptr()
-        run(prologue_forward_region, arguments, _buffers(arguments), torch.get_num_threads())
+        run(prologue_forward_region, arguments, _buffers(arguments), max_threads())
     return normed, gate
 
 
@@ -80,7 +80,7 @@ def backward(
             "dgate_weight_t": dgate_weight_t.data_ptr(),
             "dnorm_weight": dnorm_weight.data_ptr(),
         }
-        run(prologue_backward_region, arguments, _buffers(arguments), torch.get_num_threads())
+        run(prologue_backward_region, arguments, _buffers(arguments), max_threads())
     return (
         dnormed.view(q.shape),
         None if gate_weight is None else dgate_weight_t.sum(0).mT.to(gate_weight.dtype),
@@ -95,7 +95,7 @@ def _float32(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
 def _arguments(q: Tensor, weights: tuple[Tensor | None, ...], prologue: Prologue) -> dict[str, int | float]:
     """q (T, H, D); the tensors in `weights` have to live as long as the call."""
     (T, H, D), (gate_weight, norm_weight) = q.shape, weights
-    cut = segments(H, T, torch.get_num_threads())
+    cut = segments(H, T, max_threads())
     return {
         "brgemm": library.address(library.BRGEMM[torch.float32]),
         "items": H * cut,
