@@ -61,7 +61,7 @@ def backward(
     for grad, part in zip(grads.of_weights, parts, strict=True):
         if grad is not None and part is not None:
             grad.copy_(part.sum(0))
-    if grads.dgate is not None and dgate is not grads.dgate:
+    if grads.dgate is not None and dgate is not None and dgate is not grads.dgate:
         grads.dgate.copy_(dgate.view(grads.dgate.shape))
     return grads
 
