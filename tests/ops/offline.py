@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(script: str, *arguments: object, **variables: str) -> list:
-    """The parsed JSON lines that a script prints, with these environment variables."""
+def run(script: str, *arguments: object, timeout: float | None = None, **variables: str) -> list:
+    """The parsed JSON lines that a script prints within `timeout` seconds, with these environment variables."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=timeout)
     return [json.loads(line) for line in result.stdout.splitlines()]

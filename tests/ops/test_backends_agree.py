@@ -132,6 +132,21 @@ def test_any_shape_blockwise(data, poisoned_memory):
     check("blockwise", make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_onednn(data, poisoned_memory):
+    H_kv, dtype = data.draw(st.integers(1, 3)), data.draw(st.sampled_from(backends.ONEDNN_DTYPES))
+    shape = Shape(
+        lead=tuple(data.draw(st.lists(st.integers(0, 6), max_size=3))),
+        H=H_kv * data.draw(st.integers(1, 3)),
+        H_kv=H_kv,
+        E=data.draw(st.integers(1, 5)),
+        F=data.draw(st.integers(1, 60)),
+        D=data.draw(st.integers(1, 20)) * (2 if dtype == torch.bfloat16 else 1),
+    )
+    check("onednn", make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_triton(data, poisoned_memory):

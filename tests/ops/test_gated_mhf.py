@@ -65,10 +65,22 @@ def three_dimensions(inputs):
     return [x.detach().flatten(0, 1).requires_grad_() if i in (1, 2, 3) else x for i, x in enumerate(inputs)]
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.fixture
+def onednn_runs_here():
+    if reason := backends.backends()["onednn"]:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
+def test_matches_the_formula_on_onednn(parts, kind, onednn_runs_here, poisoned_memory):
+    compare(leaves(torch.float32, *parts, D=16, F=20), "onednn", kind, tolerance={"rtol": 1e-4, "atol": 1e-4})
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton", "onednn"])
 def test_weights_of_three_dimensions(backend, request, poisoned_memory):
-    if backend == "triton":
-        request.getfixturevalue("triton_runs_here")
+    if backend in ("triton", "onednn"):
+        request.getfixturevalue(f"{backend}_runs_here")
     for _ in range(3):  # recorded, then replayed
         inputs = leaves(torch.float32, D=16, F=20)
         flat = three_dimensions(inputs)

@@ -8,12 +8,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import NAMES, Shape, eager_results, exact_results, make_inputs, rounding
 
-from flashmhf.ops import blockwise
+from flashmhf.ops import backends, blockwise
 from flashmhf.ops.flash_mhf import flash_mhf
+from flashmhf.ops.problem import Problem
 
 INPUTS = ("q", "k", "u", "v", "gate", "dout")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+RUNS = [
+    *(("blockwise", dtype) for dtype in DTYPES),
+    *(("onednn", dtype) for dtype in backends.ONEDNN_DTYPES),
+]
 SMALL, MEDIUM = Shape((9,), 2, 1, 2, 5, 8), Shape((20,), 2, 2, 2, 20, 8)
+MAX_TERMS = 40  # of a sum over tokens or rows
 # Powers of ten by which inputs are multiplied; the rest stays near one.
 SCALES = {
     **{f"{name} {power}": {name: power} for name in INPUTS for power in (-7, -5, -3, 3, 5)},
@@ -27,6 +33,15 @@ SCALES = {
 }
 
 
+@pytest.fixture(params=RUNS, ids=str)
+def run(request) -> tuple[str, torch.dtype]:
+    """A backend and a dtype that it supports."""
+    backend, dtype = request.param
+    if reason := backends.backends(Problem.of(*make_inputs(SMALL, dtype)[:5]))[backend]:
+        pytest.skip(reason)
+    return request.param
+
+
 def scaled(inputs: list, scales: dict[str, float]) -> list:
     return [
         x if x is None else (x.double() * 10.0 ** scales.get(name, 0)).to(x.dtype)
@@ -35,7 +50,10 @@ def scaled(inputs: list, scales: dict[str, float]) -> list:
 
 
 def assert_no_worse_than_eager(backend: str, inputs: list) -> None:
-    """Where eager is finite, for one token or for a gradient of parameters, so is the result, within the budget."""
+    """Where eager is finite, for one token or for a gradient of parameters, so is the result, within the budget.
+
+    CPUs' instructions for bfloat16, which PyTorch uses for larger products, too, take subnormal numbers as zeros.
+    """
     *arguments, dout = inputs
     leaves = [None if x is None else x.detach().requires_grad_() for x in arguments]
     out = flash_mhf(*leaves, backend=backend)
@@ -49,7 +67,8 @@ def assert_no_worse_than_eager(backend: str, inputs: list) -> None:
         finite &= finite.all() if name in ("dk", "du", "dv") else finite.all(-1, keepdim=True)
         assert mine[finite].isfinite().all(), f"{name}: not finite where eager is"
         eager_error, error = ((x.double() - exact)[finite].norm() for x in (eager, mine))
-        subnormal = info.smallest_normal * info.eps * math.sqrt(mine.numel())
+        subnormal = info.smallest_normal * math.sqrt(mine.numel())
+        subnormal *= math.sqrt(MAX_TERMS) if (backend, dout.dtype) == ("onednn", torch.bfloat16) else info.eps
         budget = 2 * eager_error + rounding(mine[finite], dout.dtype) * exact[finite].norm() + subnormal
         assert error <= budget, f"{name}: error {error:.2e}, of eager {eager_error:.2e}"
 
@@ -65,49 +84,51 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES.keys())
-def test_scales_blockwise(scales, dtype):
+def test_scales(scales, run):
+    backend, dtype = run
     for shape in (SMALL, MEDIUM):
-        assert_no_worse_than_eager("blockwise", scaled(make_inputs(shape, dtype), scales))
+        assert_no_worse_than_eager(backend, scaled(make_inputs(shape, dtype), scales))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL.keys())
-def test_special_values_blockwise(special, dtype):
+def test_special_values(special, run):
+    backend, dtype = run
     for shape in (SMALL, MEDIUM):
         for i in range(len(INPUTS)):
             inputs = make_inputs(shape, dtype)
             special(inputs[i])
-            assert_no_worse_than_eager("blockwise", inputs)
+            assert_no_worse_than_eager(backend, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL.keys())
 @pytest.mark.parametrize("which", [0, 4], ids=["q", "gate"])
-def test_one_token_changes_no_bit_of_another(which, special, dtype):
+def test_one_token_changes_no_bit_of_another(which, special, run):
     """Not even by changing how the rest is rounded."""
+    backend, dtype = run
     *inputs, dout = make_inputs(Shape((40,), 2, 1, 2, 20, 8), dtype)
     changed = [x.clone() for x in inputs]
     special(changed[which][7:14])
     results = []
     for arguments in (inputs, changed):
         leaves = [x.requires_grad_() for x in arguments]
-        out = flash_mhf(*leaves, backend="blockwise")
+        out = flash_mhf(*leaves, backend=backend)
         results.append((out, *torch.autograd.grad(out, [leaves[0], leaves[4]], dout)))
     others = [*range(7), *range(14, 40)]
     for x, y in zip(*results, strict=True):
         assert torch.equal(x[others], y[others])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_scales_blockwise(data):
-    dtype = data.draw(st.sampled_from(DTYPES))
+def test_any_scales(data, run):
+    backend, dtype = run
     largest = {torch.float16: 5, torch.bfloat16: 12, torch.float32: 12, torch.float64: 100}[dtype]
+    if run == ("onednn", torch.bfloat16):
+        largest = 6  # a large factor would magnify the error of a subnormal number that counts as zero
     scales = {name: data.draw(st.floats(-largest, largest)) for name in INPUTS}
     shape = data.draw(st.sampled_from((SMALL, MEDIUM)))
-    assert_no_worse_than_eager("blockwise", scaled(make_inputs(shape, dtype), scales))
+    assert_no_worse_than_eager(backend, scaled(make_inputs(shape, dtype), scales))
 
 
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES.keys())

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmhf import FlashMHF
+from flashmhf.ops import backends
 from flashmhf.ops.flash_mhf import flash_mhf
 from flashmhf.ops.gated_mhf import gated_mhf
 
@@ -249,8 +250,11 @@ def test_a_batch_is_one_call_and_weights_are_not_copied_for_tokens():
 
 
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "per sample"])
-def test_on_triton(transform):
-    layer = make_layer("triton", torch.float32)
+@pytest.mark.parametrize("backend", ["triton", "onednn"])
+def test_on_backends_without_float64(backend, transform):
+    if backend == "onednn" and (reason := backends.backends()[backend]):
+        pytest.skip(reason)
+    layer = make_layer(backend, torch.float32)
     expected = make_layer("reference", torch.float32)
     expected.load_state_dict(layer.state_dict())
     x = torch.randn(2, 1, 16)

@@ -147,13 +147,22 @@ def _onednn_unsupported_reason(problem: Problem | None) -> str | None:
         return f"needs tensors on a CPU, got {problem.device.type}"
     if find_spec("numba") is None:
         return "the package numba is not installed (pip install 'flashmhf[cpu]')"
-    if problem is None:
-        return onednn_library.unsupported_reason(torch.float32)
-    if problem.dtype not in ONEDNN_DTYPES:
+    if problem is not None and problem.dtype not in ONEDNN_DTYPES:
         return f"supports float32 and bfloat16, got {problem.dtype}"
-    if problem.dtype == torch.bfloat16 and problem.D % 2 != 0:
+    if problem is not None and problem.dtype == torch.bfloat16 and problem.D % 2 != 0:
         return f"supports even head dims with bfloat16, got {problem.D}"
-    return onednn_library.unsupported_reason(problem.dtype)
+    dtype = torch.float32 if problem is None else problem.dtype
+    return onednn_library.unsupported_reason(dtype) or _numba_unsupported_reason()
+
+
+@functools.cache
+def _numba_unsupported_reason() -> str | None:
+    """Imports numba, which fails beside a version of NumPy that it does not support."""
+    try:
+        numba = importlib.import_module("numba")
+    except ImportError as error:
+        return f"the package numba cannot be imported: {str(error).splitlines()[0]}"
+    return "Numba's compiler is disabled (NUMBA_DISABLE_JIT)" if numba.config.DISABLE_JIT else None
 
 
 def _runs_everywhere(problem: Problem | None) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from flashmhf.ops.onednn.backward import backward_region
 from flashmhf.ops.onednn.few_tokens import few_tokens_region
 from flashmhf.ops.onednn.forward import forward_region
-from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, problem_arguments, run
+from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, max_threads, problem_arguments, run
 from flashmhf.ops.onednn.prologue import backward as prologue_backward
 from flashmhf.ops.onednn.prologue import forward as prologue_forward
 from flashmhf.ops.tensors import Gradients, Inputs
@@ -23,16 +23,15 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     out = torch.empty_like(q_THD)
     if q_THD.shape[0] == 0:
         return out.view(q.shape)
-    threads = torch.get_num_threads()
+    threads = max_threads()
     arguments = problem_arguments(q_THD, k, gate_THE, threads)
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr()}
     if q_THD.shape[0] <= FEW_TOKENS:
-        arguments["items"] = q_THD.shape[1]
+        arguments["items"] = arguments["heads"]
         threads = min(threads, max(3 * k.numel() // MIN_PARAMETERS, 1))
-        block = q_THD.shape[0] * q_THD.shape[2] * 4
-        run(few_tokens_region, arguments, {"x": block, "sum": block, "ku": 2 * block, "v": block}, threads)
-        return out.view(q.shape)
-    run(forward_region, arguments, _forward_buffers(arguments), threads)
+        run(few_tokens_region, arguments, _few_tokens_buffers(arguments), threads)
+    else:
+        run(forward_region, arguments, _forward_buffers(arguments), threads)
     return out.view(q.shape)
 
 
@@ -48,16 +47,20 @@ def backward(
                 grad.zero_()
         return grads
     dout = dout.reshape(q_THD.shape).contiguous()
-    threads = torch.get_num_threads()
+    threads = max_threads()
     arguments = problem_arguments(q_THD, k, gate_THE, threads)
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "dout": dout.data_ptr()}
     if grads.dq is not None:
         arguments["dq"] = grads.dq.data_ptr()
-    dgate = torch.zeros_like(gate_THE)
-    if grads.dgate is not None:
+    dgate = grads.dgate
+    if dgate is not None:
+        dgate = dgate if dgate.dtype == torch.float32 else torch.empty_like(gate_THE)
         arguments["dgate"] = dgate.data_ptr()
     cut = arguments["segments"]
-    parts = [None if x is None or cut == 1 else torch.empty(cut, *x.shape) for x in grads.of_weights]
+    parts = [
+        None if x is None or cut == 1 else torch.empty(cut, *x.shape, dtype=torch.float32, device="cpu")
+        for x in grads.of_weights
+    ]
     arguments["weights_are_partial"] = int(cut > 1)
     for name, grad, part in zip(("dk", "du", "dv"), grads.of_weights, parts, strict=True):
         target = grad if part is None else part
@@ -67,7 +70,7 @@ def backward(
     for grad, part in zip(grads.of_weights, parts, strict=True):
         if grad is not None and part is not None:
             grad.copy_(part.sum(0))
-    if grads.dgate is not None:
+    if grads.dgate is not None and dgate is not None and dgate is not grads.dgate:
         grads.dgate.copy_(dgate.view(grads.dgate.shape))
     return grads
 
@@ -75,12 +78,20 @@ def backward(
 def _plain(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
     """Contiguous, with one dimension of tokens, and the gate in float32; no gate is one value for all."""
     q_THD = q.reshape(-1, *q.shape[-2:]).contiguous()
-    gate_THE = torch.ones(1) if gate is None else gate.reshape(-1, *gate.shape[-2:]).float().contiguous()
+    if gate is None:
+        gate_THE = torch.ones(1, dtype=torch.float32, device="cpu")
+    else:
+        gate_THE = gate.reshape(-1, *gate.shape[-2:]).float().contiguous()
     return q_THD, k.contiguous(), u.contiguous(), v.contiguous(), gate_THE
 
 
-def _forward_buffers(a: dict[str, int]) -> dict[str, int]:
+def _few_tokens_buffers(a: dict[str, int]) -> dict[str, int]:
     """Bytes of a thread's buffers."""
+    row, block = a["head_dim"] * 4, a["tokens"] * a["head_dim"] * 4
+    return {"x": block, "sum": block, "ku": 2 * row, "v": row}
+
+
+def _forward_buffers(a: dict[str, int]) -> dict[str, int]:
     D, size = a["head_dim"], 2 if a["is_bfloat16"] else 4
     tile, panel = BLOCK_TOKENS * BLOCK_ROWS, (a["panel_rows"] + 1) * D
     buffers = {"ku_t": 2 * panel * size, "v": panel * size, "mn": 2 * tile * 4}

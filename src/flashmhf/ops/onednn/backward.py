@@ -14,6 +14,7 @@ from flashmhf.ops.onednn.forward import (
 )
 from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, region
 from flashmhf.ops.onednn.packing import (
+    clear_columns,
     clear_rows,
     round_rows,
     transpose_bfloat16,
@@ -66,6 +67,8 @@ def backward_block(a, workspace, h, t, tokens, first, last, segment_start, is_fi
     at_gate = 4 * (t * a.gate_stride + h * E)
     gate = floats(a.gate + at_gate, 1 << 40)
     dgate = floats(a.dgate + at_gate, 1 << 40 if a.dgate else 0)
+    if a.dgate and first == 0:
+        clear_columns(words(a.dgate + at_gate, 1 << 40), tokens, 0, E, a.gate_stride)
     products = floats(workspace + a.buffer_products, 2 * BLOCK_ROWS)
     mn, da = workspace + a.buffer_mn, workspace + a.buffer_da
     for row in range(first, last, BLOCK_ROWS):

@@ -1,7 +1,8 @@
 """How a call is cut into work for several threads, what the kernels are told, and the parallel region.
 
 The threads are those of PyTorch's own operators, as many as `torch.get_num_threads()`: other pools would compete with
-them for the cores. An item of work is a parameter head with a segment of the tokens; a thread takes one after another.
+them for the cores. A forked process, which inherits GNU OpenMP's record of the threads but not the threads, has one.
+An item of work is a parameter head with a segment of the tokens; a thread takes one after another.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ ARGUMENTS = np.dtype(
     ]
     + [("gate_total", np.float64), ("norm_eps", np.float64)]
 )
+POSITIONS = {name: position for position, name in enumerate(ARGUMENTS.names or ())}
 SIGNATURE = numba.types.void(numba.types.CPointer(numba.from_dtype(ARGUMENTS)))
 
 
@@ -66,33 +69,56 @@ def region(function: Any) -> Any:
         return numba.cfunc(SIGNATURE, error_model="numpy")(function)
 
 
-def run(function: Any, arguments: Mapping[str, int | float], buffers: Mapping[str, int], threads: int) -> None:
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def max_threads() -> int:
+    """How many threads a region may have."""
+    return 1 if _is_forked else torch.get_num_threads()
+
+
+def run(function: Any, arguments: Mapping[str, int], buffers: Mapping[str, int], threads: int) -> None:
     """Runs a region.
 
     Args:
         function: made by `region`.
         arguments: by name; what is left out is zero.
         buffers: names and bytes of the buffers that each thread has for itself.
-        threads: at most so many.
+        threads: `max_threads()`, or fewer.
     """
-    record, size = np.zeros(1, ARGUMENTS), 0
+    values, size = [0] * len(POSITIONS), 0
     for name, value in arguments.items():
-        record[name] = value
+        values[POSITIONS[name]] = value
     for name, number_of_bytes in buffers.items():
-        record[f"buffer_{name}"] = size
+        values[POSITIONS[f"buffer_{name}"]] = size
         size += -(-number_of_bytes // ALIGNMENT) * ALIGNMENT
-    threads = min(threads, int(arguments["items"]))
-    workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8)
-    record["workspace"] = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
-    record["workspace_bytes"] = size
+    threads = min(threads, arguments["items"])
+    workspace = torch.empty(threads * size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     counter = np.zeros(1, np.int64)
-    record["next_item"] = counter.ctypes.data
-    record["release"] = library.address(library.RELEASE)
-    record["thread_number"] = library.address(library.THREAD_NUMBER)
+    values[POSITIONS["workspace"]] = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
+    values[POSITIONS["workspace_bytes"]] = size
+    values[POSITIONS["next_item"]] = counter.ctypes.data
+    values[POSITIONS["release"]] = library.address(library.RELEASE)
+    values[POSITIONS["thread_number"]] = library.address(library.THREAD_NUMBER)
+    record = np.array(values, np.int64)
     if threads == 1:
         function.ctypes(record.ctypes.data)
     else:
         _parallel()(function.address, record.ctypes.data, threads, 0)
+
+
+def bits(x: float) -> int:
+    """A float as an argument."""
+    return int(np.float64(x).view(np.int64))
 
 
 @functools.cache

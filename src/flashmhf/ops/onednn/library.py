@@ -38,6 +38,8 @@ def address(name: str) -> int:
 
 def unsupported_reason(dtype: torch.dtype) -> str | None:
     """Why products of this dtype cannot be computed here."""
+    if not torch.backends.mkldnn.is_available():
+        return f"PyTorch {torch.__version__} is built without oneDNN"
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is disabled"
     return _unsupported_reason(dtype)
@@ -54,9 +56,9 @@ def _unsupported_reason(dtype: torch.dtype) -> str | None:
             return f"{limits[0]} forbids instructions that may be needed for bfloat16"
     if not all(map(address, (BRGEMM[dtype], RELEASE, PARALLEL, THREAD_NUMBER))):
         return f"PyTorch {torch.__version__} does not export oneDNN's micro-kernels or its OpenMP runtime here"
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-4, 5, shape, generator=generator).to(dtype) for shape in ((20, 34), (34, 48)))
-    product = torch.full((20, 48), torch.nan)
+    generator = torch.Generator("cpu").manual_seed(0)
+    a, b = (torch.randint(-4, 5, shape, generator=generator, device="cpu").to(dtype) for shape in ((20, 34), (34, 48)))
+    product = torch.full((20, 48), torch.nan, dtype=torch.float32, device="cpu")
     packed = pack_pairs(b) if dtype == torch.bfloat16 else b
     multiply = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 6), ctypes.c_bool, *([ctypes.c_void_p] * 3), ctypes.c_bool)
     pairs = dtype == torch.bfloat16

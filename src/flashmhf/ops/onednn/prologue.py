@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashmhf.ops.onednn import library
-from flashmhf.ops.onednn.launch import BLOCK_TOKENS, run, segments
+from flashmhf.ops.onednn.launch import BLOCK_TOKENS, bits, max_threads, run, segments
 from flashmhf.ops.onednn.prologue_kernels import prologue_backward_region, prologue_forward_region
 from flashmhf.ops.prologue import Prologue
 
@@ -17,8 +17,10 @@ def forward(
     q: Tensor, gate_weight: Tensor | None, norm_weight: Tensor | None, prologue: Prologue
 ) -> tuple[Tensor, Tensor | None]:
     """As in `ops/prologue.py`."""
-    normed = q if norm_weight is None else torch.empty(q.shape, dtype=q.dtype)
-    gate = None if gate_weight is None else torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32)
+    normed = q if norm_weight is None else torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    gate = None
+    if gate_weight is not None:
+        gate = torch.empty((*q.shape[:-1], gate_weight.shape[-1]), dtype=torch.float32, device="cpu")
     q_THD = q.reshape(-1, *q.shape[-2:]).contiguous()
     if q_THD.shape[0] > 0 and (gate_weight is not None or norm_weight is not None):
         weights = _float32(gate_weight, norm_weight)
@@ -45,9 +47,11 @@ def backward(
         return dnormed, None, None
     weights = _float32(gate_weight, norm_weight)
     arguments = _arguments(q_THD, weights, prologue)
-    (T, H, D), cut = q_THD.shape, int(arguments["segments"])
-    E = int(arguments["subnetworks"])
-    dgate_weight_t, dnorm_weight = torch.zeros(cut, H, E, D), torch.zeros(cut, H, D)
+    (T, H, D), cut = q_THD.shape, arguments["segments"]
+    E = arguments["subnetworks"]
+    dgate_weight_t, dnorm_weight = (
+        torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in ((cut, H, E, D), (cut, H, D))
+    )
     if T > 0:
         dgate = None if dgate is None else dgate.float().contiguous()
         arguments |= {
@@ -65,14 +69,14 @@ def backward(
 
 
 def _threads(q: Tensor) -> int:
-    return min(torch.get_num_threads(), max(q.numel() // MIN_ELEMENTS, 1))
+    return min(max_threads(), max(q.numel() // MIN_ELEMENTS, 1))
 
 
 def _float32(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if weight is None else weight.float().contiguous() for weight in weights)
 
 
-def _arguments(q: Tensor, weights: tuple[Tensor | None, ...], prologue: Prologue) -> dict[str, int | float]:
+def _arguments(q: Tensor, weights: tuple[Tensor | None, ...], prologue: Prologue) -> dict[str, int]:
     """q (T, H, D); the tensors in `weights` have to live as long as the call."""
     (T, H, D), (gate_weight, norm_weight) = q.shape, weights
     cut = segments(H, T, _threads(q))
@@ -86,17 +90,17 @@ def _arguments(q: Tensor, weights: tuple[Tensor | None, ...], prologue: Prologue
         "subnetworks": 0 if gate_weight is None else gate_weight.shape[-1],
         "is_bfloat16": int(q.dtype == torch.bfloat16),
         "is_softmax": int(prologue.gate_type == "softmax"),
-        "gate_total": prologue.gate_total,
-        "norm_eps": prologue.norm_eps,
+        "gate_total": bits(prologue.gate_total),
+        "norm_eps": bits(prologue.norm_eps),
         "q": q.data_ptr(),
         "gate_weight": 0 if gate_weight is None else gate_weight.data_ptr(),
         "norm_weight": 0 if norm_weight is None else norm_weight.data_ptr(),
     }
 
 
-def _buffers(a: Mapping[str, int | float]) -> dict[str, int]:
+def _buffers(a: Mapping[str, int]) -> dict[str, int]:
     """Bytes of a thread's buffers."""
-    D, E = int(a["head_dim"]), int(a["subnetworks"])
+    D, E = a["head_dim"], a["subnetworks"]
     block = 4 * BLOCK_TOKENS
     return {
         "x": block * D,

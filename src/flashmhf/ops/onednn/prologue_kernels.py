@@ -3,6 +3,7 @@
 import numba
 import numpy as np
 
+from flashmhf.ops.onednn.elementwise import LEAST as VANISHES
 from flashmhf.ops.onednn.elementwise import exponential, sigmoid, total
 from flashmhf.ops.onednn.forward import element_bytes, segment_of
 from flashmhf.ops.onednn.launch import BLOCK_TOKENS, region
@@ -107,7 +108,7 @@ def all_sigmoids(x):
 @vector_kernel
 def all_exponentials(x):
     for i in range(x.size):
-        x[i] = exponential(x[i])
+        x[i] = ZERO if x[i] < VANISHES else exponential(x[i])
 
 
 @kernel
