@@ -55,6 +55,7 @@ print(json.dumps([close(results(x), y) for x, y in zip(problems, first)]))
     assert all(map(all, right))
 
 
+@pytest.mark.slow
 def test_fewer_threads_than_asked_for():
     script = """
 torch.set_num_threads(4)
@@ -128,7 +129,7 @@ print(json.dumps(close(got, list(expected))))
     assert run(script) == [True, True]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupt_in_the_middle_of_a_call(threads):
     """It is raised after the call at the latest; the next call is right, and no thread is left behind."""
     script = f"""
