@@ -114,11 +114,12 @@ def test_auto_selects_it_where_it_measured_faster(monkeypatch):
     emulate_hopper(monkeypatch)
     inputs = make_inputs(Shape((70,), 1, 1, 1, 20, 64), torch.bfloat16)
     problem = Problem.of(*inputs[:5])
-    assert backends.select(problem, "auto").__name__ == "flashmhf.ops.blockwise"
+    other = backends.select(problem, "auto").__name__
+    assert other in ("flashmhf.ops.onednn.backend", "flashmhf.ops.blockwise")
     monkeypatch.setattr(tiles, "FASTER_FROM", {(64, "bfloat16"): 64})
     assert backends.select(problem, "auto").__name__ == "flashmhf.ops.hopper.backend"
     monkeypatch.setattr(tiles, "FASTER_FROM", {(64, "bfloat16"): 128})
-    assert backends.select(problem, "auto").__name__ == "flashmhf.ops.blockwise"
+    assert backends.select(problem, "auto").__name__ == other
 
 
 def test_selecting_it_by_name_warns_once(monkeypatch, caplog):

@@ -55,6 +55,17 @@ def test_panels_and_segments(case, dtype, gate, onednn, cut, poisoned_memory):
     check(onednn, inputs)
 
 
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no_gate"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5])
+def test_few_tokens(tokens, threads, dtype, gate, onednn, cut, monkeypatch, poisoned_memory):
+    """Up to FEW_TOKENS the forward pass reads the parameters row by row."""
+    assert 4 == onednn.FEW_TOKENS
+    monkeypatch.setattr(onednn, "MIN_PARAMETERS", 100)
+    cut(threads, None, 16)
+    check(onednn, make_inputs(Shape((tokens,), 6, 2, 3, 21, 16), dtype, gate))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_panels_and_segments(data, dtype, onednn, cut, poisoned_memory):

@@ -43,11 +43,11 @@ def assert_unsupported(inputs: list, reason: str) -> None:
     assert torch.equal(flash_mhf(*inputs), flash_mhf(*inputs, backend="blockwise"))
 
 
-def test_auto_takes_it_for_calls_that_are_long_enough(inputs):
+def test_auto_takes_it(inputs):
     assert backends.select(Problem.of(*inputs), "auto") is sys.modules["flashmhf.ops.onednn.backend"]
     assert torch.equal(flash_mhf(*inputs), flash_mhf(*inputs, backend="onednn"))
-    few = make_inputs(Shape((63,), 2, 1, 2, 20, 8), torch.float32)[:5]
-    assert backends.select(Problem.of(*few), "auto").__name__ == "flashmhf.ops.blockwise"
+    one = make_inputs(Shape((1,), 2, 1, 2, 20, 8), torch.float32)[:5]
+    assert backends.select(Problem.of(*one), "auto") is sys.modules["flashmhf.ops.onednn.backend"]
 
 
 def test_without_numba(inputs, monkeypatch):
@@ -146,8 +146,8 @@ def test_numba_is_imported_only_when_it_is_needed():
     script = """
 import json, sys, torch
 from flashmhf.ops.flash_mhf import flash_mhf
-for T, dtype in ((70, torch.float64), (3, torch.float32)):
-    q, w = torch.ones(T, 2, 8, dtype=dtype), torch.ones(2, 1, 4, 8, dtype=dtype)
+for dtype in (torch.float64, torch.float16):
+    q, w = torch.ones(3, 2, 8, dtype=dtype), torch.ones(2, 1, 4, 8, dtype=dtype)
     flash_mhf(q, w, w, w)
 print(json.dumps("numba" in sys.modules))
 """
