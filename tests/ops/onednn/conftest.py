@@ -32,14 +32,14 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def cut(onednn, monkeypatch):
-    """cut(threads, panel_rows, bytes of a row): cuts calls into many segments and panels, small as they are."""
+    """cut(threads, panel_rows, head_dim, dtype): cuts calls into many segments and panels, small as they are."""
     from flashmhf.ops.onednn import launch
 
-    def cut(threads: int, panel_rows: int | None = None, row_bytes: int = 1) -> None:
+    def cut(threads: int, panel_rows: int | None = None, head_dim: int = 1, dtype: torch.dtype = torch.float32) -> None:
         torch.set_num_threads(threads)
         monkeypatch.setattr(launch, "MIN_SEGMENT", 16)
         if panel_rows is not None:
-            for name in ("FORWARD_PANEL_BYTES", "BACKWARD_PANEL_BYTES"):
-                monkeypatch.setattr(launch, name, panel_rows * row_bytes)
+            monkeypatch.setattr(launch, "FORWARD_PANEL_BYTES", panel_rows * head_dim * dtype.itemsize)
+            monkeypatch.setattr(launch, "BACKWARD_PANEL_ELEMENTS", panel_rows * head_dim)
 
     return cut

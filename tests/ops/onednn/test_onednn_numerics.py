@@ -47,9 +47,9 @@ def test_panels_and_segments(case, dtype, gate, onednn, cut, poisoned_memory):
     from flashmhf.ops.onednn import launch
 
     threads, panel_rows, segments, panels, shape = CASES[case]
-    cut(threads, panel_rows, shape.D * dtype.itemsize)
+    cut(threads, panel_rows, shape.D, dtype)
     inputs = make_inputs(shape, dtype, gate)
-    arguments = launch.problem_arguments(inputs[0], inputs[1], torch.ones(1), threads, launch.BACKWARD_PANEL_BYTES)
+    arguments = launch.problem_arguments(inputs[0], inputs[1], torch.ones(1), threads, launch.BACKWARD_PANEL_ELEMENTS)
     assert arguments["segments"] % segments == 0
     assert -(-arguments["rows"] // arguments["panel_rows"]) == panels
     check(onednn, inputs)
@@ -78,13 +78,13 @@ def test_any_panels_and_segments(data, dtype, onednn, cut, poisoned_memory):
         F=data.draw(st.integers(1, 70)),
         D=even * data.draw(st.integers(1, 12)),
     )
-    cut(data.draw(st.integers(1, 4)), data.draw(st.sampled_from((128, 256))), shape.D * dtype.itemsize)
+    cut(data.draw(st.integers(1, 4)), data.draw(st.sampled_from((128, 256))), shape.D, dtype)
     check(onednn, make_inputs(shape, dtype, data.draw(st.booleans()), seed=data.draw(st.integers(0, 999))))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_partial_gradients_are_those_of_a_full_backward(threads, dtype, onednn, cut, poisoned_memory):
-    cut(threads, 128, 8 * dtype.itemsize)
+    cut(threads, 128, 8, dtype)
     inputs = make_inputs(Shape((131,), 4, 2, 3, 91, 8), dtype)
     full = results(onednn, inputs)[1:]
     for number in range(1, 2**5):
@@ -96,7 +96,7 @@ def test_partial_gradients_are_those_of_a_full_backward(threads, dtype, onednn, 
 
 @pytest.mark.parametrize("gate_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gates_of_another_dtype(gate_dtype, dtype, onednn, cut, poisoned_memory):
-    cut(3, 128, 8 * dtype.itemsize)
+    cut(3, 128, 8, dtype)
     inputs = make_inputs(Shape((131,), 2, 1, 3, 91, 8), dtype)
     inputs[4] = inputs[4].to(gate_dtype)
     got = results(onednn, inputs)
@@ -138,7 +138,7 @@ def test_no_tokens(dtype, onednn, poisoned_memory):
 def test_the_default_dtype_has_no_influence(default, dtype, onednn, cut):
     from flashmhf.ops.onednn import library
 
-    cut(3, 128, 8 * dtype.itemsize)
+    cut(3, 128, 8, dtype)
     inputs = make_inputs(Shape((131,), 2, 1, 3, 91, 8), dtype)
     expected = results(onednn, inputs)
     torch.set_default_dtype(default)
@@ -154,7 +154,7 @@ def test_the_default_dtype_has_no_influence(default, dtype, onednn, cut):
 
 def test_non_finite_rows_stay_alone(dtype, onednn, cut):
     """Also in the gradients of q and of the gate."""
-    cut(2, 128, 8 * dtype.itemsize)
+    cut(2, 128, 8, dtype)
     inputs = make_inputs(Shape((67,), 2, 1, 3, 91, 8), dtype)
     clean = results(onednn, inputs)
     for which, row, value in ((0, 3, torch.nan), (4, 5, torch.inf), (5, 66, -torch.inf)):

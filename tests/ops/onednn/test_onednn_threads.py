@@ -33,7 +33,7 @@ def test_the_number_of_threads_changes_roundings_only(dtype, cut):
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     expected = None
     for threads in (1, 2, 3, 5, 2):  # changed between calls of the same metadata
-        cut(threads, 128, SHAPE.D * dtype.itemsize)
+        cut(threads, 128, SHAPE.D, dtype)
         got = results(inputs)
         for _ in range(3):
             assert_equal(results(inputs), got)
@@ -43,7 +43,7 @@ def test_the_number_of_threads_changes_roundings_only(dtype, cut):
 
 def test_eight_threads_at_once(dtype, cut):
     """Forward and backward on different sizes, with the bits of calls one after another."""
-    cut(3, 128, SHAPE.D * dtype.itemsize)
+    cut(3, 128, SHAPE.D, dtype)
     problems = [make_inputs(Shape((20 + 37 * i,), 2, 1 + i % 2, 3, 40 + 11 * i, 8), dtype) for i in range(8)]
     expected = [results(inputs) for inputs in problems]
     start, wrong = threading.Barrier(len(problems)), []
@@ -68,7 +68,7 @@ def test_eight_threads_at_once(dtype, cut):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets the CPUs of a thread, as on Linux")
 def test_one_core(dtype, cut):
-    cut(3, 128, SHAPE.D * dtype.itemsize)
+    cut(3, 128, SHAPE.D, dtype)
     inputs = make_inputs(SHAPE, dtype)
     expected, before = results(inputs), os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
@@ -80,7 +80,7 @@ def test_one_core(dtype, cut):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads, as on Linux")
 def test_no_threads_are_left_behind(cut):
-    cut(2, 128, SHAPE.D * 4)
+    cut(2, 128, SHAPE.D)
     inputs = make_inputs(SHAPE, torch.float32)
     results(inputs)
     before = threading.active_count(), len(os.listdir("/proc/self/task"))

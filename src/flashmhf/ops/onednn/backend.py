@@ -25,7 +25,7 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> 
     if q_THD.shape[0] == 0:
         return out.view(q.shape)
     threads = max_threads()
-    arguments = problem_arguments(q_THD, k, gate_THE, threads, launch.FORWARD_PANEL_BYTES)
+    arguments = problem_arguments(q_THD, k, gate_THE, threads, launch.FORWARD_PANEL_BYTES // q.element_size())
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr()}
     if q_THD.shape[0] <= FEW_TOKENS:
         arguments["items"] = arguments["heads"]
@@ -49,7 +49,7 @@ def backward(
         return grads
     dout = dout.reshape(q_THD.shape).contiguous()
     threads = max_threads()
-    arguments = problem_arguments(q_THD, k, gate_THE, threads, launch.BACKWARD_PANEL_BYTES)
+    arguments = problem_arguments(q_THD, k, gate_THE, threads, launch.BACKWARD_PANEL_ELEMENTS)
     arguments |= {"u": u.data_ptr(), "v": v.data_ptr(), "dout": dout.data_ptr()}
     if grads.dq is not None:
         arguments["dq"] = grads.dq.data_ptr()

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 64  # of a tile, whose activations stay in a core's second cache
 BLOCK_ROWS = 128
-# Bytes of K, of U and of V each that a thread packs at once. The backward packs them twice and holds their gradients.
-FORWARD_PANEL_BYTES, BACKWARD_PANEL_BYTES = 2**19, 2**18
+# Of K, of U and of V each, what a thread packs at once. The backward packs them twice and holds their gradients.
+FORWARD_PANEL_BYTES, BACKWARD_PANEL_ELEMENTS = 2**19, 2**16
 MIN_SEGMENT = 512  # tokens, so that packing the parameters costs little
 BALANCE = 0.9  # of the threads' time that shall not be lost by waiting for the last
 ALIGNMENT = 64
@@ -141,12 +141,12 @@ def segments(kv_heads: int, tokens: int, threads: int) -> int:
     return best
 
 
-def problem_arguments(q: Tensor, k: Tensor, gate: Tensor, threads: int, panel_bytes: int) -> dict[str, int]:
+def problem_arguments(q: Tensor, k: Tensor, gate: Tensor, threads: int, panel_elements: int) -> dict[str, int]:
     """What both kernels need. q (T, H, D), k (H_kv, E, F, D), gate (T, H, E), or (1,) for none."""
     (T, H, D), (H_kv, E, F, _) = q.shape, k.shape
     has_gate = gate.dim() == 3
     cut = segments(H_kv, T, threads)
-    panel = max(panel_bytes // (q.element_size() * D * BLOCK_ROWS), 1) * BLOCK_ROWS
+    panel = max(panel_elements // (D * BLOCK_ROWS), 1) * BLOCK_ROWS
     return {
         "brgemm": library.address(library.BRGEMM[q.dtype]),
         "items": H_kv * cut,
