@@ -48,7 +48,6 @@ LARGE = RecipeRun(output_gain=0.8, **ORTHOGONAL, **NO_SCALE, **SHORT)
 RECIPE = replace(LARGE, **SMALLER)
 TENTH = replace(RECIPE, out_gain=0.1)
 TWO_HEADS = replace(RECIPE, heads=2)  # the tiny presets
-DEEP = replace(SWIGLU, layers=8), replace(TWO_HEADS, layers=8)
 RECIPE_ADAMW = [
     replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
 ]
@@ -186,23 +185,6 @@ CHANGES = [
     ),
     Change(
         text="2 heads: warm-up 10 % -> 2 %", swiglu=(SWIGLU, {"warmup": 0.02}), flashmhf=(TWO_HEADS, {"warmup": 0.02})
-    ),
-    Change(
-        text="2 heads: warm-up 10 % -> 5 %", swiglu=(SWIGLU, {"warmup": 0.05}), flashmhf=(TWO_HEADS, {"warmup": 0.05})
-    ),
-    Change(text="weight decay 0.1 -> 0.03", swiglu=(SWIGLU, {"weight_decay": 0.03})),
-    Change(
-        text="2 heads: a SwiGLU beside it that fades out in half of the steps", flashmhf=(TWO_HEADS, {"guided": 0.5})
-    ),
-    Change(
-        text="8 layers, 2 heads: branches times 1 / 2 (CompleteP)",
-        swiglu=(DEEP[0], {"branch_scale": 0.5}),
-        flashmhf=(DEEP[1], {"branch_scale": 0.5}),
-    ),
-    Change(
-        text="8 layers, 2 heads: branches times 1 / sqrt(2)",
-        swiglu=(DEEP[0], {"branch_scale": 0.707}),
-        flashmhf=(DEEP[1], {"branch_scale": 0.707}),
     ),
     Change(text="2 heads: " + RATE_TEXT.format(0.0028), flashmhf=(TWO_HEADS, rates(2.8e-3))),
     Change(text=RATE_TEXT.format(0.0028), swiglu=(SWIGLU, rates(2.8e-3)), flashmhf=(RECIPE, rates(2.8e-3))),
