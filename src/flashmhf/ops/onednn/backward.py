@@ -10,13 +10,13 @@ from flashmhf.ops.onednn.forward import (
     pack_rows,
     padded_rows,
     segment_of,
+    store,
     transpose_block,
 )
 from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, region
 from flashmhf.ops.onednn.packing import (
     clear_columns,
     clear_rows,
-    round_rows,
     transpose_bfloat16,
     transpose_rounded,
     transpose_words,
@@ -120,8 +120,7 @@ def backward_block(a, workspace, h, t, tokens, first, last, segment_start, is_fi
             dout_t, sums, n = workspace + a.buffer_dout_t, workspace + a.buffer_dv_t + at_sum, padded
             call_brgemm(brgemm, D, n, padded_tokens, padded_tokens, n, n, not is_first, dout_t, p_pairs, sums, pairs)
     if pairs and a.dq and last == a.rows:
-        target = halves(a.dq + at, stride * (tokens - 1) + D)
-        round_rows(floats(dq, tokens * D), target, tokens, D, stride)
+        store(a, dq, a.dq + at, tokens)
 
 
 @kernel

@@ -4,13 +4,12 @@ import numba
 import numpy as np
 
 from flashmhf.ops.onednn.elementwise import silu
-from flashmhf.ops.onednn.forward import element_bytes
+from flashmhf.ops.onednn.forward import element_bytes, load, store
 from flashmhf.ops.onednn.launch import region
-from flashmhf.ops.onednn.packing import round_rows
+from flashmhf.ops.onednn.packing import widen_rows
 from flashmhf.ops.onednn.primitives import (
     fetch_add,
     floats,
-    from_bfloat16,
     halves,
     kernel,
     summing_kernel,
@@ -32,12 +31,6 @@ def two_products(q, k, u):
 
 
 @vector_kernel
-def widen(source, target):
-    for i in range(target.size):
-        target[i] = from_bfloat16(source[i])
-
-
-@vector_kernel
 def add_scaled(target, scale, row):
     for i in range(target.size):
         target[i] += scale * row[i]
@@ -50,20 +43,15 @@ def row_of(a, weight, row, buffer):
     if not a.is_bfloat16:
         return floats(address, a.head_dim)
     target = floats(buffer, a.head_dim)
-    widen(halves(address, a.head_dim), target)
+    widen_rows(halves(address, a.head_dim), target, 1, a.head_dim, a.head_dim)
     return target
 
 
 @kernel
 def few_tokens_of_head(a, workspace, h):
-    D, E, stride = a.head_dim, a.gate_stride // a.heads, a.heads * a.head_dim
+    D, E = a.head_dim, a.gate_stride // a.heads
     q, sums = workspace + a.buffer_x, workspace + a.buffer_sum
-    for t in range(a.tokens):
-        source, target = a.q + (t * stride + h * D) * element_bytes(a), floats(q + 4 * t * D, D)
-        if a.is_bfloat16:
-            widen(halves(source, D), target)
-        else:
-            target[:] = floats(source, D)
+    load(a, a.q + h * D * element_bytes(a), q, a.tokens)
     floats(sums, a.tokens * D)[:] = ZERO
     gate = floats(a.gate, 1 << 40)
     first = h // (a.heads // a.kv_heads) * a.rows
@@ -75,12 +63,7 @@ def few_tokens_of_head(a, workspace, h):
             m, n = two_products(floats(q + 4 * t * D, D), k, u)
             g = gate[t * a.gate_stride + h * E + r // a.width]
             add_scaled(floats(sums + 4 * t * D, D), silu(m) * n * g, v)
-    size = stride * (a.tokens - 1) + D
-    if a.is_bfloat16:
-        round_rows(floats(sums, a.tokens * D), halves(a.out + 2 * h * D, size), a.tokens, D, stride)
-        return
-    for t in range(a.tokens):
-        floats(a.out + 4 * (t * stride + h * D), D)[:] = floats(sums + 4 * t * D, D)
+    store(a, sums, a.out + h * D * element_bytes(a), a.tokens)
 
 
 @region

@@ -4,7 +4,15 @@ import numba
 
 from flashmhf.ops.onednn.elementwise import activate_bfloat16, activate_float32
 from flashmhf.ops.onednn.launch import BLOCK_ROWS, BLOCK_TOKENS, region
-from flashmhf.ops.onednn.packing import clear_columns, copy, pack_pairs, round_rows, transpose_words
+from flashmhf.ops.onednn.packing import (
+    clear_columns,
+    copy,
+    copy_rows,
+    pack_pairs,
+    round_rows,
+    transpose_words,
+    widen_rows,
+)
 from flashmhf.ops.onednn.primitives import (
     call_brgemm,
     call_release,
@@ -39,6 +47,28 @@ def block_of_sums(a, h, t, tokens):
     """The first row of a block's float32 sums: one block, or all of a segment where several panels add to them."""
     group = a.heads // a.kv_heads
     return 0 if a.panel_rows == a.rows else t * group + h % group * tokens
+
+
+@kernel
+def load(a, source, target, tokens):
+    """A block of one head's columns, (tokens, D) with the stride of all heads, as float32."""
+    D, stride = a.head_dim, a.heads * a.head_dim
+    size = stride * (tokens - 1) + D
+    if a.is_bfloat16:
+        widen_rows(halves(source, size), floats(target, D * tokens), tokens, D, stride)
+    else:
+        copy_rows(floats(source, size), floats(target, D * tokens), tokens, D, stride, D)
+
+
+@kernel
+def store(a, source, target, tokens):
+    """The reverse: float32 to a block of one head's columns."""
+    D, stride = a.head_dim, a.heads * a.head_dim
+    size = stride * (tokens - 1) + D
+    if a.is_bfloat16:
+        round_rows(floats(source, D * tokens), halves(target, size), tokens, D, stride)
+    else:
+        copy_rows(floats(source, D * tokens), floats(target, size), tokens, D, D, stride)
 
 
 @kernel
@@ -104,8 +134,7 @@ def forward_block(a, workspace, h, t, tokens, first, last, segment_start):
             p, p_stride = mn, 2 * padded
         call_brgemm(a.brgemm, tokens, D, padded, p_stride, D, out_stride, row > 0, p, v, out, a.is_bfloat16)
     if a.is_bfloat16 and last == a.rows:
-        target = halves(a.out + 2 * (t * stride + h * D), stride * (tokens - 1) + D)
-        round_rows(floats(out, tokens * D), target, tokens, D, stride)
+        store(a, out, a.out + (t * stride + h * D) * size, tokens)
 
 
 @region

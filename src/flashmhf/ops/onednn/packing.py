@@ -6,7 +6,7 @@ last row gets a partner of zeros. A word is a float32, or two neighbouring bfloa
 
 import numpy as np
 
-from flashmhf.ops.onednn.primitives import pair, to_bfloat16, vector_kernel
+from flashmhf.ops.onednn.primitives import from_bfloat16, pair, to_bfloat16, vector_kernel
 
 ZERO = np.uint16(0)
 
@@ -62,6 +62,25 @@ def pack_pairs(source, target, rows, columns):
 def copy(source, target):
     for i in range(source.size):
         target[i] = source[i]
+
+
+@vector_kernel
+def copy_rows(source, target, rows, columns, source_stride, target_stride):
+    """float32 rows to float32 rows."""
+    for r in range(rows):
+        row = source[source_stride * r : source_stride * r + columns]
+        out = target[target_stride * r : target_stride * r + columns]
+        for c in range(out.size):
+            out[c] = row[c]
+
+
+@vector_kernel
+def widen_rows(source, target, rows, columns, source_stride):
+    """bfloat16 rows with a stride to float32 rows."""
+    for r in range(rows):
+        row, out = source[source_stride * r : source_stride * r + columns], target[columns * r : columns * (r + 1)]
+        for c in range(out.size):
+            out[c] = from_bfloat16(row[c])
 
 
 @vector_kernel

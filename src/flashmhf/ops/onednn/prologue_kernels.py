@@ -5,7 +5,7 @@ import numpy as np
 
 from flashmhf.ops.onednn.elementwise import LEAST as VANISHES
 from flashmhf.ops.onednn.elementwise import exponential, sigmoid, total
-from flashmhf.ops.onednn.forward import element_bytes, segment_of
+from flashmhf.ops.onednn.forward import element_bytes, load, segment_of, store
 from flashmhf.ops.onednn.launch import BLOCK_TOKENS, region
 from flashmhf.ops.onednn.packing import transpose_words
 from flashmhf.ops.onednn.primitives import (
@@ -14,7 +14,6 @@ from flashmhf.ops.onednn.primitives import (
     fetch_add,
     floats,
     from_bfloat16,
-    halves,
     kernel,
     summing_kernel,
     thread_number,
@@ -26,38 +25,6 @@ from flashmhf.ops.prologue import MIN_GATE_SUM
 
 f32 = np.float32
 ZERO, ONE, LEAST = f32(0), f32(1), f32(MIN_GATE_SUM)
-
-
-@vector_kernel
-def load_bfloat16(source, target, tokens, columns, stride):
-    for t in range(tokens):
-        row, out = source[stride * t : stride * t + columns], target[columns * t : columns * (t + 1)]
-        for i in range(out.size):
-            out[i] = from_bfloat16(row[i])
-
-
-@vector_kernel
-def load_float32(source, target, tokens, columns, stride):
-    for t in range(tokens):
-        row, out = source[stride * t : stride * t + columns], target[columns * t : columns * (t + 1)]
-        for i in range(out.size):
-            out[i] = row[i]
-
-
-@vector_kernel
-def store_bfloat16(source, target, tokens, columns, stride):
-    for t in range(tokens):
-        row, out = source[columns * t : columns * (t + 1)], target[stride * t : stride * t + columns]
-        for i in range(out.size):
-            out[i] = to_bfloat16(row[i])
-
-
-@vector_kernel
-def store_float32(source, target, tokens, columns, stride):
-    for t in range(tokens):
-        row, out = source[columns * t : columns * (t + 1)], target[stride * t : stride * t + columns]
-        for i in range(out.size):
-            out[i] = row[i]
 
 
 @summing_kernel
@@ -155,27 +122,6 @@ def differentiate_gate(scores, dgate, dlogits, tokens, subnetworks, stride, gate
         for e in range(subnetworks):
             rest = ONE if is_softmax else ONE - row[e]
             dlogits[subnetworks * t + e] = (d[e] * gate_total - through_sum) * (row[e] / divisor) * rest
-
-
-@kernel
-def load(a, source, target, tokens):
-    """A block of one head's columns as float32."""
-    D, stride = a.head_dim, a.heads * a.head_dim
-    size = stride * (tokens - 1) + D
-    if a.is_bfloat16:
-        load_bfloat16(halves(source, size), floats(target, D * tokens), tokens, D, stride)
-    else:
-        load_float32(floats(source, size), floats(target, D * tokens), tokens, D, stride)
-
-
-@kernel
-def store(a, source, target, tokens):
-    D, stride = a.head_dim, a.heads * a.head_dim
-    size = stride * (tokens - 1) + D
-    if a.is_bfloat16:
-        store_bfloat16(floats(source, D * tokens), halves(target, size), tokens, D, stride)
-    else:
-        store_float32(floats(source, D * tokens), floats(target, size), tokens, D, stride)
 
 
 @kernel
