@@ -11,8 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run: a failure belongs to the change under test. --hypothesis-profile=explore draws others.
+hypothesis.settings.register_profile("reproducible", derandomize=True)
+hypothesis.settings.register_profile("explore")
+hypothesis.settings.load_profile("reproducible")
 
 
 def pytest_configure() -> None:
