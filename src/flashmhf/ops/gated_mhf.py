@@ -17,11 +17,12 @@ from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
 from flashmhf.ops.autograd import is_transformed, register_autograd
 from flashmhf.ops.batching import TOKENS, WEIGHTS, register_vmap
+from flashmhf.ops.namespace import NAMESPACE
 from flashmhf.ops.problem import DTYPES, Problem
 from flashmhf.ops.prologue import GATES, Prologue
 from flashmhf.ops.second_derivatives import differentiate_gradients
 
-_LIBRARY = torch.library.Library("flashmhf", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate_weight, Tensor? norm_weight"
 _OPTIONS = "str gate_type, float gate_total, float norm_eps, str backend"
 _LIBRARY.define(f"gated_mhf({_TENSORS}, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -29,8 +30,8 @@ _LIBRARY.define(
     f"gated_mhf_backward(Tensor dout, {_TENSORS}, bool[] needs, {_OPTIONS}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_GATED_MHF = torch.ops.flashmhf.gated_mhf.default
-_GATED_MHF_BACKWARD = torch.ops.flashmhf.gated_mhf_backward.default
+_GATED_MHF = getattr(torch.ops, NAMESPACE).gated_mhf.default
+_GATED_MHF_BACKWARD = getattr(torch.ops, NAMESPACE).gated_mhf_backward.default
 
 
 def gated_mhf(
@@ -137,14 +138,14 @@ def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
     return backends.select(_check(q, k, u, v, gate_weight, norm_weight, prologue), backend)
 
 
-@torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::gated_mhf", lib=_LIBRARY)
 def _forward_fake(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend) -> Tensor:
     _check(q, k, u, v, gate_weight, norm_weight, Prologue(gate_type, gate_total, norm_eps))
     backends.check_name(backend)
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("flashmhf::gated_mhf_backward", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::gated_mhf_backward", lib=_LIBRARY)
 def _backward_fake(
     dout, q, k, u, v, gate_weight, norm_weight, needs, gate_type, gate_total, norm_eps, backend
 ) -> list[Tensor]:
