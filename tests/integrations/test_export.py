@@ -4,12 +4,12 @@ import onnxruntime
 import pytest
 import torch
 from problems import Shape, assert_within_budget, make_inputs
-from tiny import tiny_model
 from torch import nn
 
 from flashmhf import FlashMHF, flash_mhf
 from flashmhf.integrations.export import decompositions
 from flashmhf.ops import reference
+from tiny import tiny_model
 
 ANY = torch.export.Dim.DYNAMIC
 BATCH_AND_LENGTH = {0: ANY, 1: ANY}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from kernels import LocalLayerRepository, Mode, get_local_kernel, kernelize, use_kernel_mapping
 from kernels._rust import Digest, Metadata
-from tiny import tiny_model
 from torch import nn
 
 from flashmhf import FlashMHF, flash_mhf
 from flashmhf.integrations.kernel_hub.__main__ import main
+from tiny import tiny_model
 
 BUILD = "build/torch-cpu"
 ALONE = """
@@ -102,7 +102,8 @@ def test_the_operator_is_the_packages_under_its_own_name(folder, gate):
     r = torch.rand(2, 5, 4, 3) if gate else None
     out, expected = kernel.flash_mhf(*inputs, r), flash_mhf(*inputs, r, backend="blockwise")
     assert torch.equal(out, expected)
-    for got, want in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
+    grads = torch.autograd.grad(out.sum(), inputs)
+    for got, want in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
         assert torch.equal(got, want)
     compiled = torch.compile(kernel.flash_mhf, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs, r), expected)

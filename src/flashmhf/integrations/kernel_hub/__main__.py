@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    print(f"{options.out}: builds for {', '.join(DEVICES)}; load with kernels.get_local_kernel(Path({str(options.out)!r}))")
+    print(f"{options.out}: builds for {', '.join(DEVICES)}; try kernels.get_local_kernel(Path({str(options.out)!r}))")
     return 0
 
 

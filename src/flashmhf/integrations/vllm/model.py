@@ -119,7 +119,7 @@ def _attention(config: FlashMHFConfig, cache_config: Any, quant_config: Any, pre
 
 
 class FlashMHFForCausalLM(LlamaForCausalLM):
-    """See `vllm.model_executor.models.llama.LlamaForCausalLM`, which also does pipeline parallelism, LoRA and loading."""
+    """vLLM's `LlamaForCausalLM`, which also does pipeline parallelism, LoRA and loading, with other layers."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=FlashMHFDecoderLayer)

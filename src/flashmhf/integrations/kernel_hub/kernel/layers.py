@@ -1,5 +1,7 @@
 """The layer as `kernels.kernelize` replaces it: a forward, and no state of its own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class FlashMHF(nn.Module):
     v: Tensor
     gate_type: str | None
     gate_weight: Tensor | None
-    q_norm: nn.Module | None
+    q_norm: Any
     score_scale: float
     gate_scale: float
     output_scale: float
@@ -32,7 +34,8 @@ class FlashMHF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = x if self.in_proj is None else self.in_proj(x)
         q = q.unflatten(-1, (-1, self.head_dim))
-        norm_weight, norm_eps = None, 0.0
+        norm_weight: Tensor | None = None
+        norm_eps = 0.0
         if self.q_norm is not None:
             norm_weight, norm_eps = self.q_norm.weight * self.score_scale, self.q_norm.eps
         elif self.score_scale != 1.0:
