@@ -19,9 +19,11 @@ from flashmhf.comparison.results import (
 )
 from flashmhf.errors import InputError
 from flashmhf.reports.comparison import write_files, write_report
-from flashmhf.reports.comparison_tables import markdown_table, terminal_text
+from flashmhf.reports.comparison_figures import bars, loss_curves, sizes_vary
+from flashmhf.reports.comparison_tables import cost_table, loss_table, markdown_table, terminal_text
 from flashmhf.reports.render import png
 from flashmhf.reports.seed_bands import seed_bands
+from flashmhf.reports.style import COLOURS
 from flashmhf.training.instability import Instability
 
 
@@ -29,7 +31,7 @@ def test_the_page_shows_all_results_and_loads_nothing(tmp_path):
     write_report(result(), tmp_path / "report.html", tmp_path)
     page = Collector()
     page.feed((tmp_path / "report.html").read_text())
-    assert page.tags.count("svg") == 11
+    assert page.tags.count("svg") == 9
     assert "script" not in page.tags
     assert ("name", "viewport") in page.attributes
     links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href") and value]
@@ -317,3 +319,34 @@ def test_results_of_another_version_or_damaged_are_refused_in_one_line(tmp_path,
         read_comparison(file)
     assert str(caught.value).startswith(f"{file}: {message}")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_figures_without_anything_to_see_are_not_drawn():
+    """Bars of equal length, loss against one size, a validation curve of one point."""
+    swiglu, flashmhf = result().variants
+    assert bars(result(), "peak_memory_mib") is None
+    faster = replace(flashmhf, tokens_per_second=spread(9000.0, 9500.0))
+    figure = bars(result(variants=(swiglu, faster)), "tokens_per_second")
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == ["9,250", "4,321"]
+    assert not sizes_vary(result())
+    assert sizes_vary(result(variants=(swiglu, replace(swiglu, parameters=9))))
+    one_point = Curve(steps=(100,), losses=(1.7,), elapsed_s=(50.0,))
+    curves = loss_curves(result(runs=tuple(replace(run, validation_curve=one_point) for run in result().runs)))
+    assert {what: len(figures) for what, figures in curves.items()} == {"steps": 1, "tokens": 1, "time": 1}
+
+
+def test_headers_are_short():
+    for table in (loss_table(result()), cost_table(result())):
+        assert max(map(len, table.columns)) <= 18
+        assert len(table.columns) <= 7
+
+
+def test_a_variant_has_one_colour_in_all_figures():
+    comparison = result()
+    lines = {line.get_label().split(",")[0]: line.get_color() for line in seed_bands(comparison).axes[0].get_lines()}
+    for _, figures in loss_curves(comparison).items():
+        for figure, _ in figures:
+            drawn = {line.get_label().split(",")[0]: line.get_color() for line in figure.axes[0].get_lines()}
+            assert {name: drawn[name] for name in lines} == lines
+    assert lines == {name: COLOURS[name] for name in ("swiglu", "flashmhf")}

@@ -92,17 +92,13 @@ def write_report(result: ComparisonResult, file: Path, folder: Path) -> None:
 
 
 def _figures(result: ComparisonResult) -> dict[str, list[Captioned]]:
+    first = result.settings.variants[0]
+    words = f"Held-out loss minus that of {first}: a dot per seed, their mean, and the 95 % interval if there is one"
     summary = [
+        (differences(result), words),
         (bars(result, "tokens_per_second"), "Tokens/s of training"),
         (bars(result, "peak_memory_mib"), "Peak memory of the training process, MiB"),
     ]
-    compared = differences(result)
-    if compared is not None:
-        first = result.settings.variants[0]
-        words = (
-            f"Held-out loss minus that of {first}: a dot per seed, their mean, and the 95 % interval if there is one"
-        )
-        summary.insert(0, (compared, words))
     sizes = [
         (loss_against(result, "parameters", "parameters"), "Validation loss against parameters, mean over seeds"),
         (
@@ -111,7 +107,7 @@ def _figures(result: ComparisonResult) -> dict[str, list[Captioned]]:
         ),
     ]
     return {
-        "summary_figures": summary,
+        "summary_figures": [(figure, text) for figure, text in summary if figure is not None],
         "size_figures": sizes if sizes_vary(result) else [],
         "gate_figures": [(gate_maps(heads), f"Gates of {name}") for name, heads in result.gates.items() if heads],
     }

@@ -23,6 +23,7 @@ from flashmhf.reports.style import (
 from flashmhf.reports.ticks import logarithmic
 
 MIN_SIZES = 3  # for a power law
+MIN_SPREAD = 0.05  # between bars; smaller differences are in the table
 BAR_INCHES = (0.7, 0.45)  # of a figure without bars, of a bar
 
 Loss = Literal["curve", "validation_curve"]
@@ -129,13 +130,15 @@ def differences(result: ComparisonResult) -> Figure | None:
     return figure
 
 
-def bars(result: ComparisonResult, measure: Measure) -> Figure:
-    """The mean of a measure by variant; whiskers from the lowest to the highest seed."""
+def bars(result: ComparisonResult, measure: Measure) -> Figure | None:
+    """The mean of a measure by variant; whiskers from the lowest to the highest seed. None if all are about equal."""
     spreads: list[tuple[VariantResult, Spread]] = [(row, getattr(row, measure)) for row in result.variants[::-1]]
     rows = [(row.variant, COLOURS[row.ffn_type], spread) for row, spread in spreads if spread.mean is not None]
+    means = np.array([spread.mean for _, _, spread in rows])
+    if len(means) < 2 or means.max() < (1 + MIN_SPREAD) * means.min():
+        return None
     figure = new_figure(FIGURE_INCHES[0], _bar_height(rows))
     axes = figure.subplots()
-    means = np.array([spread.mean for _, _, spread in rows])
     ends = np.array([(min(spread.values), max(spread.values)) for _, _, spread in rows]).reshape(-1, 2)
     drawn = axes.barh(
         [in_figure(row[0]) for row in rows],

@@ -51,10 +51,11 @@ class Chart:
 
 
 def losses_against(charts: Iterable[Chart], restarts: Sequence[float] = ()) -> dict[str, list[Captioned]]:
-    """For steps, tokens and time: a figure of each chart that has lines. `restarts` are steps."""
+    """For steps, tokens and time: a figure of each chart that has a line with two points. `restarts` are steps."""
     found: dict[str, list[Captioned]] = {}
     for chart in charts:
-        for what in known(chart.lines) if chart.lines else ():
+        points = max((len(trace.values) for line in chart.lines for trace in line.traces), default=0)
+        for what in known(chart.lines) if points > 1 else ():
             figure = draw_lines(
                 chart.lines,
                 what,

@@ -14,8 +14,8 @@ from flashmhf.reports.style import GREY, in_figure, legend_below, new_figure, pl
 from flashmhf.reports.ticks import plain_ticks
 from flashmhf.reports.verdicts import verdict_lines
 
-INCHES = (5.4, 4.7)  # without the legend
-TITLE_CHARACTERS = 66  # in a line
+INCHES = (5.0, 4.7)  # without the legend
+TITLE_CHARACTERS = 60  # in a line
 MAX_TITLE_LINES = 3
 SETTLED = 0.1  # of the steps, after which losses are in the picture; before, they fall too far to share its scale
 

@@ -13,6 +13,7 @@ from flashmhf.printable import one_line
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes text a formula in spreadsheets, at its beginning
 NARROW_COLUMNS = 2  # fit on a phone, whatever is in them
 TERMINAL_WIDTH = 80
+LONG = 28  # characters of a cell, beyond which it may be broken into lines
 MARKDOWN = re.compile(r"[\\|<$]|\](?=[(\[])")  # what ends a cell, begins HTML or mathematics, or makes a link
 
 
@@ -71,10 +72,7 @@ class Table:
         head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.columns)
         rows = []
         for number, row in enumerate(self._cells()):
-            cells = "".join(
-                f'<td data-label="{html.escape(one_line(name))}">{html.escape(text)}</td>'
-                for name, text in zip(self.columns, row, strict=True)
-            )
+            cells = "".join(map(_html_cell, self.columns, row))
             rows.append(f'<tr class="marked">{cells}</tr>' if number in self.marked else f"<tr>{cells}</tr>")
         kind = "blocks" if len(self.columns) > NARROW_COLUMNS else "columns"
         body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
@@ -89,6 +87,11 @@ class Table:
 
     def _cells(self) -> Iterable[list[str]]:
         return ([cell(value) for value in row] for row in self.rows)
+
+
+def _html_cell(name: str, text: str) -> str:
+    kind = ' class="long"' if len(text) > LONG else ""
+    return f'<td{kind} data-label="{html.escape(one_line(name))}">{html.escape(text)}</td>'
 
 
 def in_markdown(text: str) -> str:
