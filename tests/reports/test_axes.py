@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from flashmhf.reports.heads import SHARES, limits
+from flashmhf.reports.heads import SHARES, draw_map, limits
 from flashmhf.reports.lines import Line, Trace, common_grid, draw_lines, known
-from flashmhf.reports.quantities import Quantity, by_step
+from flashmhf.reports.quantities import Chart, Quantity, by_step, losses_against, settled
 from flashmhf.reports.smoothing import MIN_POINTS, smoothed, thinned
 from flashmhf.reports.style import BLUE, GREEN, legend_below, new_axes
 from flashmhf.reports.ticks import logarithmic, plain_number, sizes, time_unit
@@ -178,3 +178,28 @@ def test_maps_have_colours_of_fixed_meaning():
         ([np.nan, 0.02], 0.02),
     ):
         assert limits("score_rms", np.array(values)) == (0, pytest.approx(top))
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (4, 2), (24, 16), (3, 40)])
+def test_maps_number_layers_and_heads(layers, heads):
+    _, axes = new_axes("x", "y")
+    draw_map(axes, np.full((layers, heads), 0.5), "gate entropy", limits=(0.0, 1.0))
+    for axis, number in ((axes.yaxis, layers), (axes.xaxis, heads)):
+        labels = tick_labels(axis)
+        assert labels[0] == "0"
+        assert len(labels) <= 10
+        assert all(label.isdecimal() and int(label) < number for label in labels)
+    assert len(axes.texts) == (layers * heads if layers * heads <= 64 else 0)
+
+
+def test_a_second_figure_leaves_out_where_losses_fall():
+    chart = Chart(lines=[Line(name="a", traces=(trace(range(100, 0, -1)),), colour=BLUE)], name="Loss")
+    (later,) = settled(chart)
+    assert later.name == "Loss from step 11 on"
+    assert later.lines[0].traces[0].steps[0] == 11
+    assert {what: len(figures) for what, figures in losses_against([chart, later]).items()} == {
+        "steps": 2,
+        "tokens": 2,
+        "time": 2,
+    }
+    assert settled(Chart(lines=[Line(name="a", traces=(trace([1, 2]),), colour=BLUE)], name="Loss")) == []

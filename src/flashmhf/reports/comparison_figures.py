@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from flashmhf.comparison.results import ComparisonResult, Curve, GateUsage, RunResult, Spread, VariantResult
 from flashmhf.reports.heads import draw_map
 from flashmhf.reports.lines import Line, Trace
-from flashmhf.reports.quantities import Captioned, Chart, losses_against
+from flashmhf.reports.quantities import Captioned, Chart, losses_against, settled
 from flashmhf.reports.style import (
     COLOURS,
     FIGURE_INCHES,
@@ -35,13 +35,11 @@ def loss_curves(result: ComparisonResult) -> dict[str, list[Captioned]]:
     """Training and validation loss by step, tokens and time: a line per variant, with a band over its seeds."""
     levels = {"unigram entropy": result.unigram_entropy_nats}
     band = "mean over seeds, with a band from the lowest to the highest"
-    training, validation = _lines(result, "curve"), _lines(result, "validation_curve")
-    return losses_against(
-        [
-            Chart(lines=training, name="Training loss", note=f", smoothed: {band}", levels=levels),
-            Chart(lines=validation, name="Validation loss", note=f": {band}", levels=levels),
-        ]
+    training = Chart(lines=_lines(result, "curve"), name="Training loss", note=f", smoothed: {band}", levels=levels)
+    validation = Chart(
+        lines=_lines(result, "validation_curve"), name="Validation loss", note=f": {band}", levels=levels
     )
+    return losses_against([training, *settled(training), validation])
 
 
 def _lines(result: ComparisonResult, loss: Loss) -> list[Line]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MultipleLocator
 
 from flashmhf.evaluation.inspection import FIGURES, HeadReport
 from flashmhf.files import atomic_write
@@ -20,6 +20,7 @@ COLUMNS = 5  # of maps
 MAP_INCHES = (3.0, 1.2, 0.28)  # width, height without layers, height per layer
 SHARES = ("gate_entropy", "load_entropy", "dead_rows", "k_rank", "u_rank", "v_rank")  # from 0 to 1
 STEPS = (1, 2, 5, 10)  # of the upper limits of other figures, times a power of ten
+MAX_TICKS = 9  # of heads or layers
 MAX_NUMBERS = 64  # written into the cells of a map
 DARK_SHARE = 0.6  # of the limits, below which colours are dark
 ON_DARK, ON_LIGHT = "#fdfdfd", "#0a0a0a"  # text in cells; not the colours that pages replace
@@ -71,8 +72,9 @@ def draw_map(axis: Axes, values: np.ndarray, title: str, *, limits: tuple[float,
     low, high = limits
     image = axis.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", vmin=low, vmax=high)
     axis.set(title=title, xlabel="head", ylabel="layer")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for ticks, number in ((axis.yaxis, values.shape[0]), (axis.xaxis, values.shape[1])):
+        ticks.set_major_locator(MultipleLocator(-(-number // MAX_TICKS)))
+        ticks.set_major_formatter(PlainFormatter())
     for (layer, head), value in np.ndenumerate(values) if values.size <= MAX_NUMBERS else ():
         if math.isfinite(value):
             text = plain_number(float(f"{value:.2g}")) if value < high / 100 else f"{value:.2f}"

@@ -1,7 +1,7 @@
 """Figures of what runs log: losses against steps, tokens and time, and other quantities by step."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from matplotlib.figure import Figure
 
@@ -10,6 +10,8 @@ from flashmhf.reports.lines import Against, Line, draw_lines, known
 Captioned = tuple[Figure, str]
 AGAINST_NAMES: dict[Against, str] = {"steps": "step", "tokens": "tokens read", "time": "time in training"}
 HEIGHT = 2.4  # in inches
+SETTLED = 0.1  # of a run, after which losses fall slowly
+MIN_POINTS = 30  # of a curve that is also drawn from there on
 MIN_CHANGE = 0.02  # of the largest value; less is a number, not a curve
 
 
@@ -66,6 +68,21 @@ def losses_against(charts: Iterable[Chart], restarts: Sequence[float] = ()) -> d
             )
             found.setdefault(what, []).append((figure, f"{chart.name} by {AGAINST_NAMES[what]}{chart.note}"))
     return found
+
+
+def settled(chart: Chart) -> list[Chart]:
+    """The same without the beginning, where losses fall too far to share a scale; nothing for few points."""
+    steps = max((trace.steps for line in chart.lines for trace in line.traces), key=len, default=())
+    if len(steps) < MIN_POINTS:
+        return []
+    begin = steps[int(SETTLED * len(steps))]
+    lines = []
+    for line in chart.lines:
+        traces = [trace.since(begin) for trace in line.traces]
+        if kept := tuple(trace for trace in traces if trace.values):
+            lines.append(replace(line, traces=kept))
+    name = f"{chart.name} from step {begin:,.0f} on"
+    return [Chart(lines=lines, name=name, note=chart.note, from_origin=False)]
 
 
 def by_step(quantity: Quantity, lines: Sequence[Line]) -> Captioned | None:

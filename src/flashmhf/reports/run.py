@@ -4,9 +4,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from flashmhf.reports.lines import Line, Trace
+from flashmhf.reports.lines import Line
 from flashmhf.reports.logged_run import LoggedRun, RunSummary, read_logged_run, trace
-from flashmhf.reports.quantities import QUANTITIES, Captioned, Chart, by_step, losses_against
+from flashmhf.reports.quantities import QUANTITIES, Captioned, Chart, by_step, losses_against, settled
 from flashmhf.reports.render import write_page
 from flashmhf.reports.run_settings import in_common
 from flashmhf.reports.style import BLUE, COLOURS, INK
@@ -14,9 +14,6 @@ from flashmhf.reports.table import Table
 from flashmhf.training.instability import recorded
 from flashmhf.training.run_files import read_result
 from flashmhf.training.run_log import RunLog
-
-SETTLED = 0.1  # of a run, after which a second figure begins: before, losses fall too far to share a scale
-MIN_POINTS = 30  # for that
 
 
 def write_run_report(folder: Path, file: Path) -> RunSummary:
@@ -43,24 +40,16 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
 
 
 def _losses(run: LoggedRun) -> dict[str, list[Captioned]]:
-    training, validation = (trace(run.log, name) for name in ("loss", "eval_loss"))
-    restarts = [float(start.step) for start in run.log.starts[1:]]
-    note = "; faintly: not smoothed" + ("; dotted: a process started again" if restarts else "")
-    charts = [Chart(lines=_lines(run, training, validation), name="Loss", note=note)]
-    if training is not None and len(training.values) >= MIN_POINTS:
-        begin = training.steps[int(SETTLED * len(training.steps))]
-        lines = _lines(run, training.since(begin), None if validation is None else validation.since(begin))
-        charts.append(Chart(lines=lines, name=f"The same from step {begin:,.0f} on", from_origin=False))
-    return losses_against(charts, restarts)
-
-
-def _lines(run: LoggedRun, training: Trace | None, validation: Trace | None) -> list[Line]:
     lines = []
+    training, validation = (trace(run.log, name) for name in ("loss", "eval_loss"))
     if training is not None:
         lines.append(Line(name="training", traces=(training,), colour=_colour(run)))
-    if validation is not None and validation.values:
+    if validation is not None:
         lines.append(Line(name="validation", traces=(validation,), colour=INK, style="--", smooth=False))
-    return lines
+    restarts = [float(start.step) for start in run.log.starts[1:]]
+    note = "; faintly: not smoothed" + ("; dotted: a process started again" if restarts else "")
+    chart = Chart(lines=lines, name="Loss", note=note)
+    return losses_against([chart, *settled(chart)], restarts)
 
 
 def _others(run: LoggedRun) -> list[Captioned]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from flashmhf.errors import InputError
 from flashmhf.reports.lines import Line
 from flashmhf.reports.logged_run import LoggedRun, RunSummary, read_logged_run, trace
-from flashmhf.reports.quantities import QUANTITIES, Captioned, Chart, by_step, losses_against
+from flashmhf.reports.quantities import QUANTITIES, Captioned, Chart, by_step, losses_against, settled
 from flashmhf.reports.render import write_page
 from flashmhf.reports.run_settings import differences, in_common, without_seeds
 from flashmhf.reports.style import COLOURS, LINE_STYLES, PALETTE
@@ -106,12 +106,9 @@ def _lines(found: Sequence[Group], name: str, factor: float = 1.0, *, smooth: bo
 
 
 def _losses(found: Sequence[Group]) -> dict[str, list[Captioned]]:
-    return losses_against(
-        [
-            Chart(lines=_lines(found, "loss", smooth=True), name="Training loss", note=", smoothed"),
-            Chart(lines=_lines(found, "eval_loss", smooth=False), name="Validation loss"),
-        ]
-    )
+    training = Chart(lines=_lines(found, "loss", smooth=True), name="Training loss", note=", smoothed")
+    validation = Chart(lines=_lines(found, "eval_loss", smooth=False), name="Validation loss")
+    return losses_against([training, *settled(training), validation])
 
 
 def _others(found: Sequence[Group]) -> list[Captioned]:
