@@ -27,7 +27,7 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
     write_page(
         file,
         "run.html",
-        title=f"{run.config.model} on {run.config.data.source}",
+        title=f"{_short(run.config.model)} on {_short(run.config.data.source)}",
         summary=[(label(name), shown(value)) for name, value in asdict(run.summary).items()],
         losses=_losses(run),
         others=_others(run),
@@ -37,6 +37,11 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         options=in_common({"": [run.settings]}),
     )
     return run.summary
+
+
+def _short(name: str) -> str:
+    """A preset, an id on the Hub, or the last two parts of a path."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def _losses(run: LoggedRun) -> dict[str, list[Captioned]]:

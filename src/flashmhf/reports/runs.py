@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flashmhf.errors import InputError
 from flashmhf.reports.lines import Line
@@ -87,11 +88,14 @@ def _names(runs: Sequence[LoggedRun]) -> dict[Path, str]:
     return {run.folder: name for run, name in zip(runs, short, strict=True)}
 
 
-def _styles(found: Sequence[Group]) -> list[tuple[str, str]]:
-    """A colour and a line style for each group: its layer's colour if every group has another layer."""
+def _styles(found: Sequence[Group]) -> list[tuple[str, Any]]:
+    """A colour and a line style for each group: the layer's colour, or different ones if there is but one layer."""
     layers = [group.runs[0].ffn_type or "" for group in found]
-    if len(set(layers)) == len(layers) and all(layer in COLOURS for layer in layers):
-        return [(COLOURS[layer], "-") for layer in layers]
+    if len(set(layers)) > 1 and all(layer in COLOURS for layer in layers):
+        places = [layers[:at].count(layer) for at, layer in enumerate(layers)]
+        return [
+            (COLOURS[layer], LINE_STYLES[place % len(LINE_STYLES)]) for layer, place in zip(layers, places, strict=True)
+        ]
     number = len(PALETTE)
     return [(PALETTE[at % number], LINE_STYLES[at // number % len(LINE_STYLES)]) for at in range(len(found))]
 
