@@ -36,10 +36,11 @@ def info(
 
         report: dict[str, Any] = {"model": model}
         if model is None:
-            from flashmhf.models import preset_names
+            from flashmhf.estimates.presets import preset_sizes, presets_table
 
-            report["presets"] = preset_names()
-            lines = ["presets: " + ", ".join(report["presets"])]
+            sizes = preset_sizes()
+            report["presets"] = {name: asdict(size) for name, size in sizes.items()}
+            lines = [presets_table(sizes).aligned(), ""]
         else:
             from flashmhf.estimates.cost import model_cost, operator_cost
             from flashmhf.models import FlashMHFConfig
