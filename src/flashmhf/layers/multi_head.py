@@ -82,7 +82,8 @@ class FlashMHF(nn.Module):
         recompute_q: save only x and the output for the backward, and project x again there. Without effect under the
             transforms of torch.func and in forward mode, which activation checkpointing does not support.
         backend: of the operator, see `flash_mhf`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
     and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
