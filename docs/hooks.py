@@ -1,5 +1,7 @@
 """Hooks of the site (mkdocs.yml): pages made from files outside docs/ and from the command line's own help."""
 
+import html
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from mkdocs.structure.files import File, Files
 
 from flashmhf.cli import app
 
+logger = logging.getLogger("mkdocs.hooks")  # its warnings fail `mkdocs build --strict`
 ROOT = Path(__file__).parents[1]
 SOURCE_URL = "/blob/main/"
 ROOT_PAGES = ("DESIGN.md", "CHANGELOG.md")
@@ -33,7 +36,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def target(match: re.Match[str]) -> str:
         start, path, anchor = match[1], match[2], match[3] or ""
         file = (folder.parent / path).resolve()
-        assert file.exists(), f"{uri}: the link {path} leads nowhere"
+        if not file.exists():
+            logger.warning("%s: the link %s leads nowhere", uri, path)
         inside = file.relative_to(ROOT).as_posix()
         site = "examples.md" if inside == EXAMPLES else inside.removeprefix("docs/")
         if (inside.startswith("docs/") or inside in (*ROOT_PAGES, EXAMPLES)) and file.is_file():
@@ -69,13 +73,11 @@ def command_reference() -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         parts.append(f"## flashmhf {name}\n\n{command.help}\n\n```text\nflashmhf {name} {usage}\n```\n")
         records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        parts.append("| | |\n|---|---|\n" + "".join(f"| {_code(a)} | {_cell(b)} |\n" for a, b in records))
+        rows = [f"| <code>{_cell(option)}</code> | {_cell(text)} |\n" for option, text in records]
+        parts.append("| option | |\n|---|---|\n" + "".join(rows))
     return "\n".join(parts)
 
 
-def _code(text: str) -> str:
-    return "`" + text.replace("|", "\\|") + "`"
-
-
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Plain text, in a table of Markdown."""
+    return re.sub(r"[|*_`\\\[\]]", lambda match: f"&#{ord(match[0])};", html.escape(" ".join(text.split())))

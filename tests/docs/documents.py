@@ -7,7 +7,7 @@ written to the file of that name. `<!-- skip: next "reason" -->` before a block 
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -17,6 +17,7 @@ from comparison_results import result
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from flashmhf.cli import app
@@ -30,6 +31,7 @@ SHELLS = ("bash", "console", "sh")
 TITLED = re.compile(r'^```(?!python)\w+ title="([^"]+)"\n(.*?)^```', re.M | re.S)
 INDENTED = re.compile(r"(?:^(?: {4}).*\n)+", re.M)
 PROMPT = re.compile(r"^(?:\$ )?(?:.*\s-m |\S+/bin/)?flashmhf (?=[a-z-])")
+NUMBER = "N"  # in a document, any number
 TRAINS = ("train", "compare", "sweep")  # these take the flags of TrainingArguments, too
 LONG = ("compare", "sweep", "bench")
 SIZES = {  # appended to a command that is run; of an option given twice the last counts
@@ -58,7 +60,20 @@ def commands(text: str) -> list[Command]:
     """Those of `flashmhf` in the text of a block, with or without a prompt."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     found = [(line, match) for line in lines if (match := PROMPT.match(line))]
-    return [Command(tuple(shlex.split(line[match.end() :].split(" | ")[0], comments=True))) for line, match in found]
+    split = [shlex.split(line[match.end() :].split(" | ")[0], comments=True) for line, match in found]
+    return [Command(tuple("8" if word == NUMBER else word for word in words)) for words in split]
+
+
+def unknown_flags(command: Command) -> list[str]:
+    """Flags that neither the command nor, where it takes them, transformers.TrainingArguments has."""
+    group: Any = typer.main.get_command(app)
+    root = group.make_context("flashmhf", list(command.words))
+    name, found, rest = group.resolve_command(root, list(command.words))
+    known = {flag for parameter in found.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    known |= {"--help", "-h"}
+    if name in TRAINS:
+        known |= {f"--{field.name.replace('_', '-')}" for field in fields(TrainingArguments)}
+    return [word for word in rest if word.startswith("--") and word not in known]
 
 
 def parse(command: Command) -> None:
