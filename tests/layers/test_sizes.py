@@ -44,7 +44,9 @@ def test_given_sizes_stay():
     assert (layer.num_subnetworks, layer.subnetwork_size) == (2, 100)
 
 
-@pytest.mark.parametrize(("hidden_size", "heads"), [(768, 6), (960, 8), (576, 6), (64, 1), (100, 1), (97, 1), (131, 131)])
+@pytest.mark.parametrize(
+    ("hidden_size", "heads"), [(768, 6), (960, 8), (576, 6), (64, 1), (100, 1), (97, 1), (131, 131)]
+)
 def test_heads_have_at_most_128_elements(hidden_size, heads):
     assert default_num_heads(hidden_size) == heads
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-MAX_HEAD_DIM = 128  # the best in arXiv 2512.06989 and here (docs/parametrisation.md), and what the kernels are tuned for
+MAX_HEAD_DIM = (
+    128  # the best in arXiv 2512.06989 and here (docs/parametrisation.md), and what the kernels are tuned for
+)
 WIDTHS = (2, 4)  # of a sub-network, in head dims, around the paper's choice:
 PAPER_WIDTH = 8 / 3
 STEPS = (64, 16, 8)  # multiples that a sub-network's width is chosen from: the kernels' tiles, then finer
