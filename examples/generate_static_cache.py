@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--model", help="A trained model's folder. Default: a small one with random weights.")
     parser.add_argument("--prompt", default="def main(")
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--compile-backend", default="inductor", help="Of torch.compile: inductor, eager, ...")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -42,7 +43,7 @@ def main() -> None:
     expected, elapsed = timed(model, tokens, common)
     print(f"dynamic cache: {options.max_new_tokens / elapsed:.0f} tokens/s")
 
-    model.forward = torch.compile(model.forward, fullgraph=True)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=options.compile_backend)
     static = {**common, "cache_implementation": "static", "disable_compile": True}  # compiled here, not by generate
     _, elapsed = timed(model, tokens, static)
     print(f"compilation and first generation: {elapsed:.1f} s")

@@ -26,7 +26,9 @@ def main() -> None:
     print(f"{before:,} parameters before, {model.num_parameters():,} after")
     print(model.model.layers[0].mlp)
 
-    tokens = torch.frombuffer(bytearray(b"the quick brown fox jumps over the lazy dog. " * 20), dtype=torch.uint8).long()
+    tokens = torch.frombuffer(
+        bytearray(b"the quick brown fox jumps over the lazy dog. " * 20), dtype=torch.uint8
+    ).long()
     blocks = tokens[:896].view(14, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(1, options.steps + 1):

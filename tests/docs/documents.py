@@ -13,13 +13,13 @@ from typing import Any
 from unittest import SkipTest
 
 import typer
-from comparison_results import result
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
+from comparison_results import result
 from flashmhf.cli import app
 from flashmhf.cli.comparison_options import check_flags
 from flashmhf.comparison.results import RESULTS_FILE, write_comparison
@@ -83,7 +83,9 @@ def parse(command: Command) -> None:
     name, found, rest = group.resolve_command(root, list(command.words))
     context = found.make_context(name, rest, parent=root)
     if name == "train":
-        parse_arguments(list(context.args), context.params["output_dir"], optimizer=context.params["optimizer"] or "muon")
+        parse_arguments(
+            list(context.args), context.params["output_dir"], optimizer=context.params["optimizer"] or "muon"
+        )
     elif name in TRAINS:
         check_flags(tuple(context.args), context.params["output_dir"])
 

@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = {
     "api/operator.html": ("flashmhf.flash_mhf", "flashmhf.backends", "flashmhf.Problem.of"),
     "api/layers.html": ("flashmhf.FlashMHF.like_swiglu", "flashmhf.layers.SwiGLU"),
-    "api/models.html": ("flashmhf.models.FlashMHFConfig", "flashmhf.models.FlashMHFForCausalLM", "flashmhf.replace_ffn"),
+    "api/models.html": (
+        "flashmhf.models.FlashMHFConfig",
+        "flashmhf.models.FlashMHFForCausalLM",
+        "flashmhf.replace_ffn",
+    ),
 }
 
 
