@@ -7,26 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 from packaging.requirements import Requirement
-from sites import EXTRAS, PROJECT, make_site, requirements, run
+from sites import EXTRAS, LAYER, PROJECT, make_site, requirements, run
 
 from flashmhf import extras
-
-# Everything that a layer needs, and what `backends` says of the rest.
-LAYER = """
-import copy, flashmhf, torch
-layer = flashmhf.FlashMHF(64, num_heads=4, num_subnetworks=2, subnetwork_size=32)
-x = torch.randn(2, 5, 64, requires_grad=True)
-y = layer(x)
-y.square().sum().backward()
-assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
-other = flashmhf.FlashMHF(64, num_heads=4, num_subnetworks=2, subnetwork_size=32)
-other.load_state_dict(layer.state_dict())
-assert torch.equal(other(x), y) and torch.equal(copy.deepcopy(layer)(x), y)
-q, (k, u, v) = torch.randn(5, 4, 16), torch.randn(3, 4, 2, 32, 16)
-assert flashmhf.flash_mhf(q, k, u, v).shape == q.shape
-for name, reason in flashmhf.backends().items():
-    print(name, reason)
-"""
 
 # Imports each module of the package: prints {module: None or what its import raised}.
 IMPORT_ALL = """
