@@ -20,16 +20,26 @@ def name_of(file):
     return str(file.relative_to(ROOT))
 
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
 @pytest.fixture
 def folder(tmp_path, corpus_folder, monkeypatch):
-    """What the documents take for granted: text, and the variables that torchrun sets for one process."""
+    """With the text that the documents take for granted."""
     monkeypatch.chdir(tmp_path)
     for name in ("my_texts", "books"):
         (tmp_path / name).symlink_to(corpus_folder)
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    yield tmp_path
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def one_process_of_torchrun(request, monkeypatch):
+    """Its variables, for a document that makes a mesh."""
+    file = request.node.callspec.params.get("file") if hasattr(request.node, "callspec") else None
+    if file is not None and "init_device_mesh" in file.read_text():
+        for name, value in TORCHRUN.items():
+            monkeypatch.setenv(name, value)
+    yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -53,6 +53,16 @@ def test_links_work_on_the_site_as_on_github(site):
     assert "/blob/main/tests/gluon/README.md" in (site / "kernels.html").read_text()
 
 
+def test_links_of_the_readme_lead_to_files():
+    """They are absolute, since the README is shown on package indexes, too."""
+    readme = (ROOT / "README.md").read_text()
+    targets = re.findall(r"https://(?:github\.com|raw\.githubusercontent\.com)/flashmhf/flashmhf/([^)#\s]+)", readme)
+    targets = [target.removeprefix("blob/").removeprefix("tree/").removeprefix("main/") for target in targets]
+    targets += re.findall(r"\]\((?!http)([^)#]+)", readme)
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).exists()]
+
+
 def test_pages_load_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)', page.read_text())
