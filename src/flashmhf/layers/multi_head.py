@@ -84,7 +84,8 @@ class FlashMHF(nn.Module):
         recompute_q: save only x and the output for the backward, and project x again there. Without effect under the
             transforms of torch.func and in forward mode, which activation checkpointing does not support.
         backend: of the operator, see `flash_mhf`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
     and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
@@ -182,11 +183,17 @@ class FlashMHF(nn.Module):
         """A layer with the parameters of a SwiGLU, as docs/parametrisation.md recommends it.
 
         Args:
-            hidden_size, intermediate_size: of the SwiGLU.
+            hidden_size: of the SwiGLU.
+            intermediate_size: d_ff of the SwiGLU.
             num_heads: Default: heads of 128, or of the largest divisor of hidden_size below it.
-            num_subnetworks, subnetwork_size: what is not given is chosen so that the parameters come closest to those
-                of the SwiGLU, with sub-networks of 2 to 4 head dims and multiples of 64 where that is within 2 %.
-            q_norm, init, options: arguments of FlashMHF.
+            num_subnetworks: Default: what brings the parameters closest to those of the SwiGLU.
+            subnetwork_size: the same; by default 2 to 4 head dims, and a multiple of 64 where that is within 2 %.
+            q_norm: an argument of FlashMHF.
+            init: an argument of FlashMHF.
+            options: further arguments of FlashMHF.
+
+        Returns:
+            A new layer.
 
         Raises:
             ValueError: an invalid argument, or a SwiGLU with no more parameters than in_proj and out_proj alone.
