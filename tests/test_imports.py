@@ -13,12 +13,13 @@ import flashmhf
 ROOT = Path(flashmhf.__file__).parent
 # What each folder or loose module may import of the package, besides itself. From the bottom to the top.
 ALLOWED: dict[str, set[str]] = {
+    "extras": set(),
     "printable": set(),
     "errors": set(),
     "lifeline": set(),
     "system_errors": set(),
     "files": {"errors"},
-    "ops": set(),
+    "ops": {"extras"},
     "layers": {"ops"},
     "untrusted": {"errors", "files"},
     "new_folder": {"errors", "files", "system_errors"},
@@ -46,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
             "comparison",
             "sweeping",
             "errors",
+            "extras",
             "files",
             "lifeline",
             "new_folder",
@@ -53,9 +55,10 @@ ALLOWED: dict[str, set[str]] = {
             "system_errors",
         ),
     },
+    "integrations": {"ops", "layers", "models", "errors", "new_folder"},
     "auto_classes": set(),
-    "__init__": {"ops", "layers", "models", "auto_classes"},
-    "__main__": {"cli"},
+    "__init__": {"ops", "layers", "models", "auto_classes", "extras"},
+    "__main__": {"cli", "extras"},
 }
 
 

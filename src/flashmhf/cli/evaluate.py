@@ -55,9 +55,11 @@ def evaluate(
 ) -> None:
     """Loss in nats/token, perplexity and bits/byte, over windows within each document."""
     with results_only():
+        from flashmhf import extras
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
 
+        extras.check("flashmhf eval --tasks" if tasks else "flashmhf eval", "lm-eval" if tasks else "datasets")
         if output is not None:
             check_file(output)
         loaded = load_model(model).to(pick_device(device))

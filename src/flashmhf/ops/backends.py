@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from flashmhf.extras import missing
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.onednn import library as onednn_library
 from flashmhf.ops.problem import Problem
@@ -23,7 +24,8 @@ TRITON_MAX_HEAD_DIM = 256
 HOPPER_CAPABILITY = (9, 0)
 HOPPER_MIN_TRITON = (3, 6)
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-TRITON_KERNELS = "flashmhf.ops.triton.common"
+TRITON_KERNELS = f"{__package__}.triton.common"
+ONEDNN_BACKEND = f"{__package__}.onednn.backend"  # a Kernel Hub build leaves it out
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Backend:
 
 def interprets_triton() -> bool:
     """Whether Triton's kernels run in its interpreter, also on CPU tensors: see TRITON_INTERPRET. Imports triton."""
-    return find_spec("triton") is not None and importlib.import_module(TRITON_KERNELS).INTERPRETED
+    return missing("triton") is None and importlib.import_module(TRITON_KERNELS).INTERPRETED
 
 
 def _triton_unsupported_reason(problem: Problem | None) -> str | None:
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
+    if reason := missing("triton"):
+        return reason
     reason = _interpreter_unsupported_reason(problem) if interprets_triton() else _gpu_unsupported_reason(problem)
     if reason is not None or problem is None:
         return reason
@@ -145,8 +147,10 @@ def _triton_warning(problem: Problem) -> str | None:
 def _onednn_unsupported_reason(problem: Problem | None) -> str | None:
     if problem is not None and problem.device.type != "cpu":
         return f"needs tensors on a CPU, got {problem.device.type}"
-    if find_spec("numba") is None:
-        return "the package numba is not installed (pip install 'flashmhf[cpu]')"
+    if find_spec(ONEDNN_BACKEND) is None:
+        return "is not part of this build, which may import only torch and triton"
+    if reason := missing("numba"):
+        return reason
     if problem is not None and problem.dtype not in ONEDNN_DTYPES:
         return f"supports float32 and bfloat16, got {problem.dtype}"
     if problem is not None and problem.dtype == torch.bfloat16 and problem.D % 2 != 0:
@@ -172,25 +176,25 @@ def _runs_everywhere(problem: Problem | None) -> None:
 BACKENDS = (
     Backend(
         "hopper",
-        "flashmhf.ops.hopper.backend",
+        f"{__package__}.hopper.backend",
         _hopper_unsupported_reason,
         _hopper_auto_skip_reason,
         _hopper_warning,
     ),
     Backend(
         "triton",
-        "flashmhf.ops.triton.backend",
+        f"{__package__}.triton.backend",
         _triton_unsupported_reason,
         _triton_auto_skip_reason,
         _triton_warning,
     ),
     Backend(
         "onednn",
-        "flashmhf.ops.onednn.backend",
+        ONEDNN_BACKEND,
         _onednn_unsupported_reason,
     ),
-    Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
-    Backend("reference", "flashmhf.ops.reference", _runs_everywhere),
+    Backend("blockwise", f"{__package__}.blockwise", _runs_everywhere),
+    Backend("reference", f"{__package__}.reference", _runs_everywhere),
 )
 
 

@@ -1,0 +1,83 @@
+"""Hooks of the site (mkdocs.yml): pages made from files outside docs/ and from the command line's own help."""
+
+import html
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.structure.files import File, Files
+
+from flashmhf.cli import app
+
+logger = logging.getLogger("mkdocs.hooks")  # its warnings fail `mkdocs build --strict`
+ROOT = Path(__file__).parents[1]
+SOURCE_URL = "/blob/main/"
+ROOT_PAGES = ("DESIGN.md", "CHANGELOG.md")
+EXAMPLES = "examples/README.md"
+LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=[)\s])")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for name in ROOT_PAGES:
+        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
+    files.append(File.generated(config, "examples.md", content=(ROOT / EXAMPLES).read_text()))
+    files.append(File.generated(config, "commands.md", content=command_reference()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links work on GitHub, from where the file is; here they lead to a page, or to the file in the repository."""
+    uri = page.file.src_uri
+    folder = ROOT / EXAMPLES if uri == "examples.md" else ROOT / uri if uri in ROOT_PAGES else ROOT / "docs" / uri
+    repository = config["repo_url"].rstrip("/") + SOURCE_URL
+
+    def target(match: re.Match[str]) -> str:
+        start, path, anchor = match[1], match[2], match[3] or ""
+        file = (folder.parent / path).resolve()
+        if not file.exists():
+            logger.warning("%s: the link %s leads nowhere", uri, path)
+        inside = file.relative_to(ROOT).as_posix()
+        site = "examples.md" if inside == EXAMPLES else inside.removeprefix("docs/")
+        if (inside.startswith("docs/") or inside in (*ROOT_PAGES, EXAMPLES)) and file.is_file():
+            depth = uri.count("/")
+            return f"{start}{'../' * depth}{site}{anchor}"
+        return f"{start}{repository}{inside}{anchor}"
+
+    return LINK.sub(target, blank_line_before_lists(markdown))
+
+
+def blank_line_before_lists(markdown: str) -> str:
+    """GitHub starts a list right after a paragraph, Python-Markdown only after an empty line."""
+    lines: list[str] = []
+    fenced = False
+    for line in markdown.splitlines():
+        fenced ^= line.startswith("```")
+        before = lines[-1] if lines else ""
+        if line.startswith("- ") and not fenced and before and not before.startswith(("- ", " ")):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def command_reference() -> str:
+    """All commands with their arguments and options, as `flashmhf COMMAND --help` lists them."""
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("flashmhf", [], resilient_parsing=True)
+    parts = ["# Commands\n", f"{group.help}\n", "`flashmhf COMMAND --help` prints the same.\n"]
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if command.hidden:
+            continue
+        usage = " ".join(command.collect_usage_pieces(context))
+        parts.append(f"## flashmhf {name}\n\n{command.help}\n\n```text\nflashmhf {name} {usage}\n```\n")
+        records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
+        rows = [f"| <code>{_cell(option)}</code> | {_cell(text)} |\n" for option, text in records]
+        parts.append("| option | |\n|---|---|\n" + "".join(rows))
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """Plain text, in a table of Markdown."""
+    return re.sub(r"[|*_`\\\[\]]", lambda match: f"&#{ord(match[0])};", html.escape(" ".join(text.split())))
