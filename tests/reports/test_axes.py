@@ -48,7 +48,7 @@ def test_linear_axes_have_neither_powers_nor_offsets_and_equal_decimals(low, spa
     _, axes = new_axes("x", "y")
     axes.plot([low, low + span], [low, low + span])
     for axis in (axes.xaxis, axes.yaxis):
-        labels = tick_labels(axis)
+        labels = [label for label in tick_labels(axis) if label != "0"]
         assert len(labels) >= 2
         assert not any(letter in label for label in labels for letter in "e$")
         assert axis.get_offset_text().get_text() == ""

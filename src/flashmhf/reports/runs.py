@@ -36,13 +36,13 @@ def write_runs_report(folders: Sequence[Path], file: Path) -> list[RunSummary]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError(f"DIR: expected each run once, got {', '.join(map(str, folders))}")
     runs = [read_logged_run(folder) for folder in folders]
-    found = groups(runs)
+    found, names = groups(runs), _names(runs)
     columns = {group.name: [run.settings for run in group.runs] for group in found}
     write_page(
         file,
         "runs.html",
         title=f"{len(runs)} training runs",
-        summary=_summary_table(runs),
+        summary=summary_table([names[run.folder] for run in runs], [run.summary for run in runs]),
         seeds=any(len(group.runs) > 1 for group in found),
         losses=_losses(found),
         others=_others(found),
@@ -120,10 +120,9 @@ def _others(found: Sequence[Group]) -> list[Captioned]:
     return [figure for figure in drawn if figure is not None]
 
 
-def _summary_table(runs: Sequence[LoggedRun]) -> Table:
-    names = _names(runs)
-    rows = [[names[run.folder], *_numbers(run.summary)] for run in runs]
-    return Table(COLUMNS, rows)
+def summary_table(names: Sequence[str], summaries: Sequence[RunSummary]) -> Table:
+    """One row per run."""
+    return Table(COLUMNS, [[name, *_numbers(summary)] for name, summary in zip(names, summaries, strict=True)])
 
 
 def _numbers(summary: RunSummary) -> list[str]:

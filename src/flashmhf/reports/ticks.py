@@ -32,7 +32,8 @@ def plain_number(value: float, decimals: int | None = None, size: tuple[float, s
     """
     unit, suffix = _size(value) if size is None else size
     rounded = float(f"{value / unit:.{DIGITS}g}") + 0.0  # no negative zero
-    return f"{rounded:,.{_decimals(rounded) if decimals is None else decimals}f}{suffix}"
+    shown = f"{rounded:,.{_decimals(rounded) if decimals is None else decimals}f}"
+    return f"{shown}{suffix}" if rounded or not suffix else "0"
 
 
 def _size(value: float) -> tuple[float, str]:
