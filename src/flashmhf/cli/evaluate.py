@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashmhf.cli.early_checks import check_data, check_tokenizer
 from flashmhf.cli.output import (
     BadData,
     Data,
@@ -17,6 +18,7 @@ from flashmhf.cli.output import (
     results_only,
 )
 from flashmhf.data.config import DataConfig
+from flashmhf.names import check_model_folder
 
 if TYPE_CHECKING:
     from flashmhf.evaluation import Evaluation
@@ -54,6 +56,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Loss in nats/token, perplexity and bits/byte, over windows within each document."""
+    check_model_folder(model)
+    check_data(data)
+    check_tokenizer(tokenizer)
     with results_only():
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model

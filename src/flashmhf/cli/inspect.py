@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flashmhf.cli.early_checks import check_data, check_tokenizer
 from flashmhf.cli.output import (
     BadData,
     Data,
@@ -18,6 +19,7 @@ from flashmhf.cli.output import (
     results_only,
 )
 from flashmhf.data.config import DataConfig
+from flashmhf.names import check_model_folder
 
 
 def inspect(
@@ -32,6 +34,9 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Gates, activations, dead rows and rank of the weights, for every head of every FlashMHF layer."""
+    check_model_folder(model)
+    check_data(data)
+    check_tokenizer(tokenizer)
     with results_only():
         from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
