@@ -14,9 +14,10 @@ from flashmhf.reports.render import write_page
 from flashmhf.reports.style import BLUE, GREY, VERMILION, new_axes
 from flashmhf.reports.table import Table
 from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
+from flashmhf.training.config import RUN_FILE
 from flashmhf.training.instability import recorded
 from flashmhf.training.non_finite_steps import count_skipped, count_spikes
-from flashmhf.training.run_files import RUN_FILE, read_result, read_run
+from flashmhf.training.run_files import read_result, read_run
 from flashmhf.training.run_log import RunLog, read_log
 
 TRAINING, VALIDATION = BLUE, VERMILION
