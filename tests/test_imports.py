@@ -13,13 +13,14 @@ import flashmhf
 ROOT = Path(flashmhf.__file__).parent
 # What each folder or loose module may import of the package, besides itself. From the bottom to the top.
 ALLOWED: dict[str, set[str]] = {
+    "extras": set(),
     "printable": set(),
     "errors": set(),
     "lifeline": set(),
     "system_errors": set(),
     "names": {"errors"},
     "files": {"errors"},
-    "ops": set(),
+    "ops": {"extras"},
     "layers": {"ops"},
     "untrusted": {"errors", "files"},
     "new_folder": {"errors", "files", "system_errors"},
@@ -47,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
             "comparison",
             "sweeping",
             "errors",
+            "extras",
             "files",
             "lifeline",
             "names",
@@ -56,8 +58,8 @@ ALLOWED: dict[str, set[str]] = {
         ),
     },
     "auto_classes": set(),
-    "__init__": {"ops", "layers", "models", "auto_classes"},
-    "__main__": {"cli"},
+    "__init__": {"ops", "layers", "models", "auto_classes", "extras"},
+    "__main__": {"cli", "extras"},
 }
 
 

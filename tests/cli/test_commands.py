@@ -61,8 +61,12 @@ def test_info_on_this_machine(command):
     outcome = command("info", "--json")
     assert outcome.code == 0
     assert outcome.json["backends"]["blockwise"] is None
-    assert "flashmhf-370m" in outcome.json["presets"]
-    assert "blockwise: runs here" in command("info").out
+    preset = outcome.json["presets"]["flashmhf-370m"]
+    assert (preset["parameters"], preset["num_heads"], preset["num_subnetworks"]) == (409029632, 8, 7)
+    lines = command("info").out.splitlines()
+    assert max(map(len, lines[:20])) <= 80
+    assert next(line for line in lines if line.startswith("flashmhf-370m")).split()[1:4] == ["409.0", "M", "1,024"]
+    assert "  blockwise: runs here" in lines
 
 
 def test_info_on_a_preset_and_a_folder(command, trained):

@@ -60,9 +60,11 @@ def evaluate(
     read = None if tasks else data_of(model, context.params)
     check_tokenizer(tokenizer)
     with results_only():
+        from flashmhf import extras
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
 
+        extras.check("flashmhf eval --tasks" if tasks else "flashmhf eval", "lm-eval" if tasks else "datasets")
         if output is not None:
             check_file(output)
         loaded = load_model(model).to(pick_device(device))

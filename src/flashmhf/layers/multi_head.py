@@ -4,6 +4,7 @@ All map (..., hidden_size) to (..., hidden_size).
 """
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from flashmhf.layers.initialisation import (
     init_projections,
 )
 from flashmhf.layers.plain import is_plain
+from flashmhf.layers.sizes import default_num_heads, sizes_like_swiglu
 from flashmhf.ops.autograd import is_transformed
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
@@ -163,6 +165,50 @@ class FlashMHF(nn.Module):
         self.gate_weight = None if gate_type is None else nn.Parameter(torch.empty(gate_shape, **factory))
         self.q_norm = HeadRMSNorm(num_heads, self.head_dim, norm_eps, **factory) if q_norm else None
         self.reset_parameters()
+
+    @classmethod
+    def like_swiglu(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        num_heads: int | None = None,
+        num_subnetworks: int | None = None,
+        subnetwork_size: int | None = None,
+        q_norm: bool = True,
+        init: str = "scaled",
+        **options: Any,
+    ) -> "FlashMHF":
+        """A layer with the parameters of a SwiGLU, as docs/parametrisation.md recommends it.
+
+        Args:
+            hidden_size, intermediate_size: of the SwiGLU.
+            num_heads: Default: heads of 128, or of the largest divisor of hidden_size below it.
+            num_subnetworks, subnetwork_size: what is not given is chosen so that the parameters come closest to those
+                of the SwiGLU, with sub-networks of 2 to 4 head dims and multiples of 64 where that is within 2 %.
+            q_norm, init, options: arguments of FlashMHF.
+
+        Raises:
+            ValueError: an invalid argument, or a SwiGLU with no more parameters than in_proj and out_proj alone.
+        """
+        check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        given = {"num_heads": num_heads, "num_subnetworks": num_subnetworks, "subnetwork_size": subnetwork_size}
+        check_positive(**{name: size for name, size in given.items() if size is not None})
+        heads = default_num_heads(hidden_size) if num_heads is None else num_heads
+        check_multiple("hidden_size", hidden_size, "num_heads", heads)
+        kv_heads = options.get("num_kv_heads")
+        if kv_heads is not None:
+            check_positive(num_kv_heads=kv_heads)
+        sizes = sizes_like_swiglu(
+            hidden_size,
+            intermediate_size,
+            num_heads=heads,
+            num_subnetworks=num_subnetworks,
+            subnetwork_size=subnetwork_size,
+            kv_share=1.0 if kv_heads is None else kv_heads / heads,
+            projections=options.get("projections", True),
+        )
+        return cls(hidden_size, **asdict(sizes), q_norm=q_norm, init=init, **options)
 
     def reset_parameters(self) -> None:
         """Initialises every parameter, according to `init`."""
