@@ -21,6 +21,7 @@ from flashmhf.cli.comparison_options import (
     split,
     whole_numbers,
 )
+from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     BadData,
     ContextLength,
@@ -97,6 +98,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Train variants on the same data; verdict, table, curves, samples. Takes the flags of `flashmhf train`, too."""
+    check_training(context.params, context.args, split(model))
     with results_only():
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.reports.comparison import write_files

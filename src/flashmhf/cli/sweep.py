@@ -23,6 +23,7 @@ from flashmhf.cli.comparison_options import (
     split,
     whole_numbers,
 )
+from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     BadData,
     ContextLength,
@@ -100,6 +101,7 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Find learning rate and warm-up for your data, with equal effort per variant. Takes flags of `flashmhf train`."""
+    check_training(context.params, context.args, split(model))
     with results_only():
         from flashmhf.reports.sweep import terminal_text, write_files
         from flashmhf.sweeping import sweep as run_sweep

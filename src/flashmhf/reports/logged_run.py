@@ -11,9 +11,9 @@ from flashmhf.files import read_json
 from flashmhf.reports.lines import Trace
 from flashmhf.reports.run_settings import Settings, ffn_type, run_settings
 from flashmhf.training.checkpoints import TRAINER_STATE, checkpoints
-from flashmhf.training.config import TrainConfig
+from flashmhf.training.config import RUN_FILE, TrainConfig
 from flashmhf.training.non_finite_steps import count_skipped, count_spikes
-from flashmhf.training.run_files import RUN_FILE, read_run
+from flashmhf.training.run_files import read_run
 from flashmhf.training.run_log import RunLog, read_log
 
 TOKENS = "num_input_tokens_seen"
