@@ -3,9 +3,9 @@
 torchrun --nproc-per-node 8 -m torchtitan.train --module torchtitan_model --config flashmhf_debugmodel
 python examples/torchtitan_model.py        # without the trainer: a few steps by hand
 
-The first needs this folder in PYTHONPATH. Written against torchtitan 0.3.0. On a CPU, torchtitan finds the config, and the
-model is built, initialised and trained by hand; the trainer needs a GPU and was not run. Tensor parallelism is refused:
-torchtitan has no sharding for K, U and V.
+The first needs this folder in PYTHONPATH. Written against torchtitan 0.3.0. On a CPU, torchtitan finds the config, and
+the model is built, initialised and trained by hand; the trainer needs a GPU and was not run. Tensor parallelism is
+refused: torchtitan has no sharding for K, U and V.
 """
 
 import argparse
