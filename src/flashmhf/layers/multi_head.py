@@ -87,9 +87,9 @@ class FlashMHF(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
-    and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
-    the former (H_kv, E, F, D) are loaded, too.
+    Its parameters are in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
+    K, U and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts
+    with the former (H_kv, E, F, D) are loaded, too.
 
     Raises:
         ValueError: an invalid argument; the message names it, what was expected and what was given.
