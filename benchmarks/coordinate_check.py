@@ -18,7 +18,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.render import png
 from flashmhf.reports.style import colours_of
 from flashmhf.reports.table import Table
 from measured_picture import main

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.render import png
 
 FILE = Path(__file__).parents[1] / "docs/pipeline.png"
 ACTIVATE, LOAD, ADD = 320, 400, 200  # clocks

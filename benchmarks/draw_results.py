@@ -4,7 +4,8 @@ import csv
 from pathlib import Path
 
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.reports.benchmark_figures import grid, panels, png
+from flashmhf.reports.benchmark_figures import grid, panels
+from flashmhf.reports.render import png
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "benchmarks/results/cpu_layer_growth.csv"

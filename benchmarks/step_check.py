@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.layers.initialisation import REFERENCE_GAIN, init_orthogonal
-from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.render import png
 from flashmhf.reports.style import colours_of
 from flashmhf.reports.table import Table
 from measured_picture import main

@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.reports.benchmark_figures import png
+from flashmhf.reports.render import png
 from flashmhf.reports.table import Table
 
 STEPS, BATCH, CONTEXT, WARMUP = 160, 4, 128, 16

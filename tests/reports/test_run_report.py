@@ -34,7 +34,7 @@ def test_the_page_of_a_run(tmp_path):
     assert (summary.validation_loss, summary.tokens_per_second, summary.elapsed_s) == (2.5, 1000.0, 31.0)
     page = Collector()
     page.feed((tmp_path / "page.html").read_text())
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 4  # the losses by step and time, each also without the first steps
     assert "lost steps" in page.text
 
 

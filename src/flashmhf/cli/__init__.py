@@ -6,11 +6,12 @@ import os
 import select
 import signal
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
+from flashmhf import __version__
 from flashmhf.cli import (
     bench,
     compare,
@@ -25,25 +26,44 @@ from flashmhf.cli import (
     tokenizer,
     train,
 )
+from flashmhf.cli.training_flags import TrainingCommand
 from flashmhf.errors import InputError, Interrupted, RunError
 from flashmhf.lifeline import end_with_parent
 from flashmhf.system_errors import system_error
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        terminal.show(f"flashmhf {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="flashmhf",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pretrain, tune, evaluate, compare, generate, convert and benchmark models with FlashMHF feed-forward layers.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def flashmhf(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Pretrain, tune, evaluate, compare, generate, convert and benchmark models with FlashMHF feed-forward layers."""
+
+
 app.command("info")(info.info)
-app.command("train", context_settings=train.CONTEXT)(train.train)
+app.command("train", cls=TrainingCommand, context_settings=train.CONTEXT)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
-app.command("compare", context_settings=train.CONTEXT)(compare.compare)
-app.command("sweep", context_settings=train.CONTEXT)(sweep.sweep)
+app.command("compare", cls=TrainingCommand, context_settings=train.CONTEXT)(compare.compare)
+app.command("sweep", cls=TrainingCommand, context_settings=train.CONTEXT)(sweep.sweep)
 app.command("convert")(convert.convert)
 app.command("tokenizer")(tokenizer.tokenizer)
 app.command("bench", no_args_is_help=True)(bench.bench)
@@ -64,7 +84,7 @@ def main() -> None:
     except InputError as error:
         _fail(str(error), 2)
     except TyperException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(_usage_error(error), error.exit_code)
     except Interrupted as error:
         _fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
@@ -75,6 +95,12 @@ def main() -> None:
         _fail_by_system(error)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: TyperException) -> str:
+    """Typer's message; of a misspelt option with the nearest one."""
+    meant = getattr(error, "possibilities", None)
+    return f"{error.message}; did you mean {meant[0]}?" if meant else error.format_message()
 
 
 def _fail_by_system(error: Exception) -> NoReturn:

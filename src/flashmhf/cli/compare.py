@@ -21,6 +21,7 @@ from flashmhf.cli.comparison_options import (
     split,
     whole_numbers,
 )
+from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     BadData,
     ContextLength,
@@ -97,6 +98,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Train variants on the same data; verdict, table, curves, samples. Takes the flags of `flashmhf train`, too."""
+    check_training(context.params, context.args, split(model))
     with results_only():
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.reports.comparison import write_files
@@ -110,7 +112,7 @@ def compare(
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, "the same command again continues the comparison") from None
         report, picture = (str(file) for file in write_files(result, Path(output_dir)))
-    text = f"{terminal_text(result)}\n\nreport: {report}\nloss curves: {picture}"
+    text = f"{terminal_text(result)}\n\nloss curves: {picture}\nreport: {report}"
     emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 

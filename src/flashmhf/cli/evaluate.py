@@ -4,19 +4,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashmhf.cli.early_checks import check_tokenizer
 from flashmhf.cli.output import (
-    BadData,
-    Data,
     Device,
     Json,
-    TextColumn,
+    TrainedBadData,
+    TrainedData,
+    TrainedTextColumn,
     check_file,
     emit,
     pick_device,
     progress_bar,
     results_only,
 )
-from flashmhf.data.config import DataConfig
+from flashmhf.cli.trained_data import data_of
+from flashmhf.names import check_model_folder
 
 if TYPE_CHECKING:
     from flashmhf.evaluation import Evaluation
@@ -39,13 +41,13 @@ Output = Annotated[str | None, typer.Option(metavar="FILE", help="Write the JSON
 def evaluate(
     context: typer.Context,
     model: Model,
-    data: Data = DataConfig.source,
+    data: TrainedData = None,
     context_length: ContextLength = None,
     stride: Stride = None,
     split: Split = "validation",
     document_bytes: DocumentBytes = None,
-    text_column: TextColumn = DataConfig.text_column,
-    bad_data: BadData = DataConfig.bad_data,
+    text_column: TrainedTextColumn = None,
+    bad_data: TrainedBadData = None,
     tasks: Tasks = "",
     tasks_path: TasksPath = None,
     tokenizer: Tokenizer = None,
@@ -54,6 +56,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Loss in nats/token, perplexity and bits/byte, over windows within each document."""
+    check_model_folder(model)
+    read = None if tasks else data_of(model, context.params)
+    check_tokenizer(tokenizer)
     with results_only():
         from flashmhf import extras
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
@@ -66,7 +71,7 @@ def evaluate(
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
         measure = _tasks if tasks else _language_modelling
-        result, text = measure(loaded, own_tokenizer, context.params)
+        result, text = measure(loaded, own_tokenizer, {**context.params, "read": read})
     emit({"model": model, **result}, text, json, output)
 
 
@@ -90,8 +95,8 @@ def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
     from flashmhf.data.splits import load_documents, truncate_documents
     from flashmhf.evaluation import evaluate as run_evaluation
 
-    source, split = options["data"], options["split"]
-    documents = load_documents(source, split=split, text_column=options["text_column"], bad_data=options["bad_data"])
+    read, split = options["read"], options["split"]
+    documents = load_documents(read.source, split=split, text_column=read.text_column, bad_data=read.bad_data)
     if options["document_bytes"] is not None:
         documents = truncate_documents(documents, options["document_bytes"])
     with progress_bar("evaluating") as progress:
@@ -103,7 +108,7 @@ def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
             stride=options["stride"],
             progress=progress,
         )
-    return {"data": source, "split": split, **result.as_dict()}, _text(result)
+    return {"data": read.source, "split": split, **result.as_dict()}, _text(result)
 
 
 def _text(result: "Evaluation") -> str:

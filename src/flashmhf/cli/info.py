@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashmhf.cli.output import Json, emit, results_only
+from flashmhf.names import check_model
 
 if TYPE_CHECKING:
     from flashmhf.estimates.cost import ModelCost, OperatorCost
@@ -34,6 +35,8 @@ def info(
     json: Json = False,
 ) -> None:
     """Parameters, FLOPs and saved bytes per token, and backends. Without a model: presets and backends."""
+    if model is not None:
+        check_model(model)
     with results_only():
         from flashmhf.ops.backends import backends, interprets_triton
 

@@ -5,33 +5,38 @@ from typing import Annotated
 
 import typer
 
+from flashmhf.cli.early_checks import check_tokenizer
 from flashmhf.cli.output import (
-    BadData,
-    Data,
     Device,
     Json,
-    TextColumn,
+    TrainedBadData,
+    TrainedData,
+    TrainedTextColumn,
     check_file,
     emit,
     pick_device,
     progress_bar,
     results_only,
 )
-from flashmhf.data.config import DataConfig
+from flashmhf.cli.trained_data import data_of
+from flashmhf.names import check_model_folder
 
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A trained model with its tokenizer.")],
-    data: Data = DataConfig.source,
+    data: TrainedData = None,
     tokens: Annotated[int, typer.Option(help="About how many held-out tokens to pass through the model.")] = 4096,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Also draw every figure, into this PNG.")] = None,
-    text_column: TextColumn = DataConfig.text_column,
-    bad_data: BadData = DataConfig.bad_data,
+    text_column: TrainedTextColumn = None,
+    bad_data: TrainedBadData = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="bytes|DIR|ID", help="Default: the model's own.")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Gates, activations, dead rows and rank of the weights, for every head of every FlashMHF layer."""
+    check_model_folder(model)
+    read = data_of(model, {"data": data, "text_column": text_column, "bad_data": bad_data})
+    check_tokenizer(tokenizer)
     with results_only():
         from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
@@ -47,7 +52,7 @@ def inspect(
         loaded = load_model(model).to(pick_device(device))
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
-        documents = load_corpus(data, text_column=text_column, bad_data=bad_data).validation
+        documents = load_corpus(read.source, text_column=read.text_column, bad_data=read.bad_data).validation
         with progress_bar("inspecting") as progress:
             reports = inspection.inspect(loaded, own_tokenizer, documents, tokens=tokens, progress=progress)
         if output is not None:

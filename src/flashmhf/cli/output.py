@@ -24,6 +24,17 @@ BadData = Annotated[
 ]
 Tokenizer = Annotated[str, typer.Option(metavar="bytes|DIR|ID", help="bytes, a folder, or an id on the Hub.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .parquet or Hub data that holds the text.")]
+# Of a trained model, which says itself what it was trained on.
+TrainedData = Annotated[
+    str | None, typer.Option("--data", metavar="SOURCE", help=f"{SOURCE}. Default: what the model was trained on.")
+]
+TrainedBadData = Annotated[
+    str | None,
+    typer.Option("--bad-data", metavar="skip|refuse", help="Corrupt records. Default: as in training, or refuse."),
+]
+TrainedTextColumn = Annotated[
+    str | None, typer.Option("--text-column", help="Column that holds the text. Default: as in training, or text.")
+]
 ContextLength = Annotated[int, typer.Option(help="Tokens per training block.")]
 ValidationTokens = Annotated[int, typer.Option(help="Maximum number of tokens for validation.")]
 DocumentMask = Annotated[bool, typer.Option("--document-mask", help="No attention between the documents of a block.")]

@@ -23,6 +23,7 @@ from flashmhf.cli.comparison_options import (
     split,
     whole_numbers,
 )
+from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     BadData,
     ContextLength,
@@ -100,6 +101,7 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Find learning rate and warm-up for your data, with equal effort per variant. Takes flags of `flashmhf train`."""
+    check_training(context.params, context.args, split(model))
     with results_only():
         from flashmhf.reports.sweep import terminal_text, write_files
         from flashmhf.sweeping import sweep as run_sweep
@@ -113,7 +115,7 @@ def sweep(
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, "the same command again continues the sweep") from None
         report, picture = map(str, write_files(result, folder))
-    text = f"{terminal_text(result, folder)}\n\nreport: {report}\npicture: {picture}"
+    text = f"{terminal_text(result, folder)}\n\npicture: {picture}\nreport: {report}"
     emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(1 if any(contender.best.failed_seeds for contender in result.contenders) else 0)
 

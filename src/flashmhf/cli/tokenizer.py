@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flashmhf.cli.early_checks import check_data
 from flashmhf.cli.output import BadData, Json, TextColumn, check_folder, emit, results_only
 from flashmhf.data.config import DataConfig
 
@@ -18,6 +19,7 @@ def tokenizer(
     json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the training documents of SOURCE."""
+    check_data(source)
     with results_only():
         from flashmhf.data.corpus import load_corpus
         from flashmhf.data.tokenizer import train_bpe

@@ -3,21 +3,19 @@
 import json
 import logging
 from dataclasses import fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
 from flashmhf.layers import INITS, Scales, default_scales
 from flashmhf.models.config_checks import USED_BY, check_names, check_others, check_rope, check_values
+from flashmhf.names import PRESETS, preset_names
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.prologue import GATES
 
 logger = logging.getLogger(__name__)
 
 FFN_TYPES = ("flashmhf", "mhffn", "pkv", "dense_moe", "swiglu")
-PRESETS = files("flashmhf.models") / "presets"
 
 
 class FlashMHFConfig(LlamaConfig):
@@ -203,8 +201,3 @@ class FlashMHFConfig(LlamaConfig):
             value, divisor = getattr(self, name), getattr(self, divisor_name)
             if divisor is not None and value % divisor != 0:
                 raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {value}")
-
-
-def preset_names() -> list[str]:
-    """The names that `FlashMHFConfig.from_preset` accepts."""
-    return sorted(Path(preset.name).stem for preset in PRESETS.iterdir() if preset.name.endswith(".json"))

@@ -11,34 +11,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from flashmhf.errors import InputError
 from flashmhf.training.argument_checks import check_flags, check_together
 from flashmhf.training.argument_trials import try_arguments
-from flashmhf.training.config import TrainConfig
-from flashmhf.training.muon import ADAMW, MUON
+from flashmhf.training.config import MUON, TrainConfig
+from flashmhf.training.defaults import DEFAULTS, DEPENDENT, KEPT, LEARNING_RATES, MIN_LR_RATE, SAVE_STEPS
+from flashmhf.training.flags import transformers_defaults, unknown_flag
 from flashmhf.training.precision import computes_bfloat16
 from flashmhf.training.run_files import read_fingerprints, was_begun
 from flashmhf.training.warmup import WITHOUT, check_warmup
-
-SAVE_STEPS = 500
-LEARNING_RATES = {MUON: 4e-3, ADAMW: 1e-3}
-MIN_LR_RATE = 0.1  # of a schedule that ends at a share of the learning rate
-# Those whose defaults depend on the machine or have changed between versions: a resumed run keeps its values of them.
-KEPT = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16")
-DEPENDENT = (*KEPT, "learning_rate", "metric_for_best_model", "save_strategy", "save_steps")  # see `_complete`
-DEFAULTS: dict[str, Any] = {
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "adam_beta2": 0.95,
-    "weight_decay": 0.1,
-    "num_train_epochs": 1.0,
-    "train_sampling_strategy": "sequential",  # the blocks come shuffled
-    "logging_steps": 10,
-    "logging_first_step": True,
-    "eval_strategy": "steps",
-    "eval_steps": 500,
-    "save_total_limit": 2,
-    "report_to": ["tensorboard"],
-    "include_num_input_tokens_seen": True,
-    "remove_unused_columns": False,  # keeps the numbers of the blocks
-    "ddp_find_unused_parameters": False,
-}
 
 
 def parse_arguments(
@@ -69,9 +47,7 @@ def parse_arguments(
     try:
         values, unknown = parser.parse_known_args(flags)
         if unknown:
-            raise InputError(
-                f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
-            )
+            raise InputError(unknown_flag(unknown[0], transformers_defaults()))
         _complete(values, _kept(Path(output_dir)) if resume else {}, optimizer)
         check_flags(values)
         if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():

@@ -7,11 +7,10 @@ from typing import Any
 from flashmhf.errors import InputError
 from flashmhf.files import read_json, write_json
 from flashmhf.serialization import from_plain
-from flashmhf.training.config import TrainConfig
+from flashmhf.training.config import DIRECTORY, RUN_FILE, TrainConfig
 from flashmhf.training.fingerprints import Fingerprints
 from flashmhf.training.instability import Instability
 
-RUN_FILE = "run.json"
 RESULT_FILE = "result.json"  # written when the run has finished, not when it was interrupted
 FINGERPRINTS = "fingerprints"  # in run.json
 VERSION = 1  # of both formats; files from before they had one are read as version 0
@@ -80,7 +79,8 @@ def optimizer_of(given: str | None, output_dir: Path, *, resume: bool) -> str:
 
 def write_run(output_dir: Path, config: TrainConfig, prints: Fingerprints) -> None:
     """Writes run.json, and removes the result of an earlier process, which no longer holds."""
-    write_json(output_dir / RUN_FILE, {"version": VERSION, **config.options(), FINGERPRINTS: asdict(prints)})
+    record = {"version": VERSION, **config.options(), DIRECTORY: str(Path.cwd()), FINGERPRINTS: asdict(prints)}
+    write_json(output_dir / RUN_FILE, record)
     (output_dir / RESULT_FILE).unlink(missing_ok=True)
 
 

@@ -36,12 +36,13 @@ from flashmhf.training.checkpoints import (
     loading,
     replace_pickled_arguments,
 )
+from flashmhf.training.config import ADAMW, MUON
 from flashmhf.training.finite_weights import check_weights
 from flashmhf.training.instability import STATE, InstabilityDetector, watch
 from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
-from flashmhf.training.muon import ADAMW, MUON, Muon, gate_scales, matrices
+from flashmhf.training.muon import Muon, gate_scales, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
 from flashmhf.training.run_files import record_warmup, was_begun
 from flashmhf.training.throughput import ThroughputMeter, speed
