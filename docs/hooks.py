@@ -10,12 +10,20 @@ import typer
 from mkdocs.structure.files import File, Files
 
 from flashmhf.cli import app
+from flashmhf.cli.training_flags import COMMON, TrainingCommand
+from flashmhf.training.flags import shown_defaults
 
 logger = logging.getLogger("mkdocs.hooks")  # its warnings fail `mkdocs build --strict`
 ROOT = Path(__file__).parents[1]
 SOURCE_URL = "/blob/main/"
 ROOT_PAGES = ("DESIGN.md", "CHANGELOG.md")
 EXAMPLES = "examples/README.md"
+TRAINING_LINK = "\nAnd the [flags of training](#flags-of-training).\n"
+TRAINING = """## Flags of training
+
+`train`, `compare` and `sweep` take the flags of `transformers.TrainingArguments`, except those that they decide
+themselves. Defaults are this package's.
+"""
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=[)\s])")
 
 
@@ -71,11 +79,23 @@ def command_reference() -> str:
         if command.hidden:
             continue
         usage = " ".join(command.collect_usage_pieces(context))
+        more = TRAINING_LINK if isinstance(command, TrainingCommand) else ""
         parts.append(f"## flashmhf {name}\n\n{command.help}\n\n```text\nflashmhf {name} {usage}\n```\n")
         records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        rows = [f"| <code>{_cell(option)}</code> | {_cell(text)} |\n" for option, text in records]
-        parts.append("| option | |\n|---|---|\n" + "".join(rows))
-    return "\n".join(parts)
+        parts.append(_table("option", records) + more)
+    flags = [
+        (
+            f"--{name.replace('_', '-')}",
+            f"{COMMON.get(name, '')} [default: {default}]" if default else COMMON.get(name, ""),
+        )
+        for name, default in shown_defaults().items()
+    ]
+    return "\n".join([*parts, TRAINING, _table("flag", flags)])
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    lines = [f"| <code>{_cell(name)}</code> | {_cell(text)} |\n" for name, text in rows]
+    return f"| {title} | |\n|---|---|\n" + "".join(lines)
 
 
 def _cell(text: str) -> str:
