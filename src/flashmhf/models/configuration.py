@@ -127,6 +127,9 @@ class FlashMHFConfig(LlamaConfig):
         """The preset `name`, one of `preset_names()`, with some values replaced.
 
         With another ffn_type, the preset's values of fields that it does not use are left out.
+
+        Raises:
+            ValueError: no such preset, or an invalid value.
         """
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
