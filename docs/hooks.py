@@ -24,6 +24,7 @@ TRAINING = """## Flags of training
 `train`, `compare` and `sweep` take the flags of `transformers.TrainingArguments`, except those that they decide
 themselves. Defaults are this package's.
 """
+ALERT = re.compile(r"^> \[!(NOTE|TIP|WARNING)\]\n((?:>.*\n)+)", re.M)
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=[)\s])")
 
 
@@ -53,11 +54,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{start}{'../' * depth}{site}{anchor}"
         return f"{start}{repository}{inside}{anchor}"
 
-    return LINK.sub(target, blank_line_before_lists(markdown))
+    return LINK.sub(target, for_python_markdown(markdown))
 
 
-def blank_line_before_lists(markdown: str) -> str:
-    """GitHub starts a list right after a paragraph, Python-Markdown only after an empty line."""
+def for_python_markdown(markdown: str) -> str:
+    """What GitHub reads otherwise: lists right after a paragraph, lists in lists by two spaces, `> [!WARNING]`."""
     lines: list[str] = []
     fenced = False
     for line in markdown.splitlines():
@@ -65,8 +66,12 @@ def blank_line_before_lists(markdown: str) -> str:
         before = lines[-1] if lines else ""
         if line.startswith("- ") and not fenced and before and not before.startswith(("- ", " ")):
             lines.append("")
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+        lines.append(line if fenced else re.sub(r"^  - ", "    - ", line))
+    return ALERT.sub(_admonition, "\n".join(lines) + "\n")
+
+
+def _admonition(match: re.Match[str]) -> str:
+    return f"!!! {match[1].lower()}\n\n" + re.sub(r"^> ?", "    ", match[2], flags=re.M)
 
 
 def command_reference() -> str:
