@@ -4,6 +4,9 @@ import re
 
 import pytest
 import torch
+
+pytest.importorskip("sybil")
+
 from documents import DOCUMENTS, ROOT, Blocks, Command, commands, parse, unknown_flags
 from typer.exceptions import TyperException
 
