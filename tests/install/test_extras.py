@@ -11,7 +11,7 @@ from sites import EXTRAS, LAYER, PROJECT, make_site, requirements, run
 
 from flashmhf import extras
 
-# Imports each module of the package but one that vLLM alone imports: prints {module: None or what its import raised}.
+# Imports each module of the package, except what vLLM alone loads: prints {module: None or what its import raised}.
 IMPORT_ALL = """
 import json, flashmhf
 from flashmhf.extras import MissingLibraryError
