@@ -1,5 +1,6 @@
 """flashmhf inspect: what a trained model's heads do."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +16,15 @@ from flashmhf.cli.output import (
     check_file,
     emit,
     pick_device,
-    progress_bar,
     results_only,
+    table_text,
 )
 from flashmhf.cli.trained_data import data_of
+from flashmhf.console import progress_bar
 from flashmhf.names import check_model_folder
+
+# What a terminal has room for; all of them are in --json, in --output and in what is piped.
+SHOWN = ("load_entropy", "score_rms", "dead_rows", "v_rank")
 
 
 def inspect(
@@ -53,8 +58,9 @@ def inspect(
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
         documents = load_corpus(read.source, text_column=read.text_column, bad_data=read.bad_data).validation
-        with progress_bar("inspecting") as progress:
+        with progress_bar("inspecting", note="tokens") as progress:
             reports = inspection.inspect(loaded, own_tokenizer, documents, tokens=tokens, progress=progress)
         if output is not None:
             draw_heads(reports, Path(output))
-    emit({"model": model, "heads": inspection.as_dicts(reports)}, heads_table(reports).markdown(), json)
+    text = table_text(heads_table(reports, SHOWN if sys.stdout.isatty() else None))
+    emit({"model": model, "heads": inspection.as_dicts(reports)}, text, json)

@@ -15,7 +15,7 @@ from flashmhf.reports.verdicts import (
 )
 from flashmhf.training.instability import ADVICE
 
-WIDTH = 100  # of a terminal
+WIDTH = 80  # of a terminal
 RATE_COLUMNS = ("FFN", "learning rate", "validation loss, first seed", "")
 GATE_COLUMNS = ("FFN", "gate entropy by head", "evenness of the load by head")
 

@@ -1,6 +1,7 @@
 """Maps of layers by heads: `flashmhf inspect` as a picture, and as a table."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ COLUMNS = 4  # of maps
 MAP_INCHES = (3.2, 1.2, 0.28)  # width, height without layers, height per layer
 
 
-def heads_table(reports: list[HeadReport]) -> Table:
-    """One row per head."""
-    names = ("layer", "head", *FIGURES)
+def heads_table(reports: list[HeadReport], figures: Sequence[str] | None = None) -> Table:
+    """One row per head; all figures, or some."""
+    names = ("layer", "head", *(FIGURES if figures is None else figures))
     rows = [[_shown(getattr(report, name)) for name in names] for report in reports]
     return Table([name.replace("_", " ") for name in names], rows)
 
