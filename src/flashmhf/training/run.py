@@ -28,6 +28,7 @@ from flashmhf.estimates.cost import model_cost
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import check_memory, load_config, load_model, new_model
+from flashmhf.training.arguments import settings_of
 from flashmhf.training.banner import banner
 from flashmhf.training.callbacks import StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
@@ -101,7 +102,7 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
         inputs = fingerprints(config, arguments, tokenizer, data)
         if resume:
             check_same_inputs(output_dir, inputs)
-        write_run(output_dir, config, inputs)
+        write_run(output_dir, config, inputs, settings_of(arguments))
     stop, bar = StopOnSignal(), ProgressBar(arguments)
     trainer = _trainer(model, config, arguments, data, tokenizer, [stop, bar])
     with stop, bar, loading_in_workers():
