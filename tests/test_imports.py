@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"ops", "layers", "models", "data", "errors", "serialization"},
     "training": {
         *("ops", "layers", "models", "data", "distributed", "estimates"),
-        *("console", "errors", "files", "names", "serialization", "system_errors"),
+        *("console", "errors", "files", "names", "printable", "serialization", "system_errors"),
     },
     "benchmarking": {"ops", "layers", "models", "estimates", "errors", "files", "serialization"},
     "comparison": {

@@ -34,8 +34,10 @@ from flashmhf.training.callbacks import StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import fingerprints
+from flashmhf.training.hub import check_hub, push
 from flashmhf.training.instability import recorded
 from flashmhf.training.learning_rates import check_base_width
+from flashmhf.training.model_card import write_card
 from flashmhf.training.muon import check_optimizer
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, count_spikes, numbered
 from flashmhf.training.progress import ProgressBar, ProgressLines
@@ -48,6 +50,7 @@ from flashmhf.training.resuming import (
 from flashmhf.training.run_files import TrainResult, write_result, write_run
 from flashmhf.training.run_log import LogLines
 from flashmhf.training.throughput import median_tokens_per_second, peak_memory_mib
+from flashmhf.training.trackers import check_trackers
 from flashmhf.training.trainer import PretrainingTrainer
 from flashmhf.training.watchdog import Watchdog
 
@@ -78,6 +81,8 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     check_optimizer(config.optimizer, arguments, config.mup_base_width)
     check_base_width(config.mup_base_width, arguments)
     configure_tensor_parallel(arguments, config.tensor_parallel)
+    check_trackers(arguments)
+    check_hub(arguments)
     output_dir = Path(str(arguments.output_dir))
     with (
         only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext(),
@@ -116,7 +121,10 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     trainer.save_state()
     result = _result(trainer, model, data, validation_loss, stop.signal, time.perf_counter() - started)
     if stop.signal is None and arguments.process_index == 0:
+        write_card(config, trainer.args, model.config, result)
         write_result(result)
+        if arguments.push_to_hub:
+            logger.info("uploaded to %s", push(arguments))
     return result
 
 
