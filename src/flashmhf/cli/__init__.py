@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -77,6 +78,7 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler prints each start and stop
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not has_bars():  # downloads have theirs on a terminal
+        warnings.filterwarnings("ignore", "Cannot enable progress bars")  # the Trainer tries to
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(standalone_mode=False)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashmhf import extras
 from flashmhf.cli.early_checks import check_tokenizer
 from flashmhf.cli.output import (
     Device,
@@ -57,15 +58,14 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Loss in nats/token, perplexity and bits/byte, over windows within each document."""
+    extras.check("flashmhf eval --tasks" if tasks else "flashmhf eval", "lm-eval" if tasks else "datasets")
     check_model_folder(model)
     read = None if tasks else data_of(model, context.params)
     check_tokenizer(tokenizer)
     with results_only():
-        from flashmhf import extras
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
 
-        extras.check("flashmhf eval --tasks" if tasks else "flashmhf eval", "lm-eval" if tasks else "datasets")
         if output is not None:
             check_file(output)
         loaded = load_model(model).to(pick_device(device))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flashmhf import extras
 from flashmhf.cli.early_checks import check_tokenizer
 from flashmhf.cli.output import (
     Device,
@@ -39,6 +40,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Gates, activations, dead rows and rank of the weights, for every head of every FlashMHF layer."""
+    extras.check("flashmhf inspect", "matplotlib")
     check_model_folder(model)
     read = data_of(model, {"data": data, "text_column": text_column, "bad_data": bad_data})
     check_tokenizer(tokenizer)

@@ -73,11 +73,13 @@ def results_only() -> Iterator[None]:
     Of transformers' and the Hub's bars, those of downloads remain, on a terminal.
     """
     if has_bars():
-        from huggingface_hub.utils import enable_progress_bars
+        from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
+        kept = not are_progress_bars_disabled()
         disable_progress_bar()  # also those of the Hub
-        enable_progress_bars()
+        if kept:
+            enable_progress_bars()
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

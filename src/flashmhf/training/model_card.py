@@ -18,8 +18,7 @@ CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- flashmhf
-- {ffn_type}
+{tags}
 ---
 
 # {name}
@@ -53,11 +52,12 @@ Losses are in nats/token; the validation data was held out from training.
 
 def write_card(config: TrainConfig, arguments: TrainingArguments, model: PreTrainedConfig, result: TrainResult) -> None:
     """Writes README.md into the run's folder."""
-    folder = Path(result.output_dir)
+    folder, ffn_type = Path(result.output_dir), getattr(model, "ffn_type", model.model_type)
     text = CARD.format(
         name=one_line(folder.absolute().name),
         parameters=result.parameters,
-        ffn_type=getattr(model, "ffn_type", model.model_type),
+        ffn_type=ffn_type,
+        tags="\n".join(f"- {tag}" for tag in dict.fromkeys(("flashmhf", ffn_type))),
         version=__version__,
         where=arguments.hub_model_id or "DIR",
         result=_table(_result(result)),
@@ -86,7 +86,8 @@ def _training(config: TrainConfig, arguments: TrainingArguments, result: TrainRe
         "tokens per step": f"{result.tokens // max(result.steps, 1):,}",
         "optimizer": config.optimizer,
         "learning rate": f"{arguments.learning_rate:g}",
-        "schedule": f"{arguments.lr_scheduler_type.value}, {arguments.warmup_steps:g} steps of warm-up",
+        "schedule": arguments.lr_scheduler_type.value,
+        "steps of warm-up": f"{arguments.warmup_steps:g}",
         "weight decay": f"{arguments.weight_decay:g}",
         "precision": half,
         "seed": arguments.seed,

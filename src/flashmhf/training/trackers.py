@@ -25,7 +25,7 @@ def check_trackers(arguments: Any) -> None:
             check()
         except Exception as error:  # trackers raise what they like
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"report-to: {name} cannot be used: {reason}; {otherwise}") from error
+            raise InputError(f"report-to: {name} cannot be used: {reason.rstrip('.')}; {otherwise}") from error
 
 
 def _check_wandb() -> None:
