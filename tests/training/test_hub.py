@@ -13,7 +13,8 @@ from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.run import train
 
-FLAGS = ["--max-steps", "2", "--per-device-train-batch-size", "2", "--eval-strategy", "no", "--report-to", "none", "--save-steps", "1"]
+FLAGS = ["--max-steps", "2", "--per-device-train-batch-size", "2", "--eval-strategy", "no"]
+FLAGS += ["--report-to", "none", "--save-steps", "1"]
 PUSH = ["--push-to-hub", "true", "--hub-model-id", "me/model", "--hub-private-repo", "true", "--hub-token", "secret"]
 
 

@@ -31,7 +31,8 @@ def check_hub(arguments: Any) -> None:
     except Exception as error:  # the client raises a dozen unrelated types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"push-to-hub: expected a Hub that can be reached and a login (`hf auth login`, or --hub-token), got: {reason}"
+            f"push-to-hub: expected a Hub that can be reached and a login (`hf auth login`, or --hub-token), got: "
+            f"{reason}"
         ) from error
     logger.info("the finished model goes to %s on the Hub, as %s", repository(arguments), user)
 
