@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: setup demo test test-slow lint types format bench clean
+.PHONY: setup demo test test-slow lint types docs format bench clean
 
 setup: $(VENV)/installed
 
@@ -34,6 +34,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# The site, in site/; a warning is an error. `make test` builds it, too (tests/docs/test_site.py).
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -42,4 +46,4 @@ bench: setup
 	$(BIN)/flashmhf bench layer
 
 clean:
-	rm -rf $(VENV) $(DEMO) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build site src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

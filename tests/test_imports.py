@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
             "system_errors",
         ),
     },
+    "integrations": {"ops", "layers", "models", "errors", "new_folder"},
     "auto_classes": set(),
     "__init__": {"ops", "layers", "models", "auto_classes", "extras"},
     "__main__": {"cli", "extras"},

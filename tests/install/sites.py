@@ -15,6 +15,23 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
+# Everything that a layer needs, and what `backends` says of the rest.
+LAYER = """
+import copy, flashmhf, torch
+layer = flashmhf.FlashMHF(64, num_heads=4, num_subnetworks=2, subnetwork_size=32)
+x = torch.randn(2, 5, 64, requires_grad=True)
+y = layer(x)
+y.square().sum().backward()
+assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+other = flashmhf.FlashMHF(64, num_heads=4, num_subnetworks=2, subnetwork_size=32)
+other.load_state_dict(layer.state_dict())
+assert torch.equal(other(x), y) and torch.equal(copy.deepcopy(layer)(x), y)
+q, (k, u, v) = torch.randn(5, 4, 16), torch.randn(3, 4, 2, 32, 16)
+assert flashmhf.flash_mhf(q, k, u, v).shape == q.shape
+for name, reason in flashmhf.backends().items():
+    print(name, reason)
+"""
+
 
 def requirements(extra: str | None) -> list[str]:
     """Of the package with an extra, or without one."""
@@ -41,14 +58,14 @@ def distributions(needed: list[str]) -> list[metadata.Distribution]:
     return list(found.values())
 
 
-def make_site(folder: Path, needed: list[str]) -> Path:
-    """A folder for PYTHONPATH with links to the files of `distributions`, and to this package's sources."""
+def make_site(folder: Path, needed: list[str], package: Path = ROOT / "src" / "flashmhf") -> Path:
+    """A folder for PYTHONPATH with links to the files of `distributions`, and to this package."""
     folder.mkdir()
     for distribution in distributions(needed):
         for name in _top_level(distribution):
             if not (folder / name).exists():
                 (folder / name).symlink_to(distribution.locate_file(name))
-    (folder / "flashmhf").symlink_to(ROOT / "src" / "flashmhf")
+    (folder / "flashmhf").symlink_to(package)
     return folder
 
 

@@ -118,7 +118,7 @@ def compare(
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, how_to_continue(context, SETTINGS_FILE)) from None
         report, picture = (str(file) for file in write_files(result, folder))
-    text = f"{terminal_text(result)}\n\nreport: {report}\nloss curves: {picture}"
+    text = f"{terminal_text(result)}\n\nloss curves: {picture}\nreport: {report}"
     emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
 

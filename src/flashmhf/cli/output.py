@@ -85,8 +85,10 @@ def results_only() -> Iterator[None]:
 
 
 def table_text(table: "Table") -> str:
-    """Aligned columns on a terminal, Markdown for what is piped into a file."""
-    return table.aligned() if sys.stdout.isatty() else table.markdown()
+    """Aligned columns on a terminal, as many as fit; Markdown for what is piped into a file."""
+    from flashmhf.reports.table import TERMINAL_WIDTH
+
+    return table.fitting(TERMINAL_WIDTH, least=2) if sys.stdout.isatty() else table.markdown()
 
 
 def emit(

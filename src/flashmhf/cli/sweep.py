@@ -121,7 +121,7 @@ def sweep(
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, how_to_continue(context, SETTINGS_FILE)) from None
         report, picture = map(str, write_files(result, folder))
-    text = f"{terminal_text(result, folder)}\n\nreport: {report}\npicture: {picture}"
+    text = f"{terminal_text(result, folder)}\n\npicture: {picture}\nreport: {report}"
     emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(1 if any(contender.best.failed_seeds for contender in result.contenders) else 0)
 

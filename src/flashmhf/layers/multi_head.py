@@ -46,7 +46,15 @@ def local(parameter: Tensor) -> Tensor:
 
 
 class HeadRMSNorm(nn.Module):
-    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it."""
+    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it.
+
+    Args:
+        num_heads: heads H.
+        head_dim: head dim D.
+        eps: added to the mean square.
+        device: of the weight.
+        dtype: of the weight.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -84,11 +92,12 @@ class FlashMHF(nn.Module):
         recompute_q: save only x and the output for the backward, and project x again there. Without effect under the
             transforms of torch.func and in forward mode, which activation checkpointing does not support.
         backend: of the operator, see `flash_mhf`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
-    and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
-    the former (H_kv, E, F, D) are loaded, too.
+    Its parameters are in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
+    K, U and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts
+    with the former (H_kv, E, F, D) are loaded, too.
 
     Raises:
         ValueError: an invalid argument; the message names it, what was expected and what was given.
@@ -182,11 +191,17 @@ class FlashMHF(nn.Module):
         """A layer with the parameters of a SwiGLU, as docs/parametrisation.md recommends it.
 
         Args:
-            hidden_size, intermediate_size: of the SwiGLU.
+            hidden_size: of the SwiGLU.
+            intermediate_size: d_ff of the SwiGLU.
             num_heads: Default: heads of 128, or of the largest divisor of hidden_size below it.
-            num_subnetworks, subnetwork_size: what is not given is chosen so that the parameters come closest to those
-                of the SwiGLU, with sub-networks of 2 to 4 head dims and multiples of 64 where that is within 2 %.
-            q_norm, init, options: arguments of FlashMHF.
+            num_subnetworks: Default: what brings the parameters closest to those of the SwiGLU.
+            subnetwork_size: the same; by default 2 to 4 head dims, and a multiple of 64 where that is within 2 %.
+            q_norm: an argument of FlashMHF.
+            init: an argument of FlashMHF.
+            options: further arguments of FlashMHF.
+
+        Returns:
+            A new layer.
 
         Raises:
             ValueError: an invalid argument, or a SwiGLU with no more parameters than in_proj and out_proj alone.
@@ -314,14 +329,28 @@ class FlashMHF(nn.Module):
 
 
 class MHFFN(FlashMHF):
-    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate."""
+    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate.
+
+    Args:
+        hidden_size: width of input and output, a multiple of num_heads.
+        num_heads: heads H.
+        intermediate_size: rows of K, U and V per head.
+        options: further arguments of `FlashMHF`.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, **options) -> None:
         super().__init__(hidden_size, num_heads, 1, intermediate_size, gate_type=None, **options)
 
 
 class DenseMoE(FlashMHF):
-    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections."""
+    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections.
+
+    Args:
+        hidden_size: width of input and output.
+        num_subnetworks: experts E, all of which are evaluated for every token.
+        subnetwork_size: width F of an expert.
+        options: further arguments of `FlashMHF`.
+    """
 
     def __init__(self, hidden_size: int, num_subnetworks: int, subnetwork_size: int, **options) -> None:
         super().__init__(hidden_size, 1, num_subnetworks, subnetwork_size, projections=False, **options)

@@ -28,10 +28,10 @@ class FlashMHFConfig(LlamaConfig):
     Every value is used or refused: an unknown name, a value of LlamaConfig's that this model does not have (another
     activation than SiLU), and a value of a field that the chosen ffn_type does not use.
 
-    Args:
+    Attributes:
         ffn_type: "flashmhf", "mhffn" (one sub-network, no gate), "dense_moe" (one head, no projections), "pkv"
             (attention over intermediate_size learned slots per head) or "swiglu".
-        intermediate_size: d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
+        intermediate_size (int): d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
         num_subnetworks: E; intermediate_size is a multiple of it. For "flashmhf" and "dense_moe".
         subnetwork_size: F, in place of intermediate_size E x F, which is what is saved.
         num_ffn_heads: H of "flashmhf", "mhffn" and "pkv"; hidden_size is a multiple of it.
@@ -42,8 +42,10 @@ class FlashMHFConfig(LlamaConfig):
         ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
         ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
         mlp_bias: biases in the layer's projections.
-        score_scale, gate_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so
-            that a checkpoint keeps its meaning in later versions.
+        score_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so that a checkpoint keeps
+            its meaning in later versions.
+        gate_scale: as score_scale.
+        output_scale: as score_scale.
         recompute_q: save less for the backward, see `flashmhf.FlashMHF`.
         init: "reference" or "scaled".
         backend: of the operator, see `flashmhf.flash_mhf`.
@@ -125,6 +127,9 @@ class FlashMHFConfig(LlamaConfig):
         """The preset `name`, one of `preset_names()`, with some values replaced.
 
         With another ffn_type, the preset's values of fields that it does not use are left out.
+
+        Raises:
+            ValueError: no such preset, or an invalid value.
         """
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")

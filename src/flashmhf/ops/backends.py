@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -23,7 +24,8 @@ TRITON_MAX_HEAD_DIM = 256
 HOPPER_CAPABILITY = (9, 0)
 HOPPER_MIN_TRITON = (3, 6)
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-TRITON_KERNELS = "flashmhf.ops.triton.common"
+TRITON_KERNELS = f"{__package__}.triton.common"
+ONEDNN_BACKEND = f"{__package__}.onednn.backend"  # a Kernel Hub build leaves it out
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def _triton_warning(problem: Problem) -> str | None:
 def _onednn_unsupported_reason(problem: Problem | None) -> str | None:
     if problem is not None and problem.device.type != "cpu":
         return f"needs tensors on a CPU, got {problem.device.type}"
+    if find_spec(ONEDNN_BACKEND) is None:
+        return "is not part of this build, which may import only torch and triton"
     if reason := missing("numba"):
         return reason
     if problem is not None and problem.dtype not in ONEDNN_DTYPES:
@@ -172,25 +176,25 @@ def _runs_everywhere(problem: Problem | None) -> None:
 BACKENDS = (
     Backend(
         "hopper",
-        "flashmhf.ops.hopper.backend",
+        f"{__package__}.hopper.backend",
         _hopper_unsupported_reason,
         _hopper_auto_skip_reason,
         _hopper_warning,
     ),
     Backend(
         "triton",
-        "flashmhf.ops.triton.backend",
+        f"{__package__}.triton.backend",
         _triton_unsupported_reason,
         _triton_auto_skip_reason,
         _triton_warning,
     ),
     Backend(
         "onednn",
-        "flashmhf.ops.onednn.backend",
+        ONEDNN_BACKEND,
         _onednn_unsupported_reason,
     ),
-    Backend("blockwise", "flashmhf.ops.blockwise", _runs_everywhere),
-    Backend("reference", "flashmhf.ops.reference", _runs_everywhere),
+    Backend("blockwise", f"{__package__}.blockwise", _runs_everywhere),
+    Backend("reference", f"{__package__}.reference", _runs_everywhere),
 )
 
 
@@ -199,6 +203,10 @@ def backends(problem: Problem | None = None) -> dict[str, str | None]:
 
     Args:
         problem: `Problem.of(q, k, u, v, gate)`, or None for this machine in general.
+
+    Returns:
+        In the order in which "auto" tries them. None does not mean that "auto" would take it: it also skips what is
+        not known to be fast.
     """
     return {backend.name: backend.unsupported_reason(problem) for backend in BACKENDS}
 

@@ -14,10 +14,11 @@ from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
 from flashmhf.ops.autograd import is_transformed, register_autograd
 from flashmhf.ops.batching import TOKENS, WEIGHTS, register_vmap
+from flashmhf.ops.namespace import NAMESPACE
 from flashmhf.ops.problem import Problem
 from flashmhf.ops.second_derivatives import differentiate_gradients
 
-_LIBRARY = torch.library.Library("flashmhf", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _LIBRARY.define(
     "flash_mhf(Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -27,6 +28,8 @@ _LIBRARY.define(
     " -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_FLASH_MHF = getattr(torch.ops, NAMESPACE).flash_mhf.default
+_FLASH_MHF_BACKWARD = getattr(torch.ops, NAMESPACE).flash_mhf_backward.default
 
 
 def flash_mhf(
@@ -43,8 +46,10 @@ def flash_mhf(
 
     Args:
         q: (..., H, D). Any leading dimensions, any strides; float64, float32, float16 or bfloat16.
-        k, u, v: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h reads parameter head
+        k: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h reads parameter head
             h // (H / H_kv).
+        u: as k.
+        v: as k.
         gate: (..., H, E), any of the dtypes above, or None for all ones. float32 is recommended.
         backend: "auto", or a name in `flashmhf.backends()`; a named backend runs or raises, it never falls back.
 
@@ -60,8 +65,8 @@ def flash_mhf(
         q, k, u, v = cast_inputs(q, k, u, v)
         if is_transformed():  # autocast cannot be disabled inside the operator
             with without_autocast(q.device.type):
-                return torch.ops.flashmhf.flash_mhf(q, k, u, v, gate, backend)
-    return torch.ops.flashmhf.flash_mhf(q, k, u, v, gate, backend)
+                return _FLASH_MHF(q, k, u, v, gate, backend)
+    return _FLASH_MHF(q, k, u, v, gate, backend)
 
 
 @torch.library.impl(_LIBRARY, "flash_mhf", "CompositeExplicitAutograd")
@@ -91,14 +96,14 @@ def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
     return backends.select(Problem.of(*tensors[:5]), options[0])
 
 
-@torch.library.register_fake("flashmhf::flash_mhf", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::flash_mhf", lib=_LIBRARY)
 def _forward_fake(q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     Problem.of(q, k, u, v, gate)
     backends.check_name(backend)
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("flashmhf::flash_mhf_backward", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::flash_mhf_backward", lib=_LIBRARY)
 def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, needs: list[bool], backend: str
 ) -> list[Tensor]:
@@ -107,7 +112,7 @@ def _backward_fake(
 
 
 def _differentiate_forward(tensors, options, needs, dout: Tensor) -> list[Tensor | None]:
-    grads = iter(torch.ops.flashmhf.flash_mhf_backward(dout, *tensors, list(needs), *options))
+    grads = iter(_FLASH_MHF_BACKWARD(dout, *tensors, list(needs), *options))
     return [next(grads) if need else None for need in needs]
 
 

@@ -17,11 +17,12 @@ from flashmhf.ops import backends, call_cache, reference
 from flashmhf.ops.autocast import autocast_dtype, cast_inputs, without_autocast
 from flashmhf.ops.autograd import is_transformed, register_autograd
 from flashmhf.ops.batching import TOKENS, WEIGHTS, register_vmap
+from flashmhf.ops.namespace import NAMESPACE
 from flashmhf.ops.problem import DTYPES, Problem
 from flashmhf.ops.prologue import GATES, Prologue
 from flashmhf.ops.second_derivatives import differentiate_gradients
 
-_LIBRARY = torch.library.Library("flashmhf", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor u, Tensor v, Tensor? gate_weight, Tensor? norm_weight"
 _OPTIONS = "str gate_type, float gate_total, float norm_eps, str backend"
 _LIBRARY.define(f"gated_mhf({_TENSORS}, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -29,8 +30,8 @@ _LIBRARY.define(
     f"gated_mhf_backward(Tensor dout, {_TENSORS}, bool[] needs, {_OPTIONS}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_GATED_MHF = torch.ops.flashmhf.gated_mhf.default
-_GATED_MHF_BACKWARD = torch.ops.flashmhf.gated_mhf_backward.default
+_GATED_MHF = getattr(torch.ops, NAMESPACE).gated_mhf.default
+_GATED_MHF_BACKWARD = getattr(torch.ops, NAMESPACE).gated_mhf_backward.default
 
 
 def gated_mhf(
@@ -87,7 +88,7 @@ def _backward(
     return _in_shapes(grads, tensors, needs)
 
 
-def _rows(k: Tensor, u: Tensor, v: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, ...]:
+def rows(k: Tensor, u: Tensor, v: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, ...]:
     """K, U and V as (H_kv, E, F, D). Below autograd this costs nothing in a replayed call."""
     if gate_weight is None or k.dim() != 3:
         return k, u, v
@@ -105,7 +106,7 @@ def _in_shapes(grads: list[Tensor], tensors: tuple[Any, ...], needs: Sequence[bo
 
 def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     q, k, u, v, gate_weight, norm_weight = tensors
-    k, u, v = _rows(k, u, v, gate_weight)
+    k, u, v = rows(k, u, v, gate_weight)
     with without_autocast(q.device.type):
         normed, gate = run.prologue_forward(q, gate_weight, norm_weight, Prologue(*options[:3]))
         return run.forward(normed, k, u, v, gate).contiguous()
@@ -113,7 +114,7 @@ def _compute_forward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[A
 
 def _compute_backward(run: ModuleType, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> list[Tensor]:
     q, k, u, v, gate_weight, norm_weight, dout = tensors
-    k, u, v = _rows(k, u, v, gate_weight)
+    k, u, v = rows(k, u, v, gate_weight)
     prologue, needs = Prologue(*options[:3]), options[4:]
     needs_prologue = needs[0] or needs[4] or needs[5]
     op_needs = (needs_prologue, *needs[1:4], needs_prologue and gate_weight is not None)
@@ -137,14 +138,14 @@ def _select(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> ModuleType:
     return backends.select(_check(q, k, u, v, gate_weight, norm_weight, prologue), backend)
 
 
-@torch.library.register_fake("flashmhf::gated_mhf", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::gated_mhf", lib=_LIBRARY)
 def _forward_fake(q, k, u, v, gate_weight, norm_weight, gate_type, gate_total, norm_eps, backend) -> Tensor:
     _check(q, k, u, v, gate_weight, norm_weight, Prologue(gate_type, gate_total, norm_eps))
     backends.check_name(backend)
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("flashmhf::gated_mhf_backward", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::gated_mhf_backward", lib=_LIBRARY)
 def _backward_fake(
     dout, q, k, u, v, gate_weight, norm_weight, needs, gate_type, gate_total, norm_eps, backend
 ) -> list[Tensor]:
@@ -155,7 +156,7 @@ def _backward_fake(
 def _check(q, k, u, v, gate_weight, norm_weight, prologue: Prologue) -> Problem:
     if gate_weight is not None and k.dim() == 3:
         _check_rows(k, u, v, gate_weight)
-    rows_k, rows_u, rows_v = _rows(k, u, v, gate_weight)
+    rows_k, rows_u, rows_v = rows(k, u, v, gate_weight)
     problem = replace(Problem.of(q, rows_k, rows_u, rows_v), has_gate=gate_weight is not None)
     if prologue.gate_type not in GATES:
         raise ValueError(f"gate_type: expected one of {', '.join(GATES)}, got {prologue.gate_type!r}")
@@ -205,14 +206,14 @@ def _differentiate_backward(tensors, options, needs, *grad_grads: Tensor | None)
 
 def _forward_formula(q, k, u, v, gate_weight, norm_weight, *options) -> Tensor:
     _select((q, k, u, v, gate_weight, norm_weight), options)
-    k, u, v = _rows(k, u, v, gate_weight)
+    k, u, v = rows(k, u, v, gate_weight)
     return reference.gated_forward(q, k, u, v, gate_weight, norm_weight, Prologue(*options[:3]))
 
 
 def _gradients(dout, q, k, u, v, gate_weight, norm_weight, needs, *options) -> list[Tensor]:
     """The formula of the backward operator."""
     tensors = (q, k, u, v, gate_weight, norm_weight)
-    k, u, v = _rows(k, u, v, gate_weight)
+    k, u, v = rows(k, u, v, gate_weight)
     inputs = (q, k, u, v, gate_weight, norm_weight)
     grads = reference.gated_backward(dout, *inputs, tuple(needs), Prologue(*options[:3]))
     return _in_shapes([grad for grad in grads if grad is not None], tensors, needs)
