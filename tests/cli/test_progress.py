@@ -33,7 +33,7 @@ def test_train_and_eval_on_a_terminal(train, tmp_path):
     assert "validating" in written
     assert max(len(line) for line in lines if str(tmp_path) not in line and "/" not in line) <= COLUMNS
     assert not any(noise in written for noise in NOISE)
-    assert written.rstrip().endswith(f"model: {tmp_path / 'run'}")
+    assert lines[-1] == f"model: {tmp_path / 'run'}"
     code, written = on_terminal("eval", str(tmp_path / "run"), NO_COLOR="1")
     assert code == 0
     assert "evaluating" in written
