@@ -52,19 +52,19 @@ def line(needed_by: str, extra: str) -> str:
 COMMANDS = {
     "models": {
         "train --model flashmhf-tiny --output-dir run": line("flashmhf train", "train"),
-        "eval run": line("flashmhf eval", "train"),
-        "eval run --tasks piqa": line("flashmhf eval --tasks", "tasks"),
+        "eval . --data stdlib": line("flashmhf eval", "train"),
+        "eval . --tasks piqa": line("flashmhf eval --tasks", "tasks"),
         "tokenizer stdlib run": line("flashmhf tokenizer", "train"),
-        "inspect run": line("flashmhf inspect", "report"),
-        "report run": line("flashmhf report", "report"),
+        "inspect . --data stdlib": line("flashmhf inspect", "report"),
+        "report .": line("flashmhf report", "report"),
         "compare --output-dir run": line("flashmhf compare", "report"),
         "sweep --output-dir run": line("flashmhf sweep", "report"),
         "bench op --output run": line("flashmhf bench --output or --compare", "report"),
     },
     "train": {
-        "eval run --tasks piqa": line("flashmhf eval --tasks", "tasks"),
-        "inspect run": line("flashmhf inspect", "report"),
-        "report run": line("flashmhf report", "report"),
+        "eval . --tasks piqa": line("flashmhf eval --tasks", "tasks"),
+        "inspect . --data stdlib": line("flashmhf inspect", "report"),
+        "report .": line("flashmhf report", "report"),
         "compare --output-dir run": line("flashmhf compare", "report"),
         "sweep --output-dir run": line("flashmhf sweep", "report"),
     },
@@ -167,6 +167,7 @@ def test_the_command_with_torch_alone(site, arguments):
 
 @pytest.mark.parametrize("extra", COMMANDS)
 def test_a_command_names_the_extra_that_it_needs(site, extra):
+    (site(extra) / "config.json").write_text("{}")  # a model's folder, until it is read
     done = run(site(extra), "-c", RUN_ALL, json.dumps(list(COMMANDS[extra])))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])

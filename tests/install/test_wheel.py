@@ -17,9 +17,10 @@ from sites import EXTRAS, LAYER, PROJECT, ROOT, make_site, requirements, run
 
 import flashmhf
 
-FOLDERS = ("src", "tests", "docs", "benchmarks", "recipes")
+VARIABLES = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+FOLDERS = ("src", "tests", "docs", "benchmarks", "examples", "recipes")
 FILES = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "DESIGN.md", "LICENSE", "Makefile", "README.md")
-FILES += ("constraints.txt", "pyproject.toml")
+FILES += ("constraints.txt", "mkdocs.yml", "pyproject.toml")
 TRAIN = "train --model flashmhf-tiny --max-steps 2 --context-length 32 --per-device-train-batch-size 1 --json"
 TRAIN += " --validation-tokens 64 --eval-strategy no --report-to none --disable-tqdm true"
 
@@ -63,9 +64,6 @@ def environment(wheel, tmp_path_factory):
     """A new virtual environment with the wheel; all other packages are this environment's."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder)
-    (packages,) = (folder / "lib").glob("python*/site-packages")
-    own = [path for path in sys.path if Path(path).name == "site-packages"]
-    (packages / "others.pth").write_text("\n".join(own))
     pip = [
         sys.executable,
         "-m",
@@ -76,17 +74,18 @@ def environment(wheel, tmp_path_factory):
         "--no-index",
         "--no-deps",
     ]
-    done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*pip, str(wheel)], env=VARIABLES, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    (packages,) = (folder / "lib").glob("python*/site-packages")  # from here on it sees the others
+    (packages / "others.pth").write_text("\n".join(path for path in sys.path if Path(path).name == "site-packages"))
     return folder
 
 
 def command(environment: Path, *arguments: str) -> str:
     """What the installed `flashmhf` prints."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [environment / "bin" / "flashmhf", *arguments],
-        env=variables,
+        env=VARIABLES,
         cwd=environment,
         capture_output=True,
         text=True,
@@ -144,5 +143,6 @@ def test_the_layer_of_the_wheel_with_torch_alone(environment, tmp_path):
 def test_the_command_of_the_wheel(environment, corpus_folder, tmp_path):
     presets = json.loads(command(environment, "info", "--json"))["presets"]
     assert "flashmhf-tiny" in presets
+    assert command(environment, "--version") == f"flashmhf {flashmhf.__version__}\n"
     data = ("--data", str(corpus_folder), "--output-dir", str(tmp_path / "run"))
     assert json.loads(command(environment, *TRAIN.split(), *data))["steps"] == 2
