@@ -40,7 +40,7 @@ SIZES = {  # appended to a command that is run; of an option given twice the las
     "eval": "--context-length 32 --stride 16 --document-bytes 64",
     "generate": "--max-new-tokens 2",
     "compare": f"{TOY} --seeds 0,1,2 --document-bytes 64 --jobs 1",
-    "sweep": f"{TOY} --max-steps 8 --learning-rates 1e-3,2e-3 --warmups 0.1 --seeds 0 --jobs 1",
+    "sweep": f"{TOY} --variants flashmhf --max-steps 8 --learning-rates 1e-3,2e-3 --warmups 0.1 --seeds 0 --jobs 1",
     "bench": "--tokens 16 --repeats 1",
     "bench model": "--batch-size 1 --context-length 16 --new-tokens 2 --repeats 1",
 }
