@@ -4,7 +4,7 @@ import platform
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, SchedulerType, TrainingArguments
 
 from flashmhf.layers import FlashMHF
 from flashmhf.ops.backends import BACKENDS, select
@@ -28,6 +28,7 @@ def banner(config: TrainConfig, arguments: TrainingArguments, model: PreTrainedM
     tokens = sequences * config.data.context_length
     embeddings = {id(layer.weight): layer.weight.numel() for layer in _embeddings(model)}
     parameters = model.num_parameters()
+    schedule = SchedulerType(arguments.lr_scheduler_type).value
     lines = {
         "model": f"{config.model}, {parameters:,} parameters, {parameters - sum(embeddings.values()):,} "
         "without embeddings",
@@ -36,7 +37,7 @@ def banner(config: TrainConfig, arguments: TrainingArguments, model: PreTrainedM
         "tokens": f"{arguments.max_steps * tokens:,} in {_count(arguments.max_steps, 'step')}"
         if arguments.max_steps > 0
         else f"those of the data, {arguments.num_train_epochs:g} times",
-        "learning rate": f"{arguments.learning_rate:g}, {config.optimizer}, {arguments.lr_scheduler_type.value}"
+        "learning rate": f"{arguments.learning_rate:g}, {config.optimizer}, {schedule}"
         f"{_warmup(arguments)}, weight decay {arguments.weight_decay:g}",
         "output": str(arguments.output_dir),
     }
