@@ -4,7 +4,8 @@ from pathlib import Path
 
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.files import atomic_write
-from flashmhf.reports.benchmark_figures import Quantity, grid, panels, png
+from flashmhf.reports.benchmark_figures import Quantity, grid, panels
+from flashmhf.reports.render import png
 
 LAYER_PANEL = ("device", "shape", "measured_pass")
 QUANTITIES: dict[str, tuple[Quantity, ...]] = {

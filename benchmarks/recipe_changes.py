@@ -48,6 +48,7 @@ LARGE = RecipeRun(output_gain=0.8, **ORTHOGONAL, **NO_SCALE, **SHORT)
 RECIPE = replace(LARGE, **SMALLER)
 TENTH = replace(RECIPE, out_gain=0.1)
 TWO_HEADS = replace(RECIPE, heads=2)  # the tiny presets
+DEEP = replace(SWIGLU, layers=8), replace(TWO_HEADS, layers=8)
 RECIPE_ADAMW = [
     replace(run, optimizer="adamw", learning_rate=7e-4, muon_learning_rate=None) for run in (RECIPE, SWIGLU)
 ]
@@ -190,7 +191,52 @@ CHANGES = [
     Change(text=RATE_TEXT.format(0.0028), swiglu=(SWIGLU, rates(2.8e-3)), flashmhf=(RECIPE, rates(2.8e-3))),
     Change(text=RATE_TEXT.format(0.0056), swiglu=(SWIGLU, rates(5.6e-3)), flashmhf=(LARGE, rates(5.6e-3))),
     Change(text=RATE_TEXT.format(0.008), swiglu=(LONG[1], rates(8e-3)), flashmhf=(LONG[0], rates(8e-3))),
+    Change(
+        text="2 heads: weight decay 0.1 -> 0",
+        swiglu=(SWIGLU, {"weight_decay": 0.0}),
+        flashmhf=(TWO_HEADS, {"weight_decay": 0.0}),
+    ),
+    Change(
+        text="2 heads: a SwiGLU beside it that fades out in half of the steps", flashmhf=(TWO_HEADS, {"guided": 0.5})
+    ),
+    *(
+        Change(
+            text=f"8 layers, 2 heads: branches times {text}",
+            swiglu=(DEEP[0], {"branch_scale": scale}),
+            flashmhf=(DEEP[1], {"branch_scale": scale}),
+        )
+        for text, scale in (("1 / sqrt(2)", 0.707), ("1 / 2 (CompleteP)", 0.5))
+    ),
 ]
+# One seed each, so that SwiGLU has as many chances as FlashMHF; what gained was run with more seeds.
+SWIGLU_TUNING: dict[str, Values] = {
+    "weight decay 0.1 -> 0.03": {"weight_decay": 0.03},
+    "weight decay 0.1 -> 0.3": {"weight_decay": 0.3},
+    "warm-up 10 % -> 5 %": {"warmup": 0.05},
+    RATE_TEXT.format(0.002): rates(2e-3),
+    "warm-up 2 %, learning rate 0.004 -> 0.0028": {"warmup": 0.02, **rates(2.8e-3)},
+    "warm-up 2 %, learning rate 0.004 -> 0.0056": {"warmup": 0.02, **rates(5.6e-3)},
+    "AdamW's rate 0.004 -> 0.002": {"learning_rate": 2e-3},
+    "AdamW's rate 0.004 -> 0.008": {"learning_rate": 8e-3},
+    "Muon's rate 0.004 -> 0.002": {"muon_learning_rate": 2e-3},
+    "Muon's rate 0.004 -> 0.008": {"muon_learning_rate": 8e-3},
+    "rate of gate_proj and up_proj halved": {"row_rate": 0.5},
+    "rate of gate_proj and up_proj doubled": {"row_rate": 2.0},
+    "down_proj's gain 0.3 -> 0.2": {"output_gain": 0.2},
+    "down_proj's gain 0.3 -> 0.5": {"output_gain": 0.5},
+    "scores of RMS 0.64 -> 1": {"score_rms": 1.0},
+    "o_proj and down_proj times 0.354": {"residual_gain": 0.354},
+    "o_proj and down_proj times 0.5": {"residual_gain": 0.5},
+    "attention by fan-in": {"attention": "fan_in"},
+    "attention by fan-in, o_proj and down_proj times 0.354": {"attention": "fan_in", "residual_gain": 0.354},
+    "embeddings of std 0.02 -> 0.05": {"embedding_std": 0.05},
+    "embeddings of std 0.02 -> 0.1": {"embedding_std": 0.1},
+    "untied": {"tied": False},
+    "untied, embeddings of std 0.3": UNTIED,
+    "AdamW's rate of the embeddings 0.004 -> 0.002": {"embedding_learning_rate": 2e-3},
+    "AdamW's rate of the embeddings 0.004 -> 0.008": {"embedding_learning_rate": 8e-3},
+}
+CHANGES += [Change(text=text, swiglu=(SWIGLU, values)) for text, values in SWIGLU_TUNING.items()]
 
 
 def settings(rows: Iterable[Row]) -> dict[RecipeRun, Losses]:

@@ -81,6 +81,7 @@ def run_result(name: str, seed: int, loss: float) -> RunResult:
         learning_rate=None,
         folder=f"{name}-seed{seed}",
         status="finished",
+        steps=100,
         tokens=409600,
         curve=Curve(
             steps=steps, losses=tuple(5.0 - step / 50 for step in steps), elapsed_s=tuple(step * 0.5 for step in steps)

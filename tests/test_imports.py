@@ -13,24 +13,27 @@ import flashmhf
 ROOT = Path(flashmhf.__file__).parent
 # What each folder or loose module may import of the package, besides itself. From the bottom to the top.
 ALLOWED: dict[str, set[str]] = {
+    "extras": set(),
     "printable": set(),
     "errors": set(),
     "lifeline": set(),
     "system_errors": set(),
+    "names": {"errors"},
+    "console": {"printable"},
     "files": {"errors"},
-    "ops": set(),
+    "ops": {"extras"},
     "layers": {"ops"},
     "untrusted": {"errors", "files"},
     "new_folder": {"errors", "files", "system_errors"},
-    "models": {"ops", "layers", "errors", "new_folder", "untrusted"},
-    "data": {"errors", "files", "printable", "untrusted"},
+    "models": {"ops", "layers", "errors", "names", "new_folder", "untrusted"},
+    "data": {"errors", "files", "names", "printable", "untrusted"},
     "distributed": {"layers", "models", "errors"},
     "estimates": {"ops", "layers", "models", "errors"},
     "serialization": set(),
     "evaluation": {"ops", "layers", "models", "data", "errors", "serialization"},
     "training": {
         *("ops", "layers", "models", "data", "distributed", "estimates"),
-        *("errors", "files", "serialization", "system_errors"),
+        *("console", "errors", "files", "names", "printable", "serialization", "system_errors"),
     },
     "benchmarking": {"ops", "layers", "models", "estimates", "errors", "files", "serialization"},
     "comparison": {
@@ -45,9 +48,12 @@ ALLOWED: dict[str, set[str]] = {
             "reports",
             "comparison",
             "sweeping",
+            "console",
             "errors",
+            "extras",
             "files",
             "lifeline",
+            "names",
             "new_folder",
             "printable",
             "system_errors",
@@ -55,8 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "integrations": {"ops", "layers", "models", "errors", "new_folder"},
     "auto_classes": set(),
-    "__init__": {"ops", "layers", "models", "auto_classes"},
-    "__main__": {"cli"},
+    "__init__": {"ops", "layers", "models", "auto_classes", "extras"},
+    "__main__": {"cli", "extras"},
 }
 
 

@@ -1,13 +1,13 @@
 """FlashMHF: a multi-head replacement for a Transformer's feed-forward layer, with fused kernels.
 
-The names below are loaded when they are first used: `import flashmhf` does no device work and imports neither triton
-nor transformers. It tells transformers' Auto classes about the models, now or once transformers is imported.
+The names below are loaded when they are first used: `import flashmhf` does no device work and imports neither torch nor
+transformers. It tells transformers' Auto classes about the models, now or once transformers is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flashmhf import auto_classes
+from flashmhf import auto_classes, extras
 
 __version__ = "0.1.0"
 
@@ -41,4 +41,5 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "models", "__version__"])
 
 
+extras.explain_failed_imports()
 auto_classes.register()

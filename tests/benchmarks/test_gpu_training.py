@@ -15,9 +15,8 @@ from flashmhf.comparison.matching import match
 from flashmhf.comparison.settings import Variant
 from flashmhf.errors import InputError
 from flashmhf.models.loading import load_config
-from flashmhf.training.arguments import DEFAULTS, LEARNING_RATES, MIN_LR_RATE
-from flashmhf.training.config import TrainConfig
-from flashmhf.training.muon import OPTIMIZERS
+from flashmhf.training.config import OPTIMIZERS, TrainConfig
+from flashmhf.training.defaults import DEFAULTS, LEARNING_RATES, MIN_LR_RATE
 from gpu_bench import Bench, OutOfTimeError
 from gpu_budget import MIN_SEEDS, TOKENS_PER_PARAMETER, PairCost, fit_budget, table
 from gpu_sizes import CONFIGS, CONTENDERS, SIZES, config_of, cost_of

@@ -61,8 +61,12 @@ def test_info_on_this_machine(command):
     outcome = command("info", "--json")
     assert outcome.code == 0
     assert outcome.json["backends"]["blockwise"] is None
-    assert "flashmhf-370m" in outcome.json["presets"]
-    assert "blockwise: runs here" in command("info").out
+    preset = outcome.json["presets"]["flashmhf-370m"]
+    assert (preset["parameters"], preset["num_heads"], preset["num_subnetworks"]) == (409029632, 8, 7)
+    lines = command("info").out.splitlines()
+    assert max(map(len, lines[:20])) <= 80
+    assert next(line for line in lines if line.startswith("flashmhf-370m")).split()[1:4] == ["409.0", "M", "1,024"]
+    assert "  blockwise: runs here" in lines
 
 
 def test_info_on_a_preset_and_a_folder(command, trained):
@@ -327,7 +331,44 @@ def test_help_is_fast_and_names_every_command():
     assert fastest < 1.0  # 0.25 s on an idle core; tests run in parallel
 
 
+TYPOS = {
+    "command": (["trian"], "Did you mean 'train'?"),
+    "option": (["eval", "x", "--strid", "3"], "No such option: --strid; did you mean --stride?"),
+    "flag": (["train", "--model", "flashmhf-tiny", "--output-dir", "x", "--lr", "1e-3"], "mean --learning-rate?"),
+    "flag of a comparison": (["compare", "--output-dir", "x", "--max-step", "3"], "did you mean --max-steps?"),
+    "preset": (["train", "--model", "flashmhf-tny", "--output-dir", "x"], "did you mean flashmhf-tiny?"),
+    "folder": (["generate", "./nowhere"], "model: expected a folder with config.json, got './nowhere'"),
+    "data": (["sweep", "--output-dir", "x", "--data", "a/b/c.txt"], "data: no such file or folder: a/b/c.txt"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), TYPOS.values(), ids=TYPOS.keys())
+def test_a_typo_is_refused_before_heavy_imports(arguments, message, tmp_path):
+    code = (
+        "import sys, flashmhf.cli\n"
+        "try: flashmhf.cli.main()\n"
+        "finally: print(*{'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.rstrip().endswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sweep"])
+def test_help_lists_the_flags_of_training_with_our_defaults(command):
+    done = subprocess.run([sys.executable, "-m", "flashmhf", command, "-h"], capture_output=True, text=True, check=True)
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "--weight-decay Of matrices. [default: 0.1]" in text
+    assert "--eval-steps Steps between two validations. [default: 500]" in text
+    assert "--label-smoothing-factor [default: 0.0]" in text
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 def test_version_and_module_entry_point():
+    shown = subprocess.run([sys.executable, "-m", "flashmhf", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"flashmhf {flashmhf.__version__}\n"
     done = subprocess.run(
         [sys.executable, "-m", "flashmhf", "info", "--json"], capture_output=True, text=True, check=True
     )

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flashmhf.data.config import DataConfig
-from flashmhf.data.mixing import load_blocks, parse_sources
+from flashmhf.data.config import DataConfig, parse_sources
+from flashmhf.data.mixing import load_blocks
 from flashmhf.data.tokenizer import byte_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.training.arguments import parse_arguments

@@ -134,7 +134,7 @@ def test_the_papers_tasks_are_lm_evals():
     assert set(ALIASES["paper"]) <= set(TaskManager().all_tasks)
 
 
-def test_refusals(only_own_tasks, model, tasks_path, monkeypatch):
+def test_refusals(only_own_tasks, model, tasks_path):
     with pytest.raises(InputError, match="tasks: expected names with commas between them or paper, got none"):
         evaluate_tasks(model, byte_tokenizer(), ["", " "])
     with pytest.raises(InputError, match="context-length: expected 2 to the model's 128, got 129"):
@@ -143,9 +143,6 @@ def test_refusals(only_own_tasks, model, tasks_path, monkeypatch):
         evaluate_tasks(model, byte_tokenizer(), ["toy", "nonsense"], tasks_path=tasks_path)
     with pytest.raises(InputError, match="tasks-path: expected a folder, got 'nowhere'"):
         evaluate_tasks(model, byte_tokenizer(), ["toy"], tasks_path="nowhere")
-    monkeypatch.setattr("flashmhf.evaluation.tasks.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="tasks: expected the package lm-eval, got none; pip install"):
-        evaluate_tasks(model, byte_tokenizer(), ["toy"])
 
 
 def test_data_that_cannot_be_loaded(only_own_tasks, model, tasks_path, tmp_path):

@@ -31,7 +31,15 @@ def test_parameter_counts_of_the_paper(preset):
 
 def test_all_promised_presets_exist():
     names = {f"{kind}-{size}" for kind in ("flashmhf", "mhffn", "swiglu") for size in ("tiny", "128m", "370m", "1.3b")}
-    names |= {"pkv-370m", "reference-128m", "reference-370m", "reference-1.3b", "pkv-tiny", "dense_moe-tiny"}
+    names |= {
+        "pkv-370m",
+        "reference-128m",
+        "reference-370m",
+        "reference-1.3b",
+        "pkv-tiny",
+        "dense_moe-tiny",
+        "reference-tiny",
+    }
     assert set(preset_names()) == names
 
 
@@ -51,6 +59,18 @@ def test_tiny_presets_have_matched_parameters():
 def test_overrides():
     config = FlashMHFConfig.from_preset("flashmhf-128m", num_hidden_layers=2, vocab_size=300)
     assert (config.num_hidden_layers, config.vocab_size, config.subnetwork_size) == (2, 300, 256)
+
+
+def test_subnetwork_size_is_another_way_to_give_intermediate_size(tmp_path):
+    config = FlashMHFConfig(hidden_size=64, num_attention_heads=4, num_subnetworks=3, subnetwork_size=20)
+    assert (config.intermediate_size, config.subnetwork_size) == (60, 20)
+    config.save_pretrained(tmp_path)
+    assert "subnetwork_size" not in json.loads((tmp_path / "config.json").read_text())
+    assert FlashMHFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    agreeing = FlashMHFConfig(intermediate_size=60, num_subnetworks=3, subnetwork_size=20)
+    assert agreeing.intermediate_size == 60
+    config = FlashMHFConfig.from_preset("flashmhf-tiny", subnetwork_size=64)
+    assert (config.intermediate_size, config.num_subnetworks) == (192, 3)
 
 
 def test_defaults_are_resolved_and_saved(tmp_path):
@@ -75,6 +95,13 @@ def test_gate_type_is_read_under_its_former_name(tmp_path):
 
 
 BAD = {
+    r"subnetwork_size: expected none beside intermediate_size 60, .* num_subnetworks 3, got 21": {
+        "intermediate_size": 60,
+        "num_subnetworks": 3,
+        "subnetwork_size": 21,
+    },
+    "subnetwork_size: expected a whole number from 1 .*, got 0": {"subnetwork_size": 0},
+    "subnetwork_size: expected none, since ffn_type swiglu has no": {"ffn_type": "swiglu", "subnetwork_size": 4},
     "ffn_type: expected one of flashmhf, .*, got 'moe'": {"ffn_type": "moe"},
     "gate_type: expected one of sigmoid, softmax, None, got 'relu'": {"gate_type": "relu"},
     "init: expected one of reference, scaled, got 'zero'": {"init": "zero"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import flashmhf
+from flashmhf import extras
 from flashmhf.ops import backends
 from flashmhf.ops.problem import Problem
 
@@ -25,7 +26,7 @@ def test_names_and_reasons(compiled_triton):
     on_cpu = flashmhf.backends(PROBLEM)
     assert on_cpu["blockwise"] is None
     assert on_cpu["reference"] is None
-    assert "got cpu" in on_cpu["triton"] or "not installed" in on_cpu["triton"]
+    assert "got cpu" in on_cpu["triton"] or "needs triton" in on_cpu["triton"]
 
 
 def test_auto_selects_the_first_backend_that_can_run_and_logs_it_once(caplog):
@@ -63,9 +64,9 @@ def test_an_unknown_backend_is_an_error():
 
 
 def test_reasons_why_triton_cannot_run(monkeypatch, compiled_triton):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    assert backends.backends()["triton"] == "the package triton is not installed"
-    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(extras, "_is_installed", lambda module: False)
+    assert backends.backends()["triton"] == "needs triton: pip install 'flashmhf[triton]'"
+    monkeypatch.setattr(extras, "_is_installed", lambda module: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     gpu = Problem(3, 2, 2, 1, 4, 8, torch.float32, torch.device("cuda"), has_gate=False)
     assert "needs compute capability 8.0" in backends._triton_unsupported_reason(gpu)

@@ -3,7 +3,6 @@
 import json
 import sys
 
-import matplotlib.pyplot as plt
 import pytest
 from test_run_report import log_lines
 
@@ -87,7 +86,7 @@ def no_pages(monkeypatch):
     filter that is replaced in the common one would stay in every later page of the process.
     """
     environment = render._ENVIRONMENT.overlay()
-    environment.filters = {**environment.filters, "svg": lambda figure: plt.close(figure) or ""}
+    environment.filters = {**environment.filters, "svg": lambda figure: ""}
     monkeypatch.setattr(render, "_ENVIRONMENT", environment)
 
 

@@ -4,10 +4,9 @@ import csv
 import io
 import warnings
 
-import matplotlib.pyplot as plt
 import pytest
 
-from flashmhf.reports.benchmark_figures import Panel, draw_panel
+from flashmhf.reports.benchmark_figures import Panel, draw_panel, line_colours
 from flashmhf.reports.render import render
 from flashmhf.reports.style import in_figure
 from flashmhf.reports.table import Table, cell
@@ -57,8 +56,8 @@ def test_markdown(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_html(name):
     page = render(
-        "run.html", title=name, summary=Table(("", "value"), [(name, name)]), curves=[], starts=Table((name,), []),
-        warnings=[name], data=[name], options={"model": name},
+        "run.html", title=name, summary=[(name, name)], losses={}, others=[], starts=Table((name,), [(name,)]),
+        warnings=[name], data=[name], options=[("model", name)],
     )  # fmt: skip
     assert "<script" not in page
     page.encode()
@@ -71,11 +70,10 @@ def test_figures(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for lines in ({name: panel.lines[name]}, {name: panel.lines[name][:1], "other": panel.lines[name][:1]}):
-            figure = draw_panel(Panel(panel.title, panel.quantity, lines))
-            figure.canvas.draw()
+            one = Panel(panel.title, panel.quantity, lines)
+            figure = draw_panel(one, line_colours([one]))
+            figure.draw_without_rendering()
             (axis,) = figure.axes
-            legend = axis.get_legend()
-            shown = axis.get_yticklabels() if legend is None else legend.get_texts()
+            shown = figure.legends[0].get_texts() if one.over_tokens else axis.get_yticklabels()
             assert in_figure(name) in [text.get_text() for text in shown]
             assert all(not text._preprocess_math(text.get_text())[1] for text in shown)
-            plt.close(figure)

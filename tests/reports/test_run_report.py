@@ -34,7 +34,7 @@ def test_the_page_of_a_run(tmp_path):
     assert (summary.validation_loss, summary.tokens_per_second, summary.elapsed_s) == (2.5, 1000.0, 31.0)
     page = Collector()
     page.feed((tmp_path / "page.html").read_text())
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 4  # the losses by step and time, each also without the first steps
     assert "lost steps" in page.text
 
 
@@ -56,4 +56,4 @@ def test_the_command_draws_runs_and_comparisons(tmp_path, capsys):
     assert "Feed-forward layers compared" in (tmp_path / "report.html").read_text()
     log_lines(tmp_path / "run", {"start": 0, "time": 0.0}, {"step": 1, "time": 1.0, "loss": 5.0})
     app(["report", str(tmp_path / "run")], standalone_mode=False)
-    assert "train loss 5" in capsys.readouterr().out
+    assert "training loss              5\n" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from flag_cases import EVALUATED, Refused, Runs, Table, other, reaches, refused,
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from flashmhf.training.arguments import DEFAULTS
+from flashmhf.training.defaults import DEFAULTS
 from flashmhf.training.precision import computes_bfloat16
 
 COSINE = "--lr-scheduler-type cosine_with_min_lr"

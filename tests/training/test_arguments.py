@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashmhf.errors import InputError
-from flashmhf.training.arguments import DEFAULTS, DEPENDENT, _complete, parse_arguments
+from flashmhf.training.arguments import _complete, parse_arguments
+from flashmhf.training.defaults import DEFAULTS, DEPENDENT
 from flashmhf.training.precision import computes_bfloat16
 
 UNGIVEN = {"load_best_model_at_end": False, "use_cpu": False, "fp16": False}

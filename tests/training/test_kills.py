@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from flashmhf.training.checkpoints import UNFINISHED, checkpoints
+from flashmhf.training.config import RUN_FILE
 from flashmhf.training.manifest import check
-from flashmhf.training.run_files import RUN_FILE
 
 SAVE_STEPS = 3
 SERVER = multiprocessing.get_context("forkserver")

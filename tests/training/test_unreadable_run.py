@@ -9,7 +9,8 @@ import torch
 
 from damage import DAMAGES, assert_one_line, wrong_values
 from flashmhf.errors import InputError, RunError
-from flashmhf.reports.run import read_history, write_run_report
+from flashmhf.reports.logged_run import read_history
+from flashmhf.reports.run import write_run_report
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.manifest import MANIFEST, write_manifest

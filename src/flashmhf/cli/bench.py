@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from flashmhf import extras
 from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
 from flashmhf.cli.output import Device, Json, check_folder, emit, pick_device, results_only
 from flashmhf.cli.terminal import say
@@ -93,8 +94,9 @@ def bench(
     with results_only():
         from flashmhf.benchmarking.provenance import provenance
         from flashmhf.benchmarking.results import BenchmarkResult
-        from flashmhf.reports.benchmark_page import write_results
 
+        if output is not None or compare is not None:
+            extras.check("flashmhf bench --output or --compare", "matplotlib")
         if output is not None:
             check_folder("output", output)
         old = None if compare is None else _earlier(Path(compare))
@@ -117,17 +119,20 @@ def bench(
         if old is not None:
             result = result.compared_with(old)
         if output is not None:
+            from flashmhf.reports.benchmark_page import write_results
+
             write_results(result, Path(output))
         text = _text(result)
     emit(result.to_json(), text, json)
 
 
 def _text(result: "BenchmarkResult") -> str:
-    from flashmhf.reports.benchmark_page import comparison_summary, comparison_table
     from flashmhf.reports.table import Table
 
     text = [Table.of(result.rows).markdown()]
     if result.comparison is not None:
+        from flashmhf.reports.benchmark_page import comparison_summary, comparison_table
+
         text += ["", comparison_table(result.comparison).markdown(), "", *comparison_summary(result.comparison)]
     return "\n".join(text)
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from flashmhf.cli.output import Device, Json, emit, pick_device, results_only
+from flashmhf.names import check_model_folder
 
 MAX_SEED = 2**32 - 1  # of numpy
 
@@ -24,6 +25,8 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue prompts. With several prompts or models, --json prints {"samples": [...]}."""
+    for model in models:
+        check_model_folder(model)
     with results_only():
         from flashmhf.evaluation.generation import sample_models
 

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashmhf.cli.output import Json, emit, results_only
+from flashmhf.names import check_model
 
 if TYPE_CHECKING:
     from flashmhf.estimates.cost import ModelCost, OperatorCost
     from flashmhf.estimates.memory import TrainingEstimate
+    from flashmhf.estimates.presets import PresetSize
+    from flashmhf.reports.table import Table
 
+TINY = 2**23  # parameters: the presets below come first
 HAVE_OPERATOR = ("flashmhf", "mhffn", "dense_moe")  # as ffn_type
 
 
@@ -31,15 +35,18 @@ def info(
     json: Json = False,
 ) -> None:
     """Parameters, FLOPs and saved bytes per token, and backends. Without a model: presets and backends."""
+    if model is not None:
+        check_model(model)
     with results_only():
         from flashmhf.ops.backends import backends, interprets_triton
 
         report: dict[str, Any] = {"model": model}
         if model is None:
-            from flashmhf.models import preset_names
+            from flashmhf.estimates.presets import preset_sizes
 
-            report["presets"] = preset_names()
-            lines = ["presets: " + ", ".join(report["presets"])]
+            sizes = preset_sizes()
+            report["presets"] = {name: asdict(size) for name, size in sizes.items()}
+            lines = [_presets_table(sizes).aligned(), ""]
         else:
             from flashmhf.estimates.cost import model_cost, operator_cost
             from flashmhf.models import FlashMHFConfig
@@ -69,6 +76,35 @@ def info(
         for name, reason in report["backends"].items():
             lines.append(f"  {name}: {reason or runs.get(name, 'runs here')}")
     emit(report, "\n".join(lines), json)
+
+
+def _presets_table(sizes: "dict[str, PresetSize]") -> "Table":
+    """Parameters (tied embeddings once), width, layers, attention heads, and the feed-forward layer's sizes."""
+    from flashmhf.reports.table import Table
+
+    columns = ["preset", "parameters", "width", "layers", "attention", "FFN: H, E x F"]
+    order = sorted(
+        sizes.items(), key=lambda item: (item[1].parameters > TINY, item[0].split("-")[0], item[1].parameters)
+    )
+    rows = [
+        [
+            name,
+            f"{size.parameters / 1e6:,.1f} M",
+            size.hidden_size,
+            size.num_hidden_layers,
+            size.num_attention_heads,
+            _ffn(size),
+        ]
+        for name, size in order
+    ]
+    return Table(columns, rows)
+
+
+def _ffn(size: "PresetSize") -> str:
+    rows = f"{size.intermediate_size:,}"
+    if size.num_subnetworks is not None:
+        rows = f"{size.num_subnetworks} x {size.subnetwork_size}"
+    return rows if size.num_heads is None else f"{size.num_heads}, {rows}"
 
 
 def _cost_lines(model: str, cost: "ModelCost") -> list[str]:

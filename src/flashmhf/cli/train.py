@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashmhf.cli.config_file import CONFIG_FLAGS, Config
+from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     SOURCE,
     BadData,
@@ -68,13 +69,14 @@ def train(
     json: Json = False,
 ) -> None:
     """Pretrain a model. Takes every flag of transformers.TrainingArguments too, such as --max-steps."""
+    flags = [*context.meta.get(CONFIG_FLAGS, ()), *context.args]
+    check_training(context.params, flags, [model])
     with results_only():
         from flashmhf.training.arguments import parse_arguments
         from flashmhf.training.run import train as run_training
         from flashmhf.training.run_files import optimizer_of, was_begun
 
         resume = (_was_restarted() and was_begun(Path(output_dir))) or resume
-        flags = [*context.meta.get(CONFIG_FLAGS, ()), *context.args]
         optimizer = optimizer_of(optimizer, Path(output_dir), resume=resume)
         arguments = parse_arguments(flags, output_dir, optimizer=optimizer, resume=resume)
         options = {**context.params, "optimizer": optimizer}
@@ -107,7 +109,7 @@ def _text(result: "TrainResult") -> str:
     lines = [f"tokens used: {used}"] if len(result.tokens_used) > 1 else []
     lines += [line for line in (result.data_read, result.bad_data) if line]
     return (
-        f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s; "
+        f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s\n"
         f"validation loss {result.validation_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte\n"
         + "".join(f"{line}\n" for line in lines)
         + f"model: {result.output_dir}"

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from flashmhf.data.config import DataConfig
-from flashmhf.data.mixing import parse_sources
+from flashmhf.data.config import DataConfig, parse_sources
 from flashmhf.data.tokenizer import fit_vocabulary, load_tokenizer
 from flashmhf.errors import InputError
 from flashmhf.models import FlashMHFConfig

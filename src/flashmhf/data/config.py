@@ -1,9 +1,15 @@
 """Which text is read and how it becomes blocks. Imports nothing heavy: the command line takes defaults from here."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
+from flashmhf.errors import InputError
+
+FORM = "SOURCE or WEIGHT*SOURCE,WEIGHT*SOURCE,..."
 REFUSE, SKIP = "refuse", "skip"  # what happens to corrupt records
 
 
@@ -44,3 +50,27 @@ class DataConfig:
 
 def _option(name: str) -> str:
     return "data" if name == "source" else name
+
+
+def parse_sources(data: str) -> list[tuple[float, str]]:
+    """(weight, SOURCE) pairs of `0.7*A,0.3*B`, or one of weight 1.
+
+    Raises:
+        InputError: a weight is not a number or is negative, or all are 0.
+    """
+    if "*" not in data or Path(data).exists():
+        return [(1.0, data)]
+    pairs = []
+    for part in re.split(r",(?=[^,*]*\*)", data):
+        text, star, source = part.partition("*")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not (star and source.strip() and math.isfinite(weight) and weight >= 0):
+            raise InputError(f"data: expected {FORM} with weights of at least 0, got {part.strip()!r}")
+        pairs.append((weight, source.strip()))
+    used = [pair for pair in pairs if pair[0] > 0]
+    if not used:
+        raise InputError(f"data: expected {FORM} with a weight above 0, got {data!r}")
+    return used

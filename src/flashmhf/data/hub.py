@@ -13,12 +13,18 @@ from flashmhf.data.files import ROW, missing_column, scalar_row
 from flashmhf.data.fingerprints import short_hash
 from flashmhf.data.workers import MAX_ROWS
 from flashmhf.errors import InputError
+from flashmhf.names import check_exists
 
 logger = logging.getLogger(__name__)
 
 
 def hub_splits(source: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream, nothing is read yet."""
+    """Every split of a dataset on the Hub, `owner/name` or `owner/name:subset`; of a stream, nothing is read yet.
+
+    Raises:
+        InputError: there is none; a path is never looked for on the Hub.
+    """
+    check_exists("data", source)
     name, _, subset = source.partition(":")
     try:
         try:

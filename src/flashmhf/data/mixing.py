@@ -1,11 +1,8 @@
 """The blocks that a training run reads: of one source, or of several by weight."""
 
-import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,14 +10,12 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from flashmhf.data.blocks import TokenBlocks, iterate_blocks
-from flashmhf.data.config import DataConfig
+from flashmhf.data.config import DataConfig, parse_sources
 from flashmhf.data.corpus import Corpus, load_corpus
 from flashmhf.data.corrupt_records import CorruptRecords
 from flashmhf.data.shuffling import ShuffledBlocks, count_turns, weighted_turns
 from flashmhf.data.tokens import tokenize
 from flashmhf.errors import InputError
-
-FORM = "SOURCE or WEIGHT*SOURCE,WEIGHT*SOURCE,..."
 
 
 @dataclass(frozen=True)
@@ -62,30 +57,6 @@ class TrainingData:
     def bad_summary(self) -> str:
         """One line on corrupt records that were skipped; empty if none were."""
         return "; ".join(bad.summary() for bad in self.bad_data if bad.counts)
-
-
-def parse_sources(data: str) -> list[tuple[float, str]]:
-    """(weight, SOURCE) pairs of `0.7*A,0.3*B`, or one of weight 1.
-
-    Raises:
-        InputError: a weight is not a number or is negative, or all are 0.
-    """
-    if "*" not in data or Path(data).exists():
-        return [(1.0, data)]
-    pairs = []
-    for part in re.split(r",(?=[^,*]*\*)", data):
-        text, star, source = part.partition("*")
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not (star and source.strip() and math.isfinite(weight) and weight >= 0):
-            raise InputError(f"data: expected {FORM} with weights of at least 0, got {part.strip()!r}")
-        pairs.append((weight, source.strip()))
-    used = [pair for pair in pairs if pair[0] > 0]
-    if not used:
-        raise InputError(f"data: expected {FORM} with a weight above 0, got {data!r}")
-    return used
 
 
 def load_blocks(

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from flashmhf.errors import InputError
+from flashmhf.names import check_exists
 from flashmhf.untrusted import read_settings, reading
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=_byte_characters(),
-        show_progress=True,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _finish(tokenizer, use_regex=True)
@@ -75,6 +76,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = Path(name)
     if folder.is_dir():
         _check_files(folder)
+    check_exists("tokenizer", name)
     with reading(f"tokenizer: expected bytes, a tokenizer's folder or a Hub id, got {name!r}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer("text", add_special_tokens=False)  # some values fail only in use

@@ -1,7 +1,6 @@
-"""Downstream tasks through EleutherAI's lm-eval, which `pip install 'flashmhf[tasks]'` installs."""
+"""Downstream tasks through EleutherAI's lm-eval, which the extra `tasks` brings."""
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,9 @@ def evaluate_tasks(
         batch_size: requests at a time.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its data cannot be loaded.
+        InputError: a task is unknown, or its data cannot be loaded.
         RunError: the model's logits are not finite.
     """
-    if find_spec("lm_eval") is None:
-        raise InputError("tasks: expected the package lm-eval, got none; pip install 'flashmhf[tasks]'")
     if tasks_path is not None and not Path(tasks_path).is_dir():
         raise InputError(f"tasks-path: expected a folder, got {tasks_path!r}")
     check_vocabulary(model, tokenizer)

@@ -23,10 +23,15 @@ class PKV(nn.Module):
     """Attention over learned keys and values: each head of the projected input attends to `num_slots` parameter rows.
 
     Args:
-        hidden_size, num_heads, bias, init, device, dtype: as in FlashMHF.
+        hidden_size: width of input and output, a multiple of num_heads.
+        num_heads: heads; the head dim is hidden_size / num_heads.
         num_slots: parameter rows per head.
+        bias: biases in in_proj and out_proj.
+        init: "reference" or "scaled", as in `FlashMHF`.
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
+    Its parameters are in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
 
     Source: the baseline "PKV" of arXiv 2512.06989.
     """
@@ -90,7 +95,8 @@ class SwiGLU(nn.Module):
         intermediate_size: d_ff.
         bias: biases in all three projections.
         init: "reference": normal with std 0.02, like transformers' Llama; "scaled": by fan-in, larger in down_proj.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ All map (..., hidden_size) to (..., hidden_size).
 """
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from flashmhf.layers.initialisation import (
     init_projections,
 )
 from flashmhf.layers.plain import is_plain
+from flashmhf.layers.sizes import default_num_heads, sizes_like_swiglu
 from flashmhf.ops.autograd import is_transformed
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
@@ -44,7 +46,15 @@ def local(parameter: Tensor) -> Tensor:
 
 
 class HeadRMSNorm(nn.Module):
-    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it."""
+    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it.
+
+    Args:
+        num_heads: heads H.
+        head_dim: head dim D.
+        eps: added to the mean square.
+        device: of the weight.
+        dtype: of the weight.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -82,11 +92,12 @@ class FlashMHF(nn.Module):
         recompute_q: save only x and the output for the backward, and project x again there. Without effect under the
             transforms of torch.func and in forward mode, which activation checkpointing does not support.
         backend: of the operator, see `flash_mhf`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
-    and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
-    the former (H_kv, E, F, D) are loaded, too.
+    Its parameters are in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
+    K, U and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts
+    with the former (H_kv, E, F, D) are loaded, too.
 
     Raises:
         ValueError: an invalid argument; the message names it, what was expected and what was given.
@@ -163,6 +174,56 @@ class FlashMHF(nn.Module):
         self.gate_weight = None if gate_type is None else nn.Parameter(torch.empty(gate_shape, **factory))
         self.q_norm = HeadRMSNorm(num_heads, self.head_dim, norm_eps, **factory) if q_norm else None
         self.reset_parameters()
+
+    @classmethod
+    def like_swiglu(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        num_heads: int | None = None,
+        num_subnetworks: int | None = None,
+        subnetwork_size: int | None = None,
+        q_norm: bool = True,
+        init: str = "scaled",
+        **options: Any,
+    ) -> "FlashMHF":
+        """A layer with the parameters of a SwiGLU, as docs/parametrisation.md recommends it.
+
+        Args:
+            hidden_size: of the SwiGLU.
+            intermediate_size: d_ff of the SwiGLU.
+            num_heads: Default: heads of 128, or of the largest divisor of hidden_size below it.
+            num_subnetworks: Default: what brings the parameters closest to those of the SwiGLU.
+            subnetwork_size: the same; by default 2 to 4 head dims, and a multiple of 64 where that is within 2 %.
+            q_norm: an argument of FlashMHF.
+            init: an argument of FlashMHF.
+            options: further arguments of FlashMHF.
+
+        Returns:
+            A new layer.
+
+        Raises:
+            ValueError: an invalid argument, or a SwiGLU with no more parameters than in_proj and out_proj alone.
+        """
+        check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        given = {"num_heads": num_heads, "num_subnetworks": num_subnetworks, "subnetwork_size": subnetwork_size}
+        check_positive(**{name: size for name, size in given.items() if size is not None})
+        heads = default_num_heads(hidden_size) if num_heads is None else num_heads
+        check_multiple("hidden_size", hidden_size, "num_heads", heads)
+        kv_heads = options.get("num_kv_heads")
+        if kv_heads is not None:
+            check_positive(num_kv_heads=kv_heads)
+        sizes = sizes_like_swiglu(
+            hidden_size,
+            intermediate_size,
+            num_heads=heads,
+            num_subnetworks=num_subnetworks,
+            subnetwork_size=subnetwork_size,
+            kv_share=1.0 if kv_heads is None else kv_heads / heads,
+            projections=options.get("projections", True),
+        )
+        return cls(hidden_size, **asdict(sizes), q_norm=q_norm, init=init, **options)
 
     def reset_parameters(self) -> None:
         """Initialises every parameter, according to `init`."""
@@ -268,14 +329,28 @@ class FlashMHF(nn.Module):
 
 
 class MHFFN(FlashMHF):
-    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate."""
+    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate.
+
+    Args:
+        hidden_size: width of input and output, a multiple of num_heads.
+        num_heads: heads H.
+        intermediate_size: rows of K, U and V per head.
+        options: further arguments of `FlashMHF`.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, **options) -> None:
         super().__init__(hidden_size, num_heads, 1, intermediate_size, gate_type=None, **options)
 
 
 class DenseMoE(FlashMHF):
-    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections."""
+    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections.
+
+    Args:
+        hidden_size: width of input and output.
+        num_subnetworks: experts E, all of which are evaluated for every token.
+        subnetwork_size: width F of an expert.
+        options: further arguments of `FlashMHF`.
+    """
 
     def __init__(self, hidden_size: int, num_subnetworks: int, subnetwork_size: int, **options) -> None:
         super().__init__(hidden_size, 1, num_subnetworks, subnetwork_size, projections=False, **options)

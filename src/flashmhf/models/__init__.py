@@ -10,7 +10,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.former_shapes import register_former_shapes
 from flashmhf.models.modeling import (
     FlashMHFForCausalLM,
@@ -21,6 +21,7 @@ from flashmhf.models.modeling import (
     FlashMHFPreTrainedModel,
 )
 from flashmhf.models.replaced import ReplacedConfig
+from flashmhf.names import preset_names
 from flashmhf.ops import flops  # noqa: F401  (model FLOPs are counted by Trainer and profilers)
 
 __all__ = [

@@ -24,6 +24,7 @@ WHOLE = {  # name: smallest and largest value; the largest are far beyond any mo
     "head_dim": (2, 2**16),
     "max_position_embeddings": (1, 2**31),
     "num_subnetworks": (1, 2**20),
+    "subnetwork_size": (1, 2**24),
     "num_ffn_heads": (1, 2**16),
     "num_ffn_kv_heads": (1, 2**16),
 }

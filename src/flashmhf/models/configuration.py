@@ -3,34 +3,37 @@
 import json
 import logging
 from dataclasses import fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
 from flashmhf.layers import INITS, Scales, default_scales
 from flashmhf.models.config_checks import USED_BY, check_names, check_others, check_rope, check_values
+from flashmhf.names import PRESETS, preset_names
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.prologue import GATES
 
 logger = logging.getLogger(__name__)
 
 FFN_TYPES = ("flashmhf", "mhffn", "pkv", "dense_moe", "swiglu")
-PRESETS = files("flashmhf.models") / "presets"
 
 
 class FlashMHFConfig(LlamaConfig):
     """`transformers.LlamaConfig` with the options of the feed-forward layer.
 
+    Names are those of `flashmhf.FlashMHF`, except where Llama has the same name for another thing: num_ffn_heads and
+    num_ffn_kv_heads (the layer's num_heads and num_kv_heads), ffn_projections (projections), mlp_bias (bias),
+    rms_norm_eps (norm_eps).
+
     Every value is used or refused: an unknown name, a value of LlamaConfig's that this model does not have (another
     activation than SiLU), and a value of a field that the chosen ffn_type does not use.
 
-    Args:
+    Attributes:
         ffn_type: "flashmhf", "mhffn" (one sub-network, no gate), "dense_moe" (one head, no projections), "pkv"
             (attention over intermediate_size learned slots per head) or "swiglu".
-        intermediate_size: d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
+        intermediate_size (int): d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
         num_subnetworks: E; intermediate_size is a multiple of it. For "flashmhf" and "dense_moe".
+        subnetwork_size: F, in place of intermediate_size E x F, which is what is saved.
         num_ffn_heads: H of "flashmhf", "mhffn" and "pkv"; hidden_size is a multiple of it.
         num_ffn_kv_heads: heads with their own K, U, V. Default: num_ffn_heads.
         gate_type: "sigmoid", "softmax" or None. For "flashmhf" and "dense_moe".
@@ -39,8 +42,10 @@ class FlashMHFConfig(LlamaConfig):
         ffn_projections: False leaves out the layer's in_proj and out_proj. For "flashmhf" and "mhffn".
         ffn_norm: False leaves out the RMSNorm before the feed-forward layer.
         mlp_bias: biases in the layer's projections.
-        score_scale, gate_scale, output_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so
-            that a checkpoint keeps its meaning in later versions.
+        score_scale: see `flashmhf.FlashMHF`. None is resolved here and saved as a number, so that a checkpoint keeps
+            its meaning in later versions.
+        gate_scale: as score_scale.
+        output_scale: as score_scale.
         recompute_q: save less for the backward, see `flashmhf.FlashMHF`.
         init: "reference" or "scaled".
         backend: of the operator, see `flashmhf.flash_mhf`.
@@ -77,6 +82,9 @@ class FlashMHFConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "gate" in kwargs:  # the former name of gate_type
             self.gate_type = kwargs.pop("gate")
+        if kwargs.get("subnetwork_size") is not None:
+            self._set_subnetwork_size(kwargs["subnetwork_size"])
+        kwargs.pop("subnetwork_size", None)
         self._check(kwargs)
         if kwargs.pop("auto_map", None):
             logger.warning("auto_map is not used: code that comes with a model is never run")
@@ -119,13 +127,30 @@ class FlashMHFConfig(LlamaConfig):
         """The preset `name`, one of `preset_names()`, with some values replaced.
 
         With another ffn_type, the preset's values of fields that it does not use are left out.
+
+        Raises:
+            ValueError: no such preset, or an invalid value.
         """
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")
         values = json.loads((PRESETS / f"{name}.json").read_text())
+        if overrides.get("subnetwork_size") is not None:
+            del values["intermediate_size"]
         ffn_type = overrides.get("ffn_type", values["ffn_type"])
         unused = {field for field, users in USED_BY.items() if ffn_type not in users}
         return cls(**{field: value for field, value in values.items() if field not in unused} | overrides)
+
+    def _set_subnetwork_size(self, size: Any) -> None:
+        if self.ffn_type not in USED_BY["gate_type"]:
+            raise ValueError(f"subnetwork_size: expected none, since ffn_type {self.ffn_type} has no sub-networks")
+        check_values({"subnetwork_size": size, "num_subnetworks": self.num_subnetworks})
+        intermediate_size = size * self.num_subnetworks
+        if self.intermediate_size not in (intermediate_size, type(self).intermediate_size):
+            raise ValueError(
+                f"subnetwork_size: expected none beside intermediate_size {self.intermediate_size}, or one that agrees "
+                f"with it and num_subnetworks {self.num_subnetworks}, got {size}"
+            )
+        self.intermediate_size = intermediate_size
 
     def _check(self, others: dict[str, Any]) -> None:
         """Checks the fields and `others`, which are not fields."""
@@ -179,8 +204,3 @@ class FlashMHFConfig(LlamaConfig):
             value, divisor = getattr(self, name), getattr(self, divisor_name)
             if divisor is not None and value % divisor != 0:
                 raise ValueError(f"{name}: expected a multiple of {divisor_name} {divisor}, got {value}")
-
-
-def preset_names() -> list[str]:
-    """The names that `FlashMHFConfig.from_preset` accepts."""
-    return sorted(Path(preset.name).stem for preset in PRESETS.iterdir() if preset.name.endswith(".json"))

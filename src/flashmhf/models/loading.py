@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 from flashmhf.errors import InputError, RunError
 from flashmhf.layers.former_shapes import former_shapes
 from flashmhf.layers.multi_head import local
-from flashmhf.models.configuration import FlashMHFConfig, preset_names
+from flashmhf.models.configuration import FlashMHFConfig
 from flashmhf.models.remote_code import refuse_code
 from flashmhf.models.weights import (
     check_floating_point,
@@ -22,9 +22,9 @@ from flashmhf.models.weights import (
     check_safetensors,
     stored_tensors,
 )
+from flashmhf.names import CONFIG, check_model, check_model_folder, preset_names
 from flashmhf.untrusted import read_settings, reading
 
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 NUMBERS_AT_A_TIME = 2**26  # of a tensor that is searched for NaN and infinity
@@ -38,17 +38,16 @@ def load_config(source: str) -> PreTrainedConfig:
     Raises:
         InputError: `source` is none of them, or has an invalid value.
     """
+    check_model(source)
     if source in preset_names():
         return FlashMHFConfig.from_preset(source)
     path = Path(source)
     if path.is_dir():
         return read_config(path)
-    if path.exists():
-        values = {"model_type": FlashMHFConfig.model_type} | _read(path)
-        if values["model_type"] != FlashMHFConfig.model_type:
-            raise InputError(f"model: {path}: expected model_type 'flashmhf', got {values['model_type']!r:.80}")
-        return _config_of(values, path)
-    raise InputError(f"model: expected a preset ({', '.join(preset_names())}), a JSON file or a folder, got {source!r}")
+    values = {"model_type": FlashMHFConfig.model_type} | _read(path)
+    if values["model_type"] != FlashMHFConfig.model_type:
+        raise InputError(f"model: {path}: expected model_type 'flashmhf', got {values['model_type']!r:.80}")
+    return _config_of(values, path)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -57,8 +56,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         InputError: there is none, or an invalid one.
     """
-    if not (folder / CONFIG).exists():
-        raise InputError(f"model: expected a folder with {CONFIG}, got {str(folder)!r}")
+    check_model_folder(str(folder))
     config = _config_of(_read(folder / CONFIG), folder / CONFIG)
     config.name_or_path = str(folder)
     return config
@@ -143,9 +141,7 @@ def check_folder(folder: str) -> Path:
     Raises:
         InputError: a file is missing, truncated or no valid one.
     """
-    path = Path(folder)
-    if not (path / CONFIG).is_file():
-        raise InputError(f"model: expected a folder with {CONFIG}, got {folder!r}")
+    path = check_model_folder(folder)
     if (path / ADAPTER_CONFIG).exists():
         raise InputError(
             f"model: expected a complete model, got {path / ADAPTER_CONFIG}; merge the adapter (peft's "

@@ -1,6 +1,5 @@
 """Replaces the feed-forward layers of an existing model, for fine-tuning studies."""
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -12,16 +11,12 @@ from flashmhf.models.replaced import record_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
-DEFAULT_HEAD_DIM = 128
 SWIGLU_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def replace_ffn(
     model: Model,
     *,
-    num_heads: int | None = None,
-    num_subnetworks: int | None = None,
-    subnetwork_size: int | None = None,
     layers: Iterable[int] | None = None,
     **options: Any,
 ) -> Model:
@@ -33,11 +28,9 @@ def replace_ffn(
 
     Args:
         model: any module whose decoder layers have an `mlp` with gate_proj, up_proj and down_proj.
-        num_heads: Default: heads of 128, or one head if the width is not a multiple of 128.
-        num_subnetworks: Default: the number that best matches the old layer's parameter count.
-        subnetwork_size: Default: 8/3 of the head dim, rounded up to a multiple of 64.
         layers: indices of the layers to replace, in the model's order. Default: all.
-        options: further arguments of `FlashMHF`, such as gate_type, q_norm or init.
+        options: of `FlashMHF.like_swiglu`, which chooses sizes of equal parameters: num_heads, num_subnetworks,
+            subnetwork_size, gate_type, q_norm, init and the others.
 
     Returns:
         The same model.
@@ -46,7 +39,7 @@ def replace_ffn(
         ValueError: the model has no such layer, or an invalid argument.
     """
     owners = _swiglu_owners(model, None if layers is None else list(layers))
-    new = [_like(owner.mlp, num_heads, num_subnetworks, subnetwork_size, options) for owner in owners]
+    new = [_like(owner.mlp, options) for owner in owners]
     for owner, ffn in zip(owners, new, strict=True):
         ffn.train(owner.mlp.training)
         owner.mlp = ffn
@@ -80,26 +73,10 @@ def _is_swiglu(module: Any) -> bool:
     return isinstance(module, nn.Module) and all(isinstance(getattr(module, n, None), nn.Linear) for n in SWIGLU_PARTS)
 
 
-def _like(
-    old: Any,
-    num_heads: int | None,
-    num_subnetworks: int | None,
-    subnetwork_size: int | None,
-    options: dict[str, Any],
-) -> FlashMHF:
+def _like(old: Any, options: dict[str, Any]) -> FlashMHF:
     """A FlashMHF layer for the place of a SwiGLU layer."""
     weight = old.gate_proj.weight
     if not weight.is_floating_point():
         raise ValueError(f"model: expected feed-forward layers of floating-point numbers, got {weight.dtype}")
-    hidden_size = weight.shape[1]
-    if num_heads is None:
-        num_heads = hidden_size // DEFAULT_HEAD_DIM if hidden_size % DEFAULT_HEAD_DIM == 0 else 1
-    if subnetwork_size is None:
-        subnetwork_size = math.ceil(8 / 3 * (hidden_size // num_heads) / 64) * 64
-    if num_subnetworks is None:
-        rows = sum(parameter.numel() for parameter in old.parameters()) / (3 * hidden_size)
-        rows -= 2 / 3 * hidden_size if options.get("projections", True) else 0  # in_proj and out_proj
-        num_subnetworks = max(1, round(rows / subnetwork_size))
-    return FlashMHF(
-        hidden_size, num_heads, num_subnetworks, subnetwork_size, device=weight.device, dtype=weight.dtype, **options
-    )
+    intermediate_size, hidden_size = weight.shape
+    return FlashMHF.like_swiglu(hidden_size, intermediate_size, device=weight.device, dtype=weight.dtype, **options)

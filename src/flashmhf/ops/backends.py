@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from flashmhf.extras import missing
 from flashmhf.ops.hopper import tiles as hopper_tiles
 from flashmhf.ops.onednn import library as onednn_library
 from flashmhf.ops.problem import Problem
@@ -45,12 +46,12 @@ class Backend:
 
 def interprets_triton() -> bool:
     """Whether Triton's kernels run in its interpreter, also on CPU tensors: see TRITON_INTERPRET. Imports triton."""
-    return find_spec("triton") is not None and importlib.import_module(TRITON_KERNELS).INTERPRETED
+    return missing("triton") is None and importlib.import_module(TRITON_KERNELS).INTERPRETED
 
 
 def _triton_unsupported_reason(problem: Problem | None) -> str | None:
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
+    if reason := missing("triton"):
+        return reason
     reason = _interpreter_unsupported_reason(problem) if interprets_triton() else _gpu_unsupported_reason(problem)
     if reason is not None or problem is None:
         return reason
@@ -148,8 +149,8 @@ def _onednn_unsupported_reason(problem: Problem | None) -> str | None:
         return f"needs tensors on a CPU, got {problem.device.type}"
     if find_spec(ONEDNN_BACKEND) is None:
         return "is not part of this build, which may import only torch and triton"
-    if find_spec("numba") is None:
-        return "the package numba is not installed (pip install 'flashmhf[cpu]')"
+    if reason := missing("numba"):
+        return reason
     if problem is not None and problem.dtype not in ONEDNN_DTYPES:
         return f"supports float32 and bfloat16, got {problem.dtype}"
     if problem is not None and problem.dtype == torch.bfloat16 and problem.D % 2 != 0:
@@ -202,6 +203,10 @@ def backends(problem: Problem | None = None) -> dict[str, str | None]:
 
     Args:
         problem: `Problem.of(q, k, u, v, gate)`, or None for this machine in general.
+
+    Returns:
+        In the order in which "auto" tries them. None does not mean that "auto" would take it: it also skips what is
+        not known to be fast.
     """
     return {backend.name: backend.unsupported_reason(problem) for backend in BACKENDS}
 

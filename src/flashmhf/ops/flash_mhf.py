@@ -46,8 +46,10 @@ def flash_mhf(
 
     Args:
         q: (..., H, D). Any leading dimensions, any strides; float64, float32, float16 or bfloat16.
-        k, u, v: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h reads parameter head
+        k: (H_kv, E, F, D), q's dtype and device. H is a multiple of H_kv; head h reads parameter head
             h // (H / H_kv).
+        u: as k.
+        v: as k.
         gate: (..., H, E), any of the dtypes above, or None for all ones. float32 is recommended.
         backend: "auto", or a name in `flashmhf.backends()`; a named backend runs or raises, it never falls back.
 

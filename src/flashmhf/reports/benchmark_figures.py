@@ -1,18 +1,15 @@
 """Pictures of rows: one panel per quantity, with one line per variant over tokens, or bars if tokens do not vary."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter
-from PIL import Image
 
 from flashmhf.benchmarking.measuring import Row
-from flashmhf.reports.style import FIGURE_INCHES, colours_of, in_figure
+from flashmhf.reports.style import FIGURE_INCHES, GREY, GRID, colours_of, in_figure, legend_below, new_figure
 from flashmhf.reports.table import cell
+from flashmhf.reports.ticks import logarithmic, plain_ticks, sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +63,10 @@ class Panel:
     def label(self) -> str:
         return LABELS.get(self.quantity, self.quantity.replace("_", " "))
 
-
-class PlainLogFormatter(LogFormatter):
-    """Labels the ticks that `LogFormatter` would, without powers of ten."""
-
-    def __call__(self, value: float, position: int | None = None) -> str:
-        return f"{value:,.5g}" if super().__call__(value, position) else ""
+    @property
+    def caption(self) -> str:
+        """What it shows, such as "peak memory, MiB: layer, forward, float32"."""
+        return f"{self.label}: {self.title}"
 
 
 def panels(kind: str, rows: Sequence[Row], quantities: Mapping[str, Sequence[Quantity]] = QUANTITIES) -> list[Panel]:
@@ -83,7 +78,7 @@ def panels(kind: str, rows: Sequence[Row], quantities: Mapping[str, Sequence[Qua
             if row.get(quantity.name) is not None:
                 title, line = (", ".join(str(row.get(key)) for key in keys) for keys in (quantity.panel, quantity.line))
                 lines_of.setdefault(title, {}).setdefault(line, []).append(row)
-        found += [Panel(f"{kind}: {title}", quantity.name, lines) for title, lines in lines_of.items()]
+        found += [Panel(f"{kind}, {title}", quantity.name, lines) for title, lines in lines_of.items()]
     return found
 
 
@@ -92,62 +87,56 @@ def grid(chosen: Sequence[Panel], columns: int = 2) -> Figure:
     columns = max(min(columns, len(chosen)), 1)
     rows = [chosen[i : i + columns] for i in range(0, len(chosen), columns)] or [()]  # a figure needs a row
     heights = [max((panel.height for panel in row), default=1) for row in rows]
-    figure, axes = plt.subplots(
-        len(rows),
-        columns,
-        figsize=(WIDTH * columns, sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(WIDTH * columns, sum(heights))
+    axes = figure.subplots(len(rows), columns, height_ratios=heights, squeeze=False)
     for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
+    colours = line_colours(chosen)
     for axis, panel in zip(axes.flat, chosen, strict=False):
-        _draw(axis, panel)
-        axis.set_title(in_figure(panel.title), fontsize="medium")
+        _draw(axis, panel, colours)
+        axis.set_title(in_figure(panel.caption), fontsize="medium")
+    legend_below(figure)
     return figure
 
 
-def draw_panel(panel: Panel) -> Figure:
-    """A panel as a figure without a title."""
-    figure, axis = plt.subplots(figsize=(WIDTH, panel.height), layout="constrained")
-    _draw(axis, panel)
+def line_colours(chosen: Iterable[Panel]) -> dict[str, str]:
+    """The colour of each line, the same in all panels."""
+    names = list(dict.fromkeys(name for panel in chosen for name in panel.lines))
+    return dict(zip(names, colours_of(names), strict=True))
+
+
+def draw_panel(panel: Panel, colours: Mapping[str, str]) -> Figure:
+    """A panel as a figure without a title; `colours` are those of its lines."""
+    figure = new_figure(WIDTH, panel.height)
+    axis = figure.subplots()
+    _draw(axis, panel, colours)
+    legend_below(figure)
     return figure
 
 
-def png(figure: Figure, dpi: int = 120) -> bytes:
-    """The figure, which is closed, as PNG with a palette: a third of the bytes, which matters where it is committed."""
-    drawn, picture = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256).save(picture, format="PNG", optimize=True)
-    return picture.getvalue()
-
-
-def _draw(axis: Axes, panel: Panel) -> None:
+def _draw(axis: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     """Quartiles are whiskers."""
     axis.spines[["top", "right"]].set_visible(False)
-    (_lines if panel.over_tokens else _bars)(axis, panel)
+    (_lines if panel.over_tokens else _bars)(axis, panel, colours)
 
 
-def _lines(axis: Axes, panel: Panel) -> None:
-    for (name, rows), colour in zip(panel.lines.items(), colours_of(panel.lines), strict=True):
+def _lines(axis: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
+    for name, rows in panel.lines.items():
         values, tokens = [row[panel.quantity] for row in rows], [row["tokens"] for row in rows]
         axis.errorbar(
-            tokens, values, _whiskers(panel, rows), fmt="o-", markersize=4, color=colour, label=in_figure(name)
+            tokens, values, _whiskers(panel, rows), fmt="o-", markersize=4, color=colours[name], label=in_figure(name)
         )
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _thousands(tokens)))
+    sizes(axis, {float(row["tokens"]) for rows in panel.lines.values() for row in rows})
     if panel.quantity in LOGARITHMIC:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(PlainLogFormatter())
-        axis.yaxis.set_minor_formatter(PlainLogFormatter(labelOnlyBase=False))
+        logarithmic(axis, "y")
+    else:
+        plain_ticks(axis.yaxis)
     axis.set(xlabel="tokens", ylabel=panel.label)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", edgecolor="none")
+    axis.set_axisbelow(True)
+    axis.grid(color=GRID)
 
 
-def _bars(axis: Axes, panel: Panel) -> None:
+def _bars(axis: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     names = list(panel.lines)
     rows = [rows[-1] for rows in panel.lines.values()]
     values = [row[panel.quantity] for row in rows]
@@ -155,9 +144,9 @@ def _bars(axis: Axes, panel: Panel) -> None:
         [in_figure(name) for name in names],
         values,
         height=0.6,
-        color=colours_of(names),
+        color=[colours[name] for name in names],
         xerr=_whiskers(panel, rows),
-        ecolor="black",
+        ecolor=GREY,
     )
     axis.bar_label(bars, [cell(float(value)) for value in values], padding=3)
     axis.margins(x=0.2)
@@ -174,7 +163,3 @@ def _whiskers(panel: Panel, rows: list[Row]) -> list[list[float]] | None:
         [row["median_ms"] - row["lower_quartile_ms"] for row in rows],
         [row["upper_quartile_ms"] - row["median_ms"] for row in rows],
     ]
-
-
-def _thousands(tokens: float) -> str:
-    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"

@@ -4,7 +4,7 @@ import textwrap
 
 from flashmhf.comparison.results import ComparisonResult, GateUsage, Spread, SweepResult
 from flashmhf.comparison.settings import ABLATED
-from flashmhf.reports.table import Table, in_markdown
+from flashmhf.reports.table import TERMINAL_WIDTH, Table, in_markdown
 from flashmhf.reports.verdicts import (
     about_numbers,
     about_verdicts,
@@ -15,18 +15,18 @@ from flashmhf.reports.verdicts import (
 )
 from flashmhf.training.instability import ADVICE
 
-WIDTH = 100  # of a terminal
-RATE_COLUMNS = ("FFN", "learning rate", "validation loss, first seed", "")
-GATE_COLUMNS = ("FFN", "gate entropy by head", "evenness of the load by head")
+RATE_COLUMNS = ("FFN", "learning rate", "validation loss", "")
+GATE_COLUMNS = ("FFN", "gate entropy", "load evenness")
 
 
 def markdown_table(result: ComparisonResult) -> str:
-    """One row per variant; what the numbers are; verdicts; runs that failed or were unstable; ablations."""
+    """Losses and costs of each variant, what the numbers are, verdicts, failed and unstable runs, ablations."""
     ablations = ablation_table(result)
     verdicts = "\n".join(f"- {in_markdown(line)}" for line in verdict_lines(result))
     warnings = in_markdown(failed_runs(result)), in_markdown(unstable_runs(result))
     notes = about_numbers(result), verdicts, verdicts and about_verdicts(), *warnings
-    parts = [loss_table(result).markdown(), *notes, ablations and ablations.markdown()]
+    tables = [loss_table(result).markdown(), cost_table(result).markdown()]
+    parts = [*tables, *notes, ablations and ablations.markdown()]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -37,16 +37,15 @@ def terminal_text(result: ComparisonResult) -> str:
             row.variant,
             _spread(row.documents.nats_per_token),
             difference_cell(row.difference),
-            resolution_cell(row.difference),
             row.parameters,
             _mean(row.tokens_per_second),
         )
         for row in result.variants
     ]
-    columns = "FFN", "held-out loss", _to_first(result), "resolution", "parameters", "tokens/s"
-    lines = [Table(columns, rows).aligned()]
+    columns = "FFN", "held-out loss", _to_first(result), "parameters", "tokens/s"
+    lines = [Table(columns, rows).fitting(TERMINAL_WIDTH, least=3)]
     for texts in (verdict_lines(result), [failed_runs(result)], [unstable_runs(result)], [about_numbers(result)]):
-        paragraph = [line for text in texts for line in textwrap.wrap(text, WIDTH)]
+        paragraph = [line for text in texts for line in textwrap.wrap(text, TERMINAL_WIDTH)]
         lines += ["", *paragraph] if paragraph else []
     for variant, continuation in result.samples.continuations.items():
         lines += ["", f"--- {variant}, continuing a held-out document", result.samples.prompt + continuation]
@@ -54,21 +53,10 @@ def terminal_text(result: ComparisonResult) -> str:
 
 
 def loss_table(result: ComparisonResult) -> Table:
-    """Everything about each variant, in the order in which they were given."""
+    """The losses of each variant, in the order in which they were given."""
     columns = (
-        "FFN",
-        "held-out loss (nats/token)",
-        _to_first(result),
-        "verdict",
-        "resolution",
-        "validation loss (nats/token)",
-        "bits/byte",
-        "parameters",
-        "MFLOP/token",
-        "layers",
-        "d_ff",
-        "tokens/s",
-        "peak memory (MiB)",
+        *("FFN", "held-out loss", _to_first(result), "verdict", "resolution"),
+        *("validation loss", "bits/byte"),
     )
     rows = [
         (
@@ -79,6 +67,18 @@ def loss_table(result: ComparisonResult) -> Table:
             resolution_cell(row.difference),
             _spread(row.validation_loss),
             _spread(row.bits_per_byte),
+        )
+        for row in result.variants
+    ]
+    return Table(columns, rows)
+
+
+def cost_table(result: ComparisonResult) -> Table:
+    """Size, speed and memory of each variant."""
+    columns = "FFN", "parameters", "MFLOP/token", "layers", "d_ff", "tokens/s", "memory (MiB)"
+    rows = [
+        (
+            row.variant,
             row.parameters,
             f"{row.forward_flops_per_token / 1e6:,.1f}",
             row.layers,

@@ -5,20 +5,34 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 from flashmhf.files import atomic_write
 from flashmhf.printable import printable
+from flashmhf.reports.style import BLUE, GREEN, GREY, GRID, INK, ORANGE, PURPLE, SKY, VERMILION
 
 PAGE_FILE = "report.html"
 DOTS_PER_INCH = 150  # of a picture
+# Colours of figures that a page replaces by its own, which depend on whether it is light or dark.
+ON_PAGE = {
+    INK: "currentColor",
+    "#ffffff": "var(--paper)",
+    GRID: "var(--grid)",
+    BLUE: "var(--blue)",
+    VERMILION: "var(--vermilion)",
+    GREEN: "var(--green)",
+    PURPLE: "var(--purple)",
+    ORANGE: "var(--orange)",
+    SKY: "var(--sky)",
+    GREY: "var(--grey)",
+}
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that `templates/<template>` makes of the values. Text is escaped, a `Figure` is drawn and closed."""
+    """The page that `templates/<template>` makes of the values. Text is escaped, a `Figure` is drawn."""
     return printable(_ENVIRONMENT.get_template(template).render(values))
 
 
@@ -27,21 +41,22 @@ def write_page(file: Path, template: str, **values: Any) -> None:
     atomic_write(file, render(template, **values))
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a picture; closes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-    plt.close(figure)
-    return buffer.getvalue()
+def png(figure: Figure, dpi: int = DOTS_PER_INCH) -> bytes:
+    """The figure as a picture with a palette: a third of the bytes, which matters where it is committed."""
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    Image.open(drawn).convert("RGB").quantize(256).save(picture, format="PNG", optimize=True)
+    return picture.getvalue()
 
 
 def _svg(figure: Figure) -> Markup:
-    """As wide as the page."""
+    """As wide as its place in the page, in the page's colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     svg = buffer.getvalue()
     tag, rest = svg[svg.index("<svg") :].split(">", 1)
+    for colour, on_page in ON_PAGE.items():
+        rest = rest.replace(f": {colour.lower()}", f": {on_page}")
     return Markup(re.sub(r' (?:width|height)="[^"]*"', "", tag) + ">" + rest)
 
 

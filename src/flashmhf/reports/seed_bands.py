@@ -2,45 +2,47 @@
 
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from flashmhf.comparison.results import ComparisonResult, VariantResult
-from flashmhf.reports.curves import averaged, line_style
-from flashmhf.reports.style import GREY, in_figure, plain
+from flashmhf.reports.comparison_figures import line_style
+from flashmhf.reports.lines import BAND_ALPHA
+from flashmhf.reports.smoothing import smoothed
+from flashmhf.reports.style import GREY, in_figure, legend_below, new_figure, plain
+from flashmhf.reports.ticks import plain_ticks
 from flashmhf.reports.verdicts import verdict_lines
 
-INCHES = (5.4, 5.0)
-TITLE_CHARACTERS = 66  # in a line
+INCHES = (5.0, 4.7)  # without the legend
+TITLE_CHARACTERS = 60  # in a line
 MAX_TITLE_LINES = 3
 SETTLED = 0.1  # of the steps, after which losses are in the picture; before, they fall too far to share its scale
 
 BySeed = dict[int, np.ndarray]
 
 
-def seed_bands(result: ComparisonResult) -> Figure:
-    """Training loss of each variant, averaged over neighbouring steps, and below it the paired difference."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=INCHES, layout="constrained", sharex=True, height_ratios=(5, 3))
+def seed_bands(result: ComparisonResult, *, titled: bool = True) -> Figure:
+    """Training loss of each variant, smoothed, and below it the paired difference; the verdicts are its title."""
+    figure = new_figure(*INCHES)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
     variants = _shown(result)
     steps, curves = _curves(result, variants)
     tops = [_band(above, result, row, steps, curves[row.variant]) for row in variants if curves[row.variant]]
-    if tops:
-        above.set_ylim(top=max(tops))
-        above.legend(frameon=False, fontsize=9)
     for row in variants:
         if (differences := _differences(result, row, curves)) and row.difference is not None:
             _band(below, result, row, steps, differences)
     below.axhline(0, color=GREY, linewidth=1)
     above.set_ylabel("training loss (nats/token)")
     below.set(xlabel="step", ylabel=in_figure(f"difference to {result.settings.variants[0]}"))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
         plain(axes)
+    plain_ticks(below.xaxis, whole=True)
+    if tops:
+        above.set_ylim(top=max(tops))
+        legend_below(figure)
     lines = [line for sentence in verdict_lines(result) for line in textwrap.wrap(sentence, TITLE_CHARACTERS)]
-    if len(lines) <= MAX_TITLE_LINES:
+    if titled and len(lines) <= MAX_TITLE_LINES:
         above.set_title("\n".join(map(in_figure, lines)), fontsize=9, loc="left")
     return figure
 
@@ -48,8 +50,8 @@ def seed_bands(result: ComparisonResult) -> Figure:
 def caption(result: ComparisonResult) -> str:
     """What lines and bands are."""
     return (
-        "Training loss by step: mean over seeds, with a band from the lowest to the highest seed. Below, the paired "
-        f"difference to {result.settings.variants[0]}, likewise. Both are averaged over neighbouring steps."
+        "Training loss by step, smoothed: mean over seeds, with a band from the lowest to the highest seed; the first "
+        f"steps are above the picture. Below, the paired difference to {result.settings.variants[0]}, likewise."
     )
 
 
@@ -67,8 +69,8 @@ def _curves(result: ComparisonResult, variants: list[VariantResult]) -> tuple[li
     curves: dict[str, BySeed] = {name: {} for name in names}
     for run in runs if common else ():
         losses = dict(zip(run.curve.steps, run.curve.losses, strict=True))
-        curves[run.variant][run.seed] = np.array(averaged([losses[step] for step in common]))
-    return averaged(common) if common else [], curves
+        curves[run.variant][run.seed] = smoothed([losses[step] for step in common])
+    return [float(step) for step in common], curves
 
 
 def _differences(result: ComparisonResult, row: VariantResult, curves: dict[str, BySeed]) -> BySeed:
@@ -86,8 +88,9 @@ def _band(axes: Axes, result: ComparisonResult, row: VariantResult, steps: list[
     """Draws the mean, with a band from the lowest to the highest; returns the highest once losses have settled."""
     values = np.stack(list(by_seed.values()))
     low, high = values.min(0), values.max(0)
-    style = line_style(result, row.ffn_type, row.variant)
-    seeds = f"mean, lowest and highest of {len(values)} seeds" if len(values) > 1 else "1 seed"
-    axes.plot(steps, values.mean(0), linewidth=1.6, label=in_figure(f"{row.variant}: {seeds}"), **style)
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    colour, style = line_style(result, row)
+    seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
+    label = in_figure(f"{row.variant}, {seeds}")
+    axes.plot(steps, values.mean(0), linewidth=1.6, label=label, color=colour, linestyle=style)
+    axes.fill_between(steps, low, high, color=colour, alpha=BAND_ALPHA, linewidth=0)
     return float(high[int(SETTLED * len(high)) :].max())

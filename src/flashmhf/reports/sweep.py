@@ -1,14 +1,15 @@
 """A sweep as a table, sentences and a page: the optimum of each contender and how flat it is."""
 
-from dataclasses import asdict
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from flashmhf.files import atomic_write
 from flashmhf.reports.render import PAGE_FILE, png, write_page
+from flashmhf.reports.run_settings import command_settings
 from flashmhf.reports.sweep_figure import losses_by_rate
-from flashmhf.reports.table import Table
+from flashmhf.reports.table import TERMINAL_WIDTH, Table
 from flashmhf.sweeping.commands import commands
 from flashmhf.sweeping.optimum import RateRange
 from flashmhf.sweeping.results import LOWER, CellResult, ContenderResult, TuningResult
@@ -25,8 +26,10 @@ def write_files(result: TuningResult, folder: Path) -> tuple[Path, Path]:
 
 def terminal_text(result: TuningResult, folder: Path) -> str:
     """The table, some sentences on each contender, and how to use what was found."""
-    sentences = [sentence(contender) for contender in result.contenders]
-    return "\n".join([best_table(result).aligned(), "", effort(result), "", *sentences, "", *commands(result, folder)])
+    paragraphs = [effort(result), *map(sentence, result.contenders)]
+    wrapped = [line for text in paragraphs for line in ("", *textwrap.wrap(text, TERMINAL_WIDTH))]
+    table = best_table(result).fitting(TERMINAL_WIDTH, least=4)
+    return "\n".join([table, *wrapped, "", *commands(result, folder)])
 
 
 def write_report(result: TuningResult, file: Path, folder: Path) -> None:
@@ -50,7 +53,7 @@ def write_report(result: TuningResult, file: Path, folder: Path) -> None:
         pictures=_pictures(result),
         losses=[(contender.variant, loss_table(contender)) for contender in result.contenders],
         commands=commands(result, folder),
-        setting_lines=asdict(settings).items(),
+        setting_pairs=command_settings(settings),
     )
 
 
@@ -79,8 +82,8 @@ def best_table(result: TuningResult) -> Table:
     ]
     tolerance = result.contenders[0].flat.tolerance
     columns = (
-        *("FFN", "learning rate", "warm-up", "validation loss (nats/token)"),
-        *(f"loses less than {tolerance:g}", "not distinguishable", "parameters"),
+        *("FFN", "learning rate", "warm-up", "validation loss"),
+        *(f"within {tolerance:g}", "within noise", "parameters"),
     )
     return Table(columns, rows)
 

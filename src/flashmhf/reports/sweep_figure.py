@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from flashmhf.reports.style import COLOURS, GREY, in_figure, new_axes
+from flashmhf.reports.style import COLOURS, GREY, in_figure, legend_below, new_axes
+from flashmhf.reports.ticks import plain_number
 from flashmhf.sweeping.results import CellResult, ContenderResult, RungResult, TuningResult
 
 MARKERS = "os^Dvph<>"  # of warm-ups
 STYLES = ("-", "--", ":", "-.")
-HEIGHT = 4.4
-HEADROOM = 0.25  # nats/token above the best of the shortest rung
+HEIGHT = 3.4
+HEADROOM, MAX_HEADROOM = 0.25, 1.0  # nats/token above the best of the shortest rung
 FAINT = 0.35  # rungs before the last
 
 
@@ -32,20 +33,23 @@ def losses_by_rate(result: TuningResult, *, all_rungs: bool = True) -> Figure:
     axes.set_xscale("log")
     axes.set_xticks(sorted({cell.learning_rate for _, rung in drawn for cell in rung.cells}))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: plain_number(rate)))
     axes.margins(0.08)
-    _limit(axes, [rung for _, rung in drawn])
-    figure.legend(
-        handles=_legend(result, warmups, all_rungs), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-    )
+    _limit(axes, result.contenders, [rung for _, rung in drawn])
+    legend_below(figure, _legend(result, warmups, all_rungs))
     return figure
 
 
-def _limit(axes: Axes, rungs: Sequence[RungResult]) -> None:
-    """Cuts off what is far above the best of the shortest rung: a rate that diverges would hide all differences."""
+def _limit(axes: Axes, contenders: Sequence[ContenderResult], rungs: Sequence[RungResult]) -> None:
+    """Cuts off what is far above the best of the shortest rung: a rate that diverges would hide all differences.
+
+    The next best of each contender stays, unless it is very far above.
+    """
     means = [[mean for cell in rung.cells if (mean := cell.validation_loss.mean) is not None] for rung in rungs]
     bests = [min(losses) for losses in means if losses]
     low, top = min(bests), max(bests) + max(HEADROOM, max(bests) - min(bests))
+    others = [_mean(contender.runner_up) for contender in contenders if contender.runner_up is not None]
+    top = max([top, *(loss + 0.1 * (loss - low) for loss in others if loss < low + MAX_HEADROOM)])
     if top < max(max(losses) for losses in means if losses):
         axes.set_ylim(low - 0.08 * (top - low), top)
 
@@ -100,4 +104,4 @@ def _legend(result: TuningResult, warmups: list[float], all_rungs: bool) -> list
         shorter = ", ".join(f"{number:,}" for number in steps[:-1])
         handles.append(Line2D([], [], color=GREY, alpha=FAINT, marker="o", label=f"{shorter} of {steps[-1]:,} steps"))
     tolerance = result.contenders[0].flat.tolerance
-    return [*handles, Line2D([], [], color="white", **_STAR, label=f"best, and rates within {tolerance:g}")]
+    return [*handles, Line2D([], [], color=GREY, **_STAR, label=f"best, and rates within {tolerance:g}")]

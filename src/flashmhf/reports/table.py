@@ -11,15 +11,22 @@ from typing import Any
 from flashmhf.printable import one_line
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes text a formula in spreadsheets, at its beginning
+NARROW_COLUMNS = 2  # fit on a phone, whatever is in them
+TERMINAL_WIDTH = 80
+LONG = 28  # characters of a cell, beyond which it may be broken into lines
 MARKDOWN = re.compile(r"[\\|<$]|\](?=[(\[])")  # what ends a cell, begins HTML or mathematics, or makes a link
 
 
 @dataclass(frozen=True)
 class Table:
-    """Column names and rows of cells; the first column names the row, the others are numbers."""
+    """Column names and rows of cells; the first column names the row, the others are numbers.
+
+    `marked` rows stand out on pages.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    marked: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], *, empty_columns: bool = False) -> "Table":
@@ -38,6 +45,16 @@ class Table:
         lines = [head, ["---", *("---:" for _ in head[1:])], *body]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    def fitting(self, width: int, least: int) -> str:
+        """Aligned, without the last columns that a terminal has no room for; at least the first `least` of them."""
+        columns = len(self.columns)
+        while columns > least and max(map(len, self._first(columns).aligned().splitlines())) > width:
+            columns -= 1
+        return self._first(columns).aligned()
+
+    def _first(self, columns: int) -> "Table":
+        return Table(self.columns[:columns], [row[:columns] for row in self.rows])
+
     def aligned(self) -> str:
         """Columns of equal width, for a terminal."""
         head, *body = [[one_line(text) for text in line] for line in (self.columns, *self._cells())]
@@ -51,12 +68,15 @@ class Table:
         return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, body)])
 
     def html(self) -> str:
-        """Scrolls sideways where the screen is narrow."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in self._cells()
-        )
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        """On a narrow screen a row of a table with more than `NARROW_COLUMNS` becomes a block, a line per cell."""
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.columns)
+        rows = []
+        for number, row in enumerate(self._cells()):
+            cells = "".join(map(_html_cell, self.columns, row))
+            rows.append(f'<tr class="marked">{cells}</tr>' if number in self.marked else f"<tr>{cells}</tr>")
+        kind = "blocks" if len(self.columns) > NARROW_COLUMNS else "columns"
+        body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        return f'<div class="scroll"><table class="{kind}">{body}</table></div>'
 
     def csv(self) -> str:
         """Values as they are, with all their digits; text that spreadsheets would compute begins with a quote."""
@@ -67,6 +87,11 @@ class Table:
 
     def _cells(self) -> Iterable[list[str]]:
         return ([cell(value) for value in row] for row in self.rows)
+
+
+def _html_cell(name: str, text: str) -> str:
+    kind = ' class="long"' if len(text) > LONG else ""
+    return f'<td{kind} data-label="{html.escape(one_line(name))}">{html.escape(text)}</td>'
 
 
 def in_markdown(text: str) -> str:

@@ -40,8 +40,8 @@ def about_numbers(result: ComparisonResult) -> str:
     """What losses, differences, intervals and resolution are."""
     documents = max((row.documents.number or 0 for row in result.variants), default=0)
     return (
-        f"Loss: nats/token on the first {result.settings.document_bytes:,} bytes of each of {documents} held-out "
-        "documents, mean ± standard deviation over seeds. Differences are paired by seed and document; from "
+        f"Held-out loss: nats/token on the first {result.settings.document_bytes:,} bytes of each of {documents} "
+        "held-out documents, mean ± standard deviation over seeds. Differences are paired by seed and document; from "
         f"{MIN_SEEDS} seeds on with a 95 % interval over seeds (Student's t) and documents (bootstrap). Resolution: "
         "standard deviation over seeds of the difference."
     )
@@ -61,9 +61,9 @@ def _sentence(name: str, differences: Differences | None, first: str) -> str:
     if differences is None:
         return f"{name} against {first}: no verdict, since no seed of both finished."
     baseline, verdict = differences.baseline, differences.verdict
-    if verdict.outcome != UNDECIDED:
-        return f"{name} is {OUTCOMES[verdict.outcome]} than {baseline}: {difference_cell(differences)} nats/token."
     seeds = "1 seed" if verdict.seeds == 1 else f"{verdict.seeds} seeds"
+    if verdict.outcome != UNDECIDED:
+        return f"{name} is {OUTCOMES[verdict.outcome]} than {baseline}: {_in_words(differences)}, {seeds}."
     if verdict.seeds < MIN_SEEDS:
         why = f"a verdict needs {MIN_SEEDS} or more"
     elif verdict.more_documents:
@@ -72,4 +72,15 @@ def _sentence(name: str, differences: Differences | None, first: str) -> str:
         why = f"more than {MAX_SEEDS_NEEDED:,} would be needed for a difference of this size"
     else:
         why = f"about {verdict.seeds_needed:,} would decide a difference of this size"
-    return f"{name} against {baseline}: not decided by {seeds}; {why}."
+    return f"{name} against {baseline}: not decided by {seeds} ({_in_words(differences)}); {why}."
+
+
+def _in_words(differences: Differences) -> str:
+    """The difference of the held-out losses."""
+    found = differences.nats_per_token
+    mean = f"held-out loss {found.mean:+.3f} nats/token"
+    return (
+        mean
+        if found.interval is None
+        else f"{mean}, 95 % interval {found.interval[0]:+.3f} to {found.interval[1]:+.3f}"
+    )

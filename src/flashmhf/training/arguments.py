@@ -9,36 +9,18 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.serialization import as_plain
 from flashmhf.training.argument_checks import check_flags, check_together
 from flashmhf.training.argument_trials import try_arguments
-from flashmhf.training.config import TrainConfig
-from flashmhf.training.muon import ADAMW, MUON
+from flashmhf.training.config import MUON, TrainConfig
+from flashmhf.training.defaults import DEFAULTS, DEPENDENT, KEPT, LEARNING_RATES, MIN_LR_RATE, SAVE_STEPS
+from flashmhf.training.flags import transformers_defaults, unknown_flag
 from flashmhf.training.precision import computes_bfloat16
 from flashmhf.training.run_files import read_fingerprints, was_begun
 from flashmhf.training.warmup import WITHOUT, check_warmup
 
-SAVE_STEPS = 500
-LEARNING_RATES = {MUON: 4e-3, ADAMW: 1e-3}
-MIN_LR_RATE = 0.1  # of a schedule that ends at a share of the learning rate
-# Those whose defaults depend on the machine or have changed between versions: a resumed run keeps its values of them.
-KEPT = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16")
-DEPENDENT = (*KEPT, "learning_rate", "metric_for_best_model", "save_strategy", "save_steps")  # see `_complete`
-DEFAULTS: dict[str, Any] = {
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "adam_beta2": 0.95,
-    "weight_decay": 0.1,
-    "num_train_epochs": 1.0,
-    "train_sampling_strategy": "sequential",  # the blocks come shuffled
-    "logging_steps": 10,
-    "logging_first_step": True,
-    "eval_strategy": "steps",
-    "eval_steps": 500,
-    "save_total_limit": 2,
-    "report_to": ["tensorboard"],
-    "include_num_input_tokens_seen": True,
-    "remove_unused_columns": False,  # keeps the numbers of the blocks
-    "ddp_find_unused_parameters": False,
-}
+OF_MACHINE = ("use_cpu", "dataloader_pin_memory")
+OF_PROCESS = ("output_dir", "local_rank", "hub_token", "resume_from_checkpoint")
 
 
 def parse_arguments(
@@ -69,17 +51,38 @@ def parse_arguments(
     try:
         values, unknown = parser.parse_known_args(flags)
         if unknown:
-            raise InputError(
-                f"flags: expected those of flashmhf train or transformers.TrainingArguments, got {unknown[0]!r}"
-            )
+            raise InputError(unknown_flag(unknown[0], transformers_defaults()))
         _complete(values, _kept(Path(output_dir)) if resume else {}, optimizer)
         check_flags(values)
+        settings = _settings(values, parser)
         if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():
             raise InputError(f"ddp-backend: expected none without torchrun, got {values.ddp_backend}")
         arguments = TrainingArguments(**{**vars(values), "warmup_steps": values.warmup_steps or 0})
         cast(Any, arguments).warmup_steps = values.warmup_steps
+        cast(Any, arguments).settings = settings
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
         raise InputError(str(error).splitlines()[0]) from error
+    _check(arguments)
+    return arguments
+
+
+def settings_of(arguments: TrainingArguments) -> dict[str, Any]:
+    """Every flag of `parse_arguments` with its value, for a run's record: `flashmhf train --config` reads them again.
+
+    Left out is what differs from machine to machine, unless it was given, and what belongs to one process.
+    """
+    settings: dict[str, Any] = getattr(arguments, "settings", {})
+    return settings
+
+
+def _settings(values: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    left_out = [name for name in OF_MACHINE if getattr(values, name) == parser.get_default(name)]
+    kept = {name: value for name, value in vars(values).items() if name not in (*left_out, *OF_PROCESS)}
+    return as_plain(kept, default=str)
+
+
+def _check(arguments: TrainingArguments) -> None:
+    """Raises InputError for what does not fit together, or what a library refuses."""
     if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
         raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
     if arguments.fsdp and arguments.use_cpu:
@@ -87,7 +90,6 @@ def parse_arguments(
     check_together(arguments)
     check_warmup(arguments, arguments.max_steps)
     try_arguments(arguments)
-    return arguments
 
 
 def _kept(output_dir: Path) -> dict[str, Any]:

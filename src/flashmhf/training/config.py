@@ -6,8 +6,12 @@ from typing import Any, Self
 
 from flashmhf.data.config import DataConfig
 
+RUN_FILE = "run.json"  # in a run's folder, see `run_files`
+DIRECTORY = "directory"  # in that file: where the run was started, which relative paths start from
+SETTINGS = "training_arguments"  # in that file: every flag of transformers.TrainingArguments
 # Options that may differ when a run is resumed.
 MAY_CHANGE = ("max_non_finite_steps", "regional_compilation", "fused_loss", "tensor_parallel")
+ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 NAMES = ("model", "data", "tokenizer")  # of what may be found under another path; `fingerprints` tell whether it is
 
 
@@ -28,7 +32,7 @@ class TrainConfig:
 
     model: str
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: str = "muon"
+    optimizer: str = MUON
     mup_base_width: int | None = None
     max_non_finite_steps: int = 5
     regional_compilation: bool = False

@@ -19,11 +19,11 @@ from transformers.training_args import OptimizerNames
 from flashmhf.errors import InputError
 from flashmhf.layers import PKV, FlashMHF
 from flashmhf.layers.initialisation import SCALED_HIDDEN_RMS, SCALED_PKV_WEIGHT_RMS
+from flashmhf.training.config import ADAMW, MUON, OPTIMIZERS
 from flashmhf.training.learning_rates import scale_learning_rates
 from flashmhf.training.precision import computes_bfloat16
 
 OPTION = "optimizer"
-ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; singular values end between 0.7 and 1.2
 ITERATIONS = 5

@@ -11,11 +11,11 @@ from flashmhf.errors import InputError
 from flashmhf.files import exclusive_lock, remove_leftovers
 from flashmhf.system_errors import is_disk_full
 from flashmhf.training.checkpoints import checkpoints, recover, remove_unfinished, unreadable_state
-from flashmhf.training.config import NAMES, TrainConfig
+from flashmhf.training.config import NAMES, RUN_FILE, TrainConfig
 from flashmhf.training.fingerprints import Fingerprints, changes, refused_difference
 from flashmhf.training.manifest import check
 from flashmhf.training.pickles import unsafe_reason
-from flashmhf.training.run_files import RUN_FILE, read_fingerprints, read_run
+from flashmhf.training.run_files import read_fingerprints, read_run
 from flashmhf.training.run_log import LOG_FILE, read_log
 
 if sys.platform != "win32":

@@ -36,12 +36,13 @@ from flashmhf.training.checkpoints import (
     loading,
     replace_pickled_arguments,
 )
+from flashmhf.training.config import ADAMW, MUON
 from flashmhf.training.finite_weights import check_weights
 from flashmhf.training.instability import STATE, InstabilityDetector, watch
 from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
-from flashmhf.training.muon import ADAMW, MUON, Muon, gate_scales, matrices
+from flashmhf.training.muon import Muon, gate_scales, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
 from flashmhf.training.run_files import record_warmup, was_begun
 from flashmhf.training.throughput import ThroughputMeter, speed
@@ -98,6 +99,17 @@ class PretrainingTrainer(Trainer):
         self._training_since_s = self._evaluating_since_s = time.monotonic()
         if self.args.label_smoothing_factor:
             self.label_smoother, self.compute_loss_func = None, SmoothedLoss(self.args.label_smoothing_factor)
+
+    # Uploads are made of the finished folder alone, by `training.hub`.
+
+    def init_hf_repo(self, *args: Any, **options: Any) -> None:
+        """Nothing: `hub.push` makes the repository."""
+
+    def push_to_hub(self, *args: Any, **options: Any) -> None:  # type: ignore[override]
+        """Nothing: when the Trainer saves the final model, its card is not written yet."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is not uploaded."""
 
     # Before the first step: a new optimizer, then the state of the checkpoint that the run resumes from.
 

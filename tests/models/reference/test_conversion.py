@@ -149,6 +149,16 @@ def test_our_model_converts_to_the_reference(tmp_path):
         torch.testing.assert_close(oracle(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_the_tiny_preset_converts_there_and_back(tmp_path):
+    model = FlashMHFForCausalLM(FlashMHFConfig.from_preset("reference-tiny"))
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", to="reference")
+    convert(tmp_path / "theirs", tmp_path / "back")
+    before, after = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_changes_after_conversion_are_converted_back(tmp_path):
     make(tmp_path / "theirs", apply_rmsnorm=True)
     convert(tmp_path / "theirs", tmp_path / "ours")

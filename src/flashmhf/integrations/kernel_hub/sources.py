@@ -23,8 +23,9 @@ _IMPORT = re.compile(r"^(\s*from )flashmhf\.(integrations\.kernel_hub\.kernel\b\
 def sources() -> dict[str, str]:
     """The text of every file by its path in the kernel's folder; without `_ops.py`, which kernel-builder writes."""
     texts = {"ops/namespace.py": NAMESPACE}
-    for root, folder in ((PACKAGE, PACKAGE / "ops"), (KERNEL, KERNEL)):
-        for file in sorted(folder.rglob("*")):
+    ours = [PACKAGE / "extras.py", *sorted((PACKAGE / "ops").rglob("*"))]
+    for root, files in ((PACKAGE, ours), (KERNEL, sorted(KERNEL.rglob("*")))):
+        for file in files:
             path = file.relative_to(root).as_posix()
             if file.suffix in EXTENSIONS and not LEFT_OUT.match(path):
                 texts[path] = file.read_text(encoding="utf-8")

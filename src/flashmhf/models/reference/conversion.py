@@ -20,7 +20,7 @@ from torch import Tensor
 from flashmhf.errors import InputError
 from flashmhf.layers.former_shapes import ROWS
 from flashmhf.models import FlashMHFConfig
-from flashmhf.models.loading import CONFIG, Shapes, expected_shapes, read_config
+from flashmhf.models.loading import Shapes, expected_shapes, read_config
 from flashmhf.models.reference.format import (
     from_reference_config,
     our_name,
@@ -40,6 +40,7 @@ from flashmhf.models.weights import (
     stored_tensors,
     tensor_names,
 )
+from flashmhf.names import CONFIG
 from flashmhf.new_folder import new_folder
 from flashmhf.untrusted import read_settings, reading
 
