@@ -102,8 +102,8 @@ def run(command: Command) -> None:
 
 
 def can_run(command: Command, *, long: bool) -> bool:
-    """Not what needs data that is not here, and what takes minutes only if `long`."""
-    if "--tasks" in command.words:
+    """Not what needs the network or data that is not here, and what takes minutes only if `long`."""
+    if {"--tasks", "--push-to-hub"} & set(command.words):
         return False
     if command.name == "convert":
         return Path(command.words[1]).exists()
