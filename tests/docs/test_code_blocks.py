@@ -53,17 +53,15 @@ def test_blocks_run(file, folder):
 
 
 @pytest.fixture(scope="session")
-def swept():
-    """Holds "sweep" once a sweep has run: one is enough for all documents."""
+def begun():
+    """Kinds of commands that take minutes and have run: once is enough for all documents."""
     return set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", WITH_CODE, ids=name_of)
-def test_comparisons_sweeps_and_benchmarks_run(file, folder, swept):
-    blocks = Blocks(long=True, begun=set(swept))
-    assert blocks.evaluate(file)
-    swept |= blocks.begun & {"sweep"}
+def test_comparisons_sweeps_and_benchmarks_run(file, folder, begun):
+    assert Blocks(long=True, begun=begun).evaluate(file)
 
 
 def test_few_blocks_are_skipped():
@@ -107,11 +105,11 @@ def test_an_error_names_the_line_of_the_document(tmp_path):
 
 
 def test_commands_are_found(tmp_path):
-    text = "flashmhf info\n$ flashmhf train --model x \\\n  --max-steps N  # a comment\nmake setup\n"
+    text = "flashmhf info\n$ flashmhf train --model MODEL \\\n  --max-steps N  # a comment\nmake setup\n"
     text += "torchrun --nproc-per-node 2 -m flashmhf train --model x\n.venv/bin/flashmhf info | head\n"
     assert [" ".join(command.words) for command in commands(text)] == [
         "info",
-        "train --model x --max-steps 8",
+        "train --model flashmhf-tiny --max-steps 8",
         "train --model x",
         "info",
     ]
