@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
 from flashmhf.reports.render import png
-from flashmhf.reports.style import colours_of
+from flashmhf.reports.style import colours_of, legend_below, new_figure
 from flashmhf.reports.table import Table
+from flashmhf.reports.ticks import logarithmic
 from measured_picture import main
 
 STEPS, BATCH, CONTEXT, LEARNING_RATE, SEEDS = 4, 2, 128, 1e-3, 2
@@ -239,9 +240,8 @@ def draw(rows: list[Measurement], file: Path) -> None:
     """Changes against width and heads: one column per setting, one row per part."""
     columns = [("width", *pair) for pair in SETTINGS] + [("heads", *pair) for pair in SETTINGS[:2]]
     shown = ("scores", "gate", "ffn", "logits")
-    figure, axes = plt.subplots(
-        len(shown), len(columns), figsize=(15, 10), sharex="col", sharey="row", layout="constrained"
-    )
+    figure = new_figure(15, 10)
+    axes = figure.subplots(len(shown), len(columns), sharex="col", sharey="row")
     for y, part in enumerate(shown):
         for x, (axis, init, by_fan_in) in enumerate(columns):
             panel = axes[y][x]
@@ -251,15 +251,16 @@ def draw(rows: list[Measurement], file: Path) -> None:
                     across = [getattr(row, axis) for row in line]
                     panel.plot(across, [row.change for row in line], "o-", label=variant, color=colour)
                     panel.plot(across, [row.size for row in line], ":", color=colour)
-            panel.set(xscale="log", yscale="log", xticks=across, xticklabels=across)
+            logarithmic(panel, "y")
+            panel.set(xscale="log", xticks=across, xticklabels=across)
             panel.grid(alpha=0.3)
-            panel.minorticks_off()
+            panel.xaxis.set_minor_locator(NullLocator())
             if y == 0:
                 panel.set_title(label(init, by_fan_in).replace("`", ""))
             if y == len(shown) - 1:
                 panel.set_xlabel(axis)
         axes[y][0].set_ylabel(f"{part}: RMS")
-    axes[0][0].legend(fontsize="small")
+    legend_below(figure)
     figure.suptitle(f"change after {STEPS} Adam steps at {LEARNING_RATE:g} (lines); size at initialisation (dotted)")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(png(figure, dpi=80))

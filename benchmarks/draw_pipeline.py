@@ -7,9 +7,9 @@ per clock); activations and loads take round numbers of clocks.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib import pyplot as plt
-
 from flashmhf.reports.render import png
+from flashmhf.reports.style import new_figure
+from flashmhf.reports.ticks import plain_ticks
 
 FILE = Path(__file__).parents[1] / "docs/pipeline.png"
 ACTIVATE, LOAD, ADD = 320, 400, 200  # clocks
@@ -107,12 +107,14 @@ def draw(axis, title: str, steps: list[Step]) -> None:
         axis.text(step.start + step.clocks / 2, y, step.label, ha="center", va="center", fontsize=6.5)
     axis.set(title=title, xlabel="clocks (model)", yticks=[-i for i in range(len(lanes))], yticklabels=lanes)
     axis.title.set_fontsize(10)
+    plain_ticks(axis.xaxis)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
 
 
 def main() -> None:
-    figure, axes = plt.subplots(2, 1, figsize=(13, 6), layout="constrained")
+    figure = new_figure(13, 6)
+    axes = figure.subplots(2, 1)
     draw(axes[0], "Forward: S of the next tile is issued before O of this one; A and B activate in turn", forward(5, 4))
     draw(axes[1], "Backward: dV, dK and dU of a tile run while the next one is activated", backward(4, 2))
     FILE.write_bytes(png(figure, dpi=130))

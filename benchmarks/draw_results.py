@@ -6,6 +6,7 @@ from pathlib import Path
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.reports.benchmark_figures import grid, panels
 from flashmhf.reports.render import png
+from flashmhf.reports.style import GREY
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "benchmarks/results/cpu_layer_growth.csv"
@@ -27,7 +28,7 @@ def main() -> None:
     rows = read_rows(SOURCE)
     figure = grid(panels(rows[0]["kind"], rows))
     origin = "{machine}, torch {torch}, commit {commit}, {date}".format(**rows[0])
-    figure.supxlabel(f"{SOURCE.name}: {origin}", fontsize="x-small", color="#666666")
+    figure.suptitle(f"{SOURCE.name}: {origin}", fontsize="x-small", color=GREY)
     FILE.write_bytes(png(figure))
 
 

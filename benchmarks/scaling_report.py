@@ -2,14 +2,13 @@
 
 from itertools import pairwise
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from flashmhf.comparison.verdict import MIN_SEEDS
-from flashmhf.reports.style import BLUE, GREY, PURPLE, colours_of, in_figure, plain
+from flashmhf.reports.style import BLUE, GREY, PURPLE, colours_of, in_figure, new_figure, plain
 from flashmhf.reports.table import Table
 from scaling_law import CLAIM, TARGET, Estimate, Fit, SizeRow
 from scaling_runs import CONTENDERS
@@ -92,7 +91,8 @@ def _thousandths(estimate: Estimate) -> str:
 
 def picture(found: Fit) -> Figure:
     """Loss against parameters with both laws, and their relative difference."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=INCHES, layout="constrained")
+    figure = new_figure(*INCHES)
+    left, right = figure.subplots(1, 2)
     _draw_losses(left, found)
     _draw_differences(right, found)
     for axes in (left, right):

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from flashmhf.layers import FlashMHF, SwiGLU
 from flashmhf.layers.initialisation import REFERENCE_GAIN, init_orthogonal
 from flashmhf.reports.render import png
-from flashmhf.reports.style import colours_of
+from flashmhf.reports.style import colours_of, new_figure
 from flashmhf.reports.table import Table
+from flashmhf.reports.ticks import logarithmic
 from measured_picture import main
 
 RATES = {"sign": 1e-3, "polar": 4e-3}
@@ -276,12 +276,14 @@ def tables(rows: list[Measurement]) -> str:
 
 def draw(rows: list[Measurement], file: Path) -> None:
     """Spectra, steps and the token's share."""
-    figure, (spectrum, steps, stream) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure = new_figure(15, 5)
+    spectrum, steps, stream = figure.subplots(1, 3)
     for name, colour in zip(CHAINS, colours_of(CHAINS), strict=True):
         found = values(rows, "spectrum", name)
         spectrum.plot([i / (QUANTILES - 1) for i in range(QUANTILES)], [found[str(i)] for i in range(QUANTILES)])
         spectrum.lines[-1].set(color=colour, label=name)
-    spectrum.set(xlabel="quantile", ylabel="singular value / RMS", yscale="log", title="x -> M", ylim=(1e-3, 4))
+    spectrum.set(xlabel="quantile", ylabel="singular value / RMS", title="x -> M", ylim=(1e-3, 4))
+    logarithmic(spectrum, "y")
     chosen = ["SwiGLU", "FlashMHF, random", "FlashMHF", "FlashMHF, score_scale sqrt(H)"]
     parts = list(dict.fromkeys(MATRICES.values()))
     for i, (name, colour) in enumerate(zip(chosen, colours_of(chosen), strict=True)):
@@ -290,8 +292,9 @@ def draw(rows: list[Measurement], file: Path) -> None:
             at = [parts.index(part) + 0.15 * (i - 1.5) for part in found]
             label = f"{name}, {kind}"
             steps.plot(at, list(found.values()), marker, color=colour, label=label)
-    steps.set(yscale="log", xticks=range(len(parts)), xticklabels=parts, title="one step of one matrix alone")
-    steps.set(ylabel="change of y / RMS of y", ylim=(2e-3, 1))  # room for the legend
+    logarithmic(steps, "y")
+    steps.set(xticks=range(len(parts)), xticklabels=parts, title="one step of one matrix alone")
+    steps.set(ylabel="change of y / RMS of y")
     depths = ["SwiGLU, gain 2.5", "SwiGLU, gain 0.3", "FlashMHF", "SwiGLU, embeddings 0.3", "FlashMHF, embeddings 0.3"]
     for name, colour in zip(depths, colours_of(depths), strict=True):
         found = values(rows, "stream", name)
@@ -300,7 +303,7 @@ def draw(rows: list[Measurement], file: Path) -> None:
     stream.set_title("variance of the stream explained by the token")
     for axis in (spectrum, steps, stream):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(png(figure, dpi=80))
 

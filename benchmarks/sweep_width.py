@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.reports.render import png
+from flashmhf.reports.style import PALETTE, legend_below, new_figure
 from flashmhf.reports.table import Table
+from flashmhf.reports.ticks import logarithmic
 
 STEPS, BATCH, CONTEXT, WARMUP = 160, 4, 128, 16
 BASE_WIDTH, HEAD_DIM = 64, 32
@@ -158,18 +158,23 @@ def table(rows: list[Row]) -> str:
 def draw(rows: list[Row], file: Path) -> None:
     """Loss against learning rate: one panel per rule and variant, one line per width."""
     shown = [line for line in lines_of(rows) if line[0] == "scaled"]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained")
+    figure = new_figure(10, 7)
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    widths = sorted({width for *_, width in shown})
+    colours = dict(zip(widths, PALETTE, strict=False))
     for _, by_fan_in, variant, width in shown:
         found = line(rows, "scaled", by_fan_in, variant, width)
         panel = axes[int(variant == "swiglu")][int(by_fan_in)]
         means = [sum(values) / len(values) for values in found.values()]
-        (drawn,) = panel.plot(list(found), means, "-", label=f"width {width}")
+        panel.plot(list(found), means, "-", color=colours[width], label=f"width {width}")
         points = [(rate, loss) for rate, values in found.items() for loss in values]
-        panel.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=4)
+        panel.plot(*zip(*points, strict=True), "o", color=colours[width], markersize=4)
         rule = f"rates by fan-in from {BASE_WIDTH}" if by_fan_in else "one learning rate"
-        panel.set(title=f"{variant}, {rule}", xscale="log", xlabel="learning rate", ylabel="validation loss, nats/byte")
+        panel.set(title=f"{variant}, {rule}", xlabel="learning rate", ylabel="validation loss, nats/byte")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+    for panel in axes.flat:
+        logarithmic(panel, "x")
+    legend_below(figure)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(png(figure, dpi=80))
 

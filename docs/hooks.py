@@ -10,12 +10,21 @@ import typer
 from mkdocs.structure.files import File, Files
 
 from flashmhf.cli import app
+from flashmhf.cli.training_flags import COMMON, TrainingCommand
+from flashmhf.training.flags import shown_defaults
 
 logger = logging.getLogger("mkdocs.hooks")  # its warnings fail `mkdocs build --strict`
 ROOT = Path(__file__).parents[1]
 SOURCE_URL = "/blob/main/"
 ROOT_PAGES = ("DESIGN.md", "CHANGELOG.md")
 EXAMPLES = "examples/README.md"
+TRAINING_LINK = "\nAnd the [flags of training](#flags-of-training).\n"
+TRAINING = """## Flags of training
+
+`train`, `compare` and `sweep` take the flags of `transformers.TrainingArguments`, except those that they decide
+themselves. Defaults are this package's.
+"""
+ALERT = re.compile(r"^> \[!(NOTE|TIP|WARNING)\]\n((?:>.*\n)+)", re.M)
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(?=[)\s])")
 
 
@@ -45,11 +54,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{start}{'../' * depth}{site}{anchor}"
         return f"{start}{repository}{inside}{anchor}"
 
-    return LINK.sub(target, blank_line_before_lists(markdown))
+    return LINK.sub(target, for_python_markdown(markdown))
 
 
-def blank_line_before_lists(markdown: str) -> str:
-    """GitHub starts a list right after a paragraph, Python-Markdown only after an empty line."""
+def for_python_markdown(markdown: str) -> str:
+    """What GitHub reads otherwise: lists right after a paragraph, lists in lists by two spaces, `> [!WARNING]`."""
     lines: list[str] = []
     fenced = False
     for line in markdown.splitlines():
@@ -57,8 +66,12 @@ def blank_line_before_lists(markdown: str) -> str:
         before = lines[-1] if lines else ""
         if line.startswith("- ") and not fenced and before and not before.startswith(("- ", " ")):
             lines.append("")
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+        lines.append(line if fenced else re.sub(r"^  - ", "    - ", line))
+    return ALERT.sub(_admonition, "\n".join(lines) + "\n")
+
+
+def _admonition(match: re.Match[str]) -> str:
+    return f"!!! {match[1].lower()}\n\n" + re.sub(r"^> ?", "    ", match[2], flags=re.M)
 
 
 def command_reference() -> str:
@@ -71,11 +84,23 @@ def command_reference() -> str:
         if command.hidden:
             continue
         usage = " ".join(command.collect_usage_pieces(context))
+        more = TRAINING_LINK if isinstance(command, TrainingCommand) else ""
         parts.append(f"## flashmhf {name}\n\n{command.help}\n\n```text\nflashmhf {name} {usage}\n```\n")
         records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        rows = [f"| <code>{_cell(option)}</code> | {_cell(text)} |\n" for option, text in records]
-        parts.append("| option | |\n|---|---|\n" + "".join(rows))
-    return "\n".join(parts)
+        parts.append(_table("option", records) + more)
+    flags = [
+        (
+            f"--{name.replace('_', '-')}",
+            f"{COMMON.get(name, '')} [default: {default}]" if default else COMMON.get(name, ""),
+        )
+        for name, default in shown_defaults().items()
+    ]
+    return "\n".join([*parts, TRAINING, _table("flag", flags)])
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    lines = [f"| <code>{_cell(name)}</code> | {_cell(text)} |\n" for name, text in rows]
+    return f"| {title} | |\n|---|---|\n" + "".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "lifeline": set(),
     "system_errors": set(),
     "names": {"errors"},
+    "console": {"printable"},
     "files": {"errors"},
     "ops": {"extras"},
     "layers": {"ops"},
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"ops", "layers", "models", "data", "errors", "serialization"},
     "training": {
         *("ops", "layers", "models", "data", "distributed", "estimates"),
-        *("errors", "files", "names", "serialization", "system_errors"),
+        *("console", "errors", "files", "names", "printable", "serialization", "system_errors"),
     },
     "benchmarking": {"ops", "layers", "models", "estimates", "errors", "files", "serialization"},
     "comparison": {
@@ -47,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
             "reports",
             "comparison",
             "sweeping",
+            "console",
             "errors",
             "extras",
             "files",

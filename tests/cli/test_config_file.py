@@ -1,6 +1,7 @@
 """`flashmhf train --config FILE`: options from a file, over which the command line takes precedence."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -74,7 +75,7 @@ def test_names_may_have_hyphens_and_lists_and_objects_are_flags(train, tmp_path)
         (
             {"modell": "x"},
             None,
-            "flags: expected those of flashmhf train or transformers.TrainingArguments, got '--mod",
+            "flags of transformers.TrainingArguments, got 'modell'; did you mean model?",
         ),
         (None, "- a\n- b\n", "config: expected options and their values in "),
         (None, "a: [1\n", "config: "),
@@ -93,3 +94,20 @@ def test_a_missing_file_is_one_line(train, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert "config: " in capsys.readouterr().err
+
+
+def test_the_record_of_a_run_gives_the_same_run(train, tmp_path, monkeypatch, model_file, corpus_folder):
+    given = {"learning_rate": 0.02, "lr_scheduler_kwargs": {"min_lr_rate": 0.5}, "weight_decay": 0.3, "seed": 7}
+    given |= {"gradient_accumulation_steps": 2, "max_steps": 3, "bad_data": "skip"}
+    monkeypatch.chdir(corpus_folder.parent)
+    code, first, _ = train({**train.base, **SMALL, **given, "data": corpus_folder.name})
+    assert code == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["training_arguments"]["learning_rate"] == 0.02
+    assert record["training_arguments"]["adam_beta2"] == 0.95
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "run", tmp_path / "run/run.json"):
+        code, again, _ = train(None, "--config", str(source), "--output-dir", str(tmp_path / "new"))
+        assert code == 0
+        assert (again["validation_loss"], again["tokens"]) == (first["validation_loss"], first["tokens"])
+        shutil.rmtree(tmp_path / "new")

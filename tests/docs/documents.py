@@ -7,7 +7,7 @@ written to the file of that name. `<!-- skip: next "reason" -->` before a block 
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -34,14 +34,15 @@ PROMPT = re.compile(r"^(?:\$ )?(?:.*\s-m |\S+/bin/)?flashmhf (?=[a-z-])")
 NUMBER = "N"  # in a document, any number
 TRAINS = ("train", "compare", "sweep")  # these take the flags of TrainingArguments, too
 LONG = ("compare", "sweep", "bench")
+TOY = "--max-steps 2 --context-length 32 --per-device-train-batch-size 2 --validation-tokens 64"
 SIZES = {  # appended to a command that is run; of an option given twice the last counts
-    "train": "--max-steps 2 --context-length 32 --per-device-train-batch-size 2 --validation-tokens 64",
+    "train": TOY,
     "eval": "--context-length 32 --stride 16 --document-bytes 64",
     "generate": "--max-new-tokens 2",
-    "compare": "--max-steps 2 --context-length 32 --per-device-train-batch-size 2 --validation-tokens 64 --seeds 0,1,2 "
-    "--document-bytes 64 --jobs 1",
-    "sweep": "--max-steps 8 --context-length 32 --per-device-train-batch-size 2 --validation-tokens 64 --jobs 1",
+    "compare": f"{TOY} --seeds 0,1,2 --document-bytes 64 --jobs 1",
+    "sweep": f"{TOY} --variants flashmhf --max-steps 8 --learning-rates 1e-3,2e-3 --warmups 0.1 --seeds 0 --jobs 1",
     "bench": "--tokens 16 --repeats 1",
+    "bench model": "--batch-size 1 --context-length 16 --new-tokens 2 --repeats 1",
 }
 
 
@@ -72,7 +73,7 @@ def unknown_flags(command: Command) -> list[str]:
     known = {flag for parameter in found.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     known |= {"--help", "-h"}
     if name in TRAINS:
-        known |= {f"--{field.name.replace('_', '-')}" for field in fields(TrainingArguments)}
+        known |= {f"--{argument.name.replace('_', '-')}" for argument in fields(TrainingArguments)}
     return [word for word in rest if word.startswith("--") and word not in known]
 
 
@@ -92,7 +93,8 @@ def parse(command: Command) -> None:
 
 def run(command: Command) -> None:
     """Runs the command in this process, at a toy size."""
-    words = [*command.words, *shlex.split(SIZES.get(command.name, ""))]
+    size = SIZES.get(" ".join(command.words[:2]), SIZES.get(command.name, ""))
+    words = [*command.words, *shlex.split(size)]
     outcome = CliRunner().invoke(app, words)
     if outcome.exception is not None and not isinstance(outcome.exception, SystemExit):
         raise outcome.exception
@@ -110,9 +112,10 @@ def can_run(command: Command, *, long: bool) -> bool:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Evaluates the blocks of a document; `long`: also runs what takes minutes."""
+    """Evaluates the blocks of a document; `long`: also runs what takes minutes, one command of each kind."""
 
     long: bool
+    begun: set[str] = field(default_factory=set)
 
     def evaluate(self, file: Path) -> int:
         """Returns how many blocks were evaluated."""
@@ -133,7 +136,9 @@ class Blocks:
     def evaluate_commands(self, example: Example) -> None:
         for command in commands(example.parsed):
             parse(command)
-            if "torchrun" not in example.parsed and can_run(command, long=self.long):
+            kind = " ".join(command.words[:2]) if command.name == "bench" else command.name
+            if "torchrun" not in example.parsed and can_run(command, long=self.long and kind not in self.begun):
+                self.begun.add(kind)
                 run(command)
             elif command.name == "compare":
                 write_made_up_comparison(command)

@@ -4,6 +4,9 @@ import re
 
 import pytest
 import torch
+
+pytest.importorskip("sybil")
+
 from documents import DOCUMENTS, ROOT, Blocks, Command, commands, parse, unknown_flags
 from typer.exceptions import TyperException
 
@@ -49,10 +52,18 @@ def test_blocks_run(file, folder):
     assert Blocks(long=False).evaluate(file)
 
 
+@pytest.fixture(scope="session")
+def swept():
+    """Holds "sweep" once a sweep has run: one is enough for all documents."""
+    return set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", WITH_CODE, ids=name_of)
-def test_comparisons_sweeps_and_benchmarks_run(file, folder):
-    assert Blocks(long=True).evaluate(file)
+def test_comparisons_sweeps_and_benchmarks_run(file, folder, swept):
+    blocks = Blocks(long=True, begun=set(swept))
+    assert blocks.evaluate(file)
+    swept |= blocks.begun & {"sweep"}
 
 
 def test_few_blocks_are_skipped():

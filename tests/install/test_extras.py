@@ -107,7 +107,7 @@ def test_the_table_is_that_of_pyproject():
         assert own == ({extras.INCLUDED[extra]} if extra in extras.INCLUDED else set())
     (all_of_them,) = map(Requirement, EXTRAS["all"])
     assert set.union(*map(included, all_of_them.extras)) == set(extras.LIBRARIES)
-    assert set(EXTRAS) - set(extras.LIBRARIES) == {"all", "dev", "docs"}
+    assert set(EXTRAS) - set(extras.LIBRARIES) == {"all", "dev", "docs", "integrations"}
 
 
 def test_names_to_import():

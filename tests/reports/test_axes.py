@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from flashmhf.reports.heads import SHARES, draw_map, limits
-from flashmhf.reports.lines import Line, Trace, common_grid, draw_lines, known
+from flashmhf.reports.lines import Frame, Line, Trace, common_grid, draw_lines, known
 from flashmhf.reports.quantities import Chart, Quantity, by_step, losses_against, settled
-from flashmhf.reports.smoothing import MIN_POINTS, smoothed, thinned
+from flashmhf.reports.smoothing import MIN_POINTS, outline, smoothed
 from flashmhf.reports.style import BLUE, GREEN, legend_below, new_axes
 from flashmhf.reports.ticks import logarithmic, plain_number, sizes, time_unit
 
@@ -35,7 +35,7 @@ def tick_labels(axis) -> list[str]:
     ("value", "expected"),
     [
         (0, "0"), (4e-4, "0.0004"), (1e-8, "0.00000001"), (0.1 + 0.2, "0.3"), (5.5, "5.5"), (1500, "1,500"),
-        (123456, "123,456"), (2_500_000, "2.5M"), (7e9, "7B"), (-0.25, "-0.25"), (-0.0, "0"),
+        (12345, "12,345"), (50_000, "50k"), (2_500_000, "2.5M"), (7e9, "7B"), (-0.25, "-0.25"), (-0.0, "0"),
     ],
 )  # fmt: skip
 def test_numbers_are_plain(value, expected):
@@ -48,11 +48,11 @@ def test_linear_axes_have_neither_powers_nor_offsets_and_equal_decimals(low, spa
     _, axes = new_axes("x", "y")
     axes.plot([low, low + span], [low, low + span])
     for axis in (axes.xaxis, axes.yaxis):
-        labels = tick_labels(axis)
+        labels = [label for label in tick_labels(axis) if label != "0"]
         assert len(labels) >= 2
         assert not any(letter in label for label in labels for letter in "e$")
         assert axis.get_offset_text().get_text() == ""
-        assert len({len(label.rstrip("MB").partition(".")[2]) for label in labels}) == 1
+        assert len({len(label.rstrip("kMB").partition(".")[2]) for label in labels}) == 1
 
 
 @pytest.mark.parametrize(("low", "high"), [(80, 100), (1, 3), (0.5, 40), (20, 4000), (1, 1e7)])
@@ -91,17 +91,26 @@ def test_a_smoothed_curve_starts_where_the_raw_one_does_and_does_not_lag():
     assert list(smoothed(raw[: MIN_POINTS - 1])) == list(raw[: MIN_POINTS - 1])
 
 
-def test_thinned_lines_keep_both_ends():
-    for number, most in ((1, 10), (10, 10), (1000, 10), (11, 10)):
-        kept = thinned(number, most)
-        assert (kept[0], kept[-1]) == (0, number - 1)
-        assert len(kept) <= most
-    assert len(thinned(0, 10)) == 0
+def test_long_lines_keep_both_ends_and_every_spike():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[777, 50_000]] = 99, -99
+    kept = outline(values, 600)
+    assert len(kept) <= 600
+    assert {0, 777, 50_000, 99_999} <= set(kept)
+    assert list(outline(values[:10], 600)) == list(range(10))
+
+
+def test_a_spike_does_not_set_the_scale_of_the_later_part():
+    values = np.full(400, 5.0) + np.arange(400) / 1000
+    values[300] = 900
+    lines = [Line(name="a", traces=(trace(values),), colour=BLUE)]
+    assert draw_lines(lines, "steps", Frame(label="loss")).axes[0].get_ylim()[1] > 900
+    assert draw_lines(lines, "steps", Frame(label="loss", whole=False)).axes[0].get_ylim()[1] < 6
 
 
 def test_one_run_is_drawn_raw_and_smoothed_from_the_same_point():
     values = 5 - np.arange(200) / 100 + np.random.default_rng(0).normal(size=200) / 10
-    figure = draw_lines([Line(name="run", traces=(trace(values),), colour=BLUE)], "steps", "loss")
+    figure = draw_lines([Line(name="run", traces=(trace(values),), colour=BLUE)], "steps", Frame(label="loss"))
     raw, curve = figure.axes[0].get_lines()
     assert (raw.get_xdata()[0], raw.get_ydata()[0]) == (curve.get_xdata()[0], curve.get_ydata()[0]) == (1.0, values[0])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["run"]
@@ -110,7 +119,7 @@ def test_one_run_is_drawn_raw_and_smoothed_from_the_same_point():
 @pytest.mark.parametrize("against", ["steps", "tokens", "time"])
 def test_seeds_are_a_mean_with_a_band(against):
     line = Line(name="swiglu", traces=(trace([5, 4, 3]), trace([6, 5, 4]), trace([7, 6, 5])), colour=BLUE)
-    figure = draw_lines([line], against, "loss")
+    figure = draw_lines([line], against, Frame(label="loss"))
     (axes,) = figure.axes
     (mean,) = axes.get_lines()
     assert list(mean.get_ydata()) == [6, 5, 4]
@@ -126,7 +135,7 @@ def test_seeds_of_different_speed_share_the_range_of_both():
     assert (grid[0], grid[-1]) == (1.5, 3.0)
     assert len(common_grid([np.array([1.0, 2.0]), np.array([3.0, 4.0])])) == 0
     apart = Line(name="a", traces=(trace([5, 4]), trace([5, 4], first=9)), colour=BLUE)
-    assert len(draw_lines([apart], "steps", "loss").axes[0].get_lines()) == 2
+    assert len(draw_lines([apart], "steps", Frame(label="loss")).axes[0].get_lines()) == 2
 
 
 def test_tokens_are_an_axis_if_all_runs_logged_them():
@@ -195,7 +204,7 @@ def test_maps_number_layers_and_heads(layers, heads):
 def test_a_second_figure_leaves_out_where_losses_fall():
     chart = Chart(lines=[Line(name="a", traces=(trace(range(100, 0, -1)),), colour=BLUE)], name="Loss")
     (later,) = settled(chart)
-    assert later.name == "Loss from step 11 on"
+    assert later.note == " from step 11 on"
     assert later.lines[0].traces[0].steps[0] == 11
     assert {what: len(figures) for what, figures in losses_against([chart, later]).items()} == {
         "steps": 2,

@@ -56,4 +56,4 @@ def test_the_command_draws_runs_and_comparisons(tmp_path, capsys):
     assert "Feed-forward layers compared" in (tmp_path / "report.html").read_text()
     log_lines(tmp_path / "run", {"start": 0, "time": 0.0}, {"step": 1, "time": 1.0, "loss": 5.0})
     app(["report", str(tmp_path / "run")], standalone_mode=False)
-    assert "train loss 5" in capsys.readouterr().out
+    assert "training loss              5\n" in capsys.readouterr().out

@@ -13,7 +13,8 @@ from flashmhf.errors import InputError
 from flashmhf.reports.logged_run import read_logged_run
 from flashmhf.reports.run import write_run_report
 from flashmhf.reports.run_settings import differences, in_common
-from flashmhf.reports.runs import groups, write_runs_report
+from flashmhf.reports.runs import _styles, groups, write_runs_report
+from flashmhf.reports.style import COLOURS
 
 
 def run_folder(folder: Path, *, seed: int = 0, rate: float = 1e-3, ffn_type: str = "swiglu") -> Path:
@@ -121,7 +122,9 @@ def test_the_command_draws_several_runs(tmp_path, monkeypatch, capsys):
     app(["report", "run1", "run2"], standalone_mode=False)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-1] == "report: runs.html"
-    assert lines[0].startswith("run1: steps 20, ")
+    assert lines[0].split()[:5] == ["run", "steps", "tokens", "training", "loss"]
+    assert lines[2].split() == ["run1", "20", "1,216", "3.1000", "2.5000", "1,000", "512"]
+    assert max(map(len, lines)) <= 80
     app(["report", "run1", "run2", "--output", "both.html", "--json"], standalone_mode=False)
     shown = json.loads(capsys.readouterr().out)
     assert [run["run"] for run in shown["runs"]] == ["run1", "run2"]
@@ -150,3 +153,20 @@ def test_a_comparison_lists_the_settings_of_its_runs(tmp_path):
     assert "Settings that differ" in page.text
     assert "machineNVIDIA H100" in page.text
     assert "seed0, 1, 2" in page.text
+
+
+def test_many_groups_are_rows(tmp_path):
+    runs = {f"rate {n}": [read_logged_run(run_folder(tmp_path / str(n), rate=n / 1000)).settings] for n in range(1, 9)}
+    table = differences(runs)
+    assert table is not None
+    assert list(table.columns) == ["setting", "learning rate"]
+    assert len(table.rows) == 8
+
+
+def test_a_layer_has_its_colour_and_its_runs_line_styles(tmp_path):
+    folders = [run_folder(tmp_path / f"swiglu-{rate}", rate=rate) for rate in (1e-3, 2e-3)]
+    folders.append(run_folder(tmp_path / "flash", ffn_type="flashmhf"))
+    styles = _styles(groups([read_logged_run(folder) for folder in folders]))
+    assert styles == [(COLOURS["swiglu"], "-"), (COLOURS["swiglu"], "--"), (COLOURS["flashmhf"], "-")]
+    same = _styles(groups([read_logged_run(folder) for folder in folders[:2]]))
+    assert len({colour for colour, _ in same}) == 2

@@ -11,7 +11,7 @@ def eval_batches(run: Outcome) -> int:
 
 
 NO_METRICS = "the loss is all that is measured"
-NO_HUB = "upload the finished folder"
+NO_HUB = "none without --push-to-hub true"
 BEST = f"{EVALUATED} --save-steps 1 --load-best-model-at-end true"
 
 RUNNING: Table = {
@@ -42,12 +42,7 @@ RUNNING: Table = {
         Refused("--log-level x", "invalid choice"),
     ],
     "log_level_replica": [same("--log-level-replica error"), Refused("--log-level-replica x", "invalid choice")],
-    "disable_tqdm": [
-        Runs(
-            "--disable-tqdm false",
-            lambda run: any(type(each).__name__ == "ProgressLines" for each in run.trainer.callback_handler.callbacks),
-        )
-    ],
+    "disable_tqdm": [same("--disable-tqdm false")],  # the bar of a terminal: tests/cli/test_progress.py
     "report_to": [
         Runs("--report-to tensorboard", lambda run: any((run.folder / "runs").rglob("events.*"))),
         Runs("--report-to all", lambda run: any((run.folder / "runs").rglob("events.*"))),
@@ -110,12 +105,12 @@ RUNNING: Table = {
         *refused("--save-total-limit", "expected 0 or more", "-1"),
     ],
     "enable_jit_checkpoint": [Refused("--enable-jit-checkpoint true", "SIGTERM saves a checkpoint anyway")],
-    "push_to_hub": [Refused("--push-to-hub true", NO_HUB)],
+    "push_to_hub": [],  # tests/training/test_hub.py
     "hub_token": [Refused("--hub-token x", NO_HUB)],
     "hub_private_repo": [Refused("--hub-private-repo true", NO_HUB)],
     "hub_model_id": [Refused("--hub-model-id a/b", NO_HUB)],
-    "hub_strategy": [Refused("--hub-strategy end", NO_HUB)],
-    "hub_always_push": [Refused("--hub-always-push true", NO_HUB)],
+    "hub_strategy": [Refused("--hub-strategy checkpoint", "the finished model is uploaded")],
+    "hub_always_push": [Refused("--hub-always-push true", "the finished model is uploaded")],
     "hub_revision": [Refused("--hub-revision x", NO_HUB)],
     "load_best_model_at_end": [
         Runs(BEST, lambda run: run.trainer.state.best_global_step == 3),

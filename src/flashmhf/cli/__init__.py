@@ -1,11 +1,11 @@
 """The command `flashmhf`. Each command is a file here; what it needs is imported when it runs."""
 
 import contextlib
-import logging
 import os
 import select
 import signal
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -27,6 +27,7 @@ from flashmhf.cli import (
     train,
 )
 from flashmhf.cli.training_flags import TrainingCommand
+from flashmhf.console import has_bars
 from flashmhf.errors import InputError, Interrupted, RunError
 from flashmhf.lifeline import end_with_parent
 from flashmhf.system_errors import system_error
@@ -73,10 +74,12 @@ def main() -> None:
     """Runs the command line; exits with 0, 1 (failed), 2 (bad usage) or 128 + a signal's number, and one line."""
     end_with_parent()
     terminal.protect()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
-    logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
+    terminal.log_to_console(first=int(os.environ.get("RANK", "0")) == 0)  # of the processes that torchrun started
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler prints each start and stop
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not has_bars():  # downloads have theirs on a terminal
+        warnings.filterwarnings("ignore", "Cannot enable progress bars")  # the Trainer tries to
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(standalone_mode=False)
         if sys.stdout is not None:  # closed by the shell

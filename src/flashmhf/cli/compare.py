@@ -21,6 +21,7 @@ from flashmhf.cli.comparison_options import (
     split,
     whole_numbers,
 )
+from flashmhf.cli.earlier_settings import complete, how_to_continue
 from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     BadData,
@@ -39,6 +40,7 @@ from flashmhf.cli.output import (
     emit,
     results_only,
 )
+from flashmhf.cli.runs_progress import RunsProgress
 from flashmhf.cli.terminal import say
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import Interrupted
@@ -63,6 +65,7 @@ HeadDim = Annotated[str, typer.Option(help="Ablations of flashmhf, such as 32,64
 Subnetworks = Annotated[str, typer.Option(help="Ablations of flashmhf, such as 1,3,6.")]
 DocumentBytes = Annotated[int, typer.Option(help="Score this many bytes of each held-out document, from its start.")]
 
+SETTINGS_FILE = "compare.json"  # of the folder, see `Comparison`
 ABLATIONS = ("gate_type", "q_norm", "projections", "head_dim", "subnetworks")
 
 
@@ -98,27 +101,27 @@ def compare(
     json: Json = False,
 ) -> None:
     """Train variants on the same data; verdict, table, curves, samples. Takes the flags of `flashmhf train`, too."""
-    check_training(context.params, context.args, split(model))
+    options, flags = complete(context, SETTINGS_FILE)
+    check_training(options, flags, split(options["model"]))
     with results_only():
         from flashmhf.comparison import compare as run_comparison
         from flashmhf.reports.comparison import write_files
         from flashmhf.reports.comparison_tables import terminal_text
 
         number = read_jobs(jobs)
-        settings = _settings(context.params, tuple(context.args))
+        settings, folder = _settings(options, flags), Path(output_dir)
         try:
-            result = run_comparison(settings, Path(output_dir), _progress, jobs=number, environment=os.environ)
+            with RunsProgress() as shown:
+                result = run_comparison(
+                    settings, folder, say, jobs=number, environment=os.environ, watch=shown.watching
+                )
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-            raise Interrupted(number, "the same command again continues the comparison") from None
-        report, picture = (str(file) for file in write_files(result, Path(output_dir)))
+            raise Interrupted(number, how_to_continue(context, SETTINGS_FILE)) from None
+        report, picture = (str(file) for file in write_files(result, folder))
     text = f"{terminal_text(result)}\n\nloss curves: {picture}\nreport: {report}"
     emit({**result.as_dict(), "report": report, "picture": picture}, text, json)
     raise typer.Exit(0 if all(run.finished for run in result.runs) else 1)
-
-
-def _progress(line: str) -> None:
-    say(line)
 
 
 def _settings(options: dict[str, Any], flags: tuple[str, ...]) -> "Comparison":

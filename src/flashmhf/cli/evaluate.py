@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashmhf import extras
 from flashmhf.cli.early_checks import check_tokenizer
 from flashmhf.cli.output import (
     Device,
@@ -14,10 +15,11 @@ from flashmhf.cli.output import (
     check_file,
     emit,
     pick_device,
-    progress_bar,
     results_only,
+    table_text,
 )
 from flashmhf.cli.trained_data import data_of
+from flashmhf.console import progress_bar
 from flashmhf.names import check_model_folder
 
 if TYPE_CHECKING:
@@ -56,15 +58,14 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Loss in nats/token, perplexity and bits/byte, over windows within each document."""
+    extras.check("flashmhf eval --tasks" if tasks else "flashmhf eval", "lm-eval" if tasks else "datasets")
     check_model_folder(model)
     read = None if tasks else data_of(model, context.params)
     check_tokenizer(tokenizer)
     with results_only():
-        from flashmhf import extras
         from flashmhf.data.tokenizer import check_same_tokenizer, load_tokenizer
         from flashmhf.models.loading import load_model
 
-        extras.check("flashmhf eval --tasks" if tasks else "flashmhf eval", "lm-eval" if tasks else "datasets")
         if output is not None:
             check_file(output)
         loaded = load_model(model).to(pick_device(device))
@@ -88,7 +89,7 @@ def _tasks(model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[dict[st
                 error = values.get(name.replace(",", "_stderr,"), "")
                 shown = f"{error:.4f}" if isinstance(error, float) else ""
                 rows.append((task, name.removesuffix(",none"), f"{value:.4f}", shown))
-    return {"tasks": measures}, Table(("task", "measure", "value", "standard error"), rows).markdown()
+    return {"tasks": measures}, table_text(Table(("task", "measure", "value", "standard error"), rows))
 
 
 def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -99,7 +100,7 @@ def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
     documents = load_documents(read.source, split=split, text_column=read.text_column, bad_data=read.bad_data)
     if options["document_bytes"] is not None:
         documents = truncate_documents(documents, options["document_bytes"])
-    with progress_bar("evaluating") as progress:
+    with progress_bar("evaluating", note="tokens") as progress:
         result = run_evaluation(
             model,
             tokenizer,
@@ -114,22 +115,22 @@ def _language_modelling(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
 def _text(result: "Evaluation") -> str:
     from flashmhf.reports.table import Table
 
+    scores = {"nats/token": result.nats_per_token, "perplexity": result.perplexity, "bits/byte": result.bits_per_byte}
+    intervals = {name.replace("_per_", "/"): ends for name, ends in (result.intervals or {}).items()}
+    measures = [(name, f"{value:,.4f}", _interval(intervals.get(name))) for name, value in scores.items()]
     lines = [
-        f"{result.nats_per_token:.4f} nats/token, perplexity {result.perplexity:,.2f}, "
-        f"{result.bits_per_byte:.4f} bits/byte",
+        table_text(Table(("measure", "value", "95 % interval"), measures)),
+        "",
         f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; "
         f"windows of {result.context_length}, stride {result.stride}",
+        "intervals by a bootstrap over documents" if result.intervals else "no interval: it requires two documents",
     ]
-    if result.intervals is None:
-        lines.append("no interval: it requires two documents")
-    else:
-        ends = {name: f"{low:,.4f} to {high:,.4f}" for name, (low, high) in result.intervals.items()}
-        lines.append(
-            f"95 % intervals, by a bootstrap over documents: {ends['nats_per_token']} nats/token, "
-            f"perplexity {ends['perplexity']}, {ends['bits_per_byte']} bits/byte"
-        )
     rows = []
     for one in result.by_position:
         context = f"{one.first} to {one.last}" if one.last > one.first else f"{one.first}"
         rows.append((context, f"{one.nats_per_token:.4f}", one.tokens))
-    return "\n".join([*lines, "", Table(("tokens of context", "nats/token", "tokens"), rows).markdown()])
+    return "\n".join([*lines, "", table_text(Table(("tokens of context", "nats/token", "tokens"), rows))])
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:,.4f} to {ends[1]:,.4f}"

@@ -1,10 +1,12 @@
 """flashmhf inspect: what a trained model's heads do."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flashmhf import extras
 from flashmhf.cli.early_checks import check_tokenizer
 from flashmhf.cli.output import (
     Device,
@@ -15,11 +17,15 @@ from flashmhf.cli.output import (
     check_file,
     emit,
     pick_device,
-    progress_bar,
     results_only,
+    table_text,
 )
 from flashmhf.cli.trained_data import data_of
+from flashmhf.console import progress_bar
 from flashmhf.names import check_model_folder
+
+# What a terminal has room for; all of them are in --json, in --output and in what is piped.
+SHOWN = ("load_entropy", "score_rms", "dead_rows", "v_rank")
 
 
 def inspect(
@@ -34,6 +40,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Gates, activations, dead rows and rank of the weights, for every head of every FlashMHF layer."""
+    extras.check("flashmhf inspect", "matplotlib")
     check_model_folder(model)
     read = data_of(model, {"data": data, "text_column": text_column, "bad_data": bad_data})
     check_tokenizer(tokenizer)
@@ -53,8 +60,9 @@ def inspect(
         own_tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         check_same_tokenizer(model, own_tokenizer)
         documents = load_corpus(read.source, text_column=read.text_column, bad_data=read.bad_data).validation
-        with progress_bar("inspecting") as progress:
+        with progress_bar("inspecting", note="tokens") as progress:
             reports = inspection.inspect(loaded, own_tokenizer, documents, tokens=tokens, progress=progress)
         if output is not None:
             draw_heads(reports, Path(output))
-    emit({"model": model, "heads": inspection.as_dicts(reports)}, heads_table(reports).markdown(), json)
+    text = table_text(heads_table(reports, SHOWN if sys.stdout.isatty() else None))
+    emit({"model": model, "heads": inspection.as_dicts(reports)}, text, json)

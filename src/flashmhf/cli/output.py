@@ -3,13 +3,17 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashmhf.cli.terminal import show
+from flashmhf.console import has_bars
+
+if TYPE_CHECKING:
+    from flashmhf.reports.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 SOURCE = "stdlib, a file or folder of .txt, .json, .jsonl or .parquet (compressed too), or a Hub dataset"
@@ -64,20 +68,27 @@ Device = Annotated[str | None, typer.Option(help="Torch device. Default: the fir
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """Sends what libraries print to standard error, so that standard output holds only the command's result."""
+    """Sends what libraries print to standard error, so that standard output holds only the command's result.
+
+    Of transformers' and the Hub's bars, those of downloads remain, on a terminal.
+    """
+    if has_bars():
+        from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        kept = not are_progress_bars_disabled()
+        disable_progress_bar()  # also those of the Hub
+        if kept:
+            enable_progress_bars()
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error; its function takes what is done and the total."""
-    from rich.console import Console
-    from rich.progress import Progress
+def table_text(table: "Table") -> str:
+    """Aligned columns on a terminal, as many as fit; Markdown for what is piped into a file."""
+    from flashmhf.reports.table import TERMINAL_WIDTH
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    return table.fitting(TERMINAL_WIDTH, least=2) if sys.stdout.isatty() else table.markdown()
 
 
 def emit(

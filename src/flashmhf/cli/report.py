@@ -45,17 +45,19 @@ def _draw_one(folders: list[Path], page: Path | None) -> tuple[dict[str, Any], s
     for name, draw in ((RESULTS_FILE, _comparison), (TUNING_FILE, _sweep)):
         if (folder / name).is_file():
             return *draw(folder / name, page), file
-    from flashmhf.reports.run import write_run_report
+    from flashmhf.reports.run import facts, write_run_report
 
     with _drawing(folder / LOG_FILE):
         summary = write_run_report(folder, file)
-    return vars(summary), _line(summary), file
+    text = "\n".join(f"{name:<16}{value:>12}" for name, value in facts(summary))
+    return vars(summary), text, file
 
 
 def _draw_runs(folders: list[Path], page: Path | None) -> tuple[dict[str, Any], str, Path]:
     from flashmhf.comparison.results import RESULTS_FILE
     from flashmhf.errors import InputError
-    from flashmhf.reports.runs import write_runs_report
+    from flashmhf.reports.runs import summary_table, write_runs_report
+    from flashmhf.reports.table import TERMINAL_WIDTH
     from flashmhf.sweeping.results import TUNING_FILE
     from flashmhf.training.run_log import LOG_FILE
 
@@ -67,9 +69,9 @@ def _draw_runs(folders: list[Path], page: Path | None) -> tuple[dict[str, Any], 
         check_file(RUNS_PAGE)
     with _drawing(folders[0] / LOG_FILE):
         summaries = write_runs_report(folders, file)
-    lines = [f"{folder}: {_line(summary)}" for folder, summary in zip(folders, summaries, strict=True)]
+    table = summary_table([str(folder) for folder in folders], summaries).fitting(TERMINAL_WIDTH, least=5)
     shown = [{"run": str(folder), **vars(summary)} for folder, summary in zip(folders, summaries, strict=True)]
-    return {"runs": shown}, "\n".join(lines), file
+    return {"runs": shown}, table, file
 
 
 def _comparison(results: Path, page: Path | None) -> tuple[dict[str, Any], str]:
@@ -97,12 +99,6 @@ def _sweep(results: Path, page: Path | None) -> tuple[dict[str, Any], str]:
         else:
             write_report(tuning, page, results.parent)
         return tuning.as_dict(), terminal_text(tuning, results.parent) + "\n"
-
-
-def _line(summary: Any) -> str:
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value:,.6g}" for name, value in vars(summary).items() if value is not None
-    )
 
 
 @contextlib.contextmanager

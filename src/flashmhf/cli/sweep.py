@@ -23,6 +23,7 @@ from flashmhf.cli.comparison_options import (
     split,
     whole_numbers,
 )
+from flashmhf.cli.earlier_settings import complete, how_to_continue
 from flashmhf.cli.early_checks import check_training
 from flashmhf.cli.output import (
     BadData,
@@ -41,6 +42,7 @@ from flashmhf.cli.output import (
     emit,
     results_only,
 )
+from flashmhf.cli.runs_progress import RunsProgress
 from flashmhf.cli.terminal import say
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import Interrupted
@@ -62,6 +64,7 @@ Budget = Annotated[
 ]
 Rungs = Annotated[int, typer.Option(help="At most this many, each with twice the steps of the one before.")]
 
+SETTINGS_FILE = "settings.json"  # of the folder, see `Sweep`
 # Flags of `flashmhf train` that a sweep decides, and what is expected instead.
 INSTEAD = {
     "learning-rate": "--learning-rates",
@@ -101,19 +104,21 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Find learning rate and warm-up for your data, with equal effort per variant. Takes flags of `flashmhf train`."""
-    check_training(context.params, context.args, split(model))
+    options, flags = complete(context, SETTINGS_FILE)
+    check_training(options, flags, split(options["model"]))
     with results_only():
         from flashmhf.reports.sweep import terminal_text, write_files
         from flashmhf.sweeping import sweep as run_sweep
 
         number = read_jobs(jobs)
-        settings = _settings(context.params, tuple(context.args))
+        settings = _settings(options, flags)
         folder = Path(output_dir)
         try:
-            result = run_sweep(settings, folder, say, jobs=number, environment=os.environ)
+            with RunsProgress() as shown:
+                result = run_sweep(settings, folder, say, jobs=number, environment=os.environ, watch=shown.watching)
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-            raise Interrupted(number, "the same command again continues the sweep") from None
+            raise Interrupted(number, how_to_continue(context, SETTINGS_FILE)) from None
         report, picture = map(str, write_files(result, folder))
     text = f"{terminal_text(result, folder)}\n\npicture: {picture}\nreport: {report}"
     emit({**result.as_dict(), "report": report, "picture": picture}, text, json)

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from types import TracebackType
 
+from flashmhf.console import write_line
 from flashmhf.printable import one_line, printable
 
 _format_warning = warnings.formatwarning
@@ -19,6 +20,23 @@ class _Record(logging.LogRecord):
         return escape(super().getMessage())
 
 
+class _ConsoleHandler(logging.Handler):
+    """Log lines above all bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_line(self.format(record))
+        except Exception:  # as every handler does: a log line never ends the program
+            self.handleError(record)
+
+
+def log_to_console(*, first: bool) -> None:
+    """Warnings of all libraries, and what this package does; of several processes, the first one alone tells that."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ConsoleHandler()])
+    logging.getLogger("flashmhf").setLevel(logging.INFO if first else logging.WARNING)
+    logging.getLogger("flashmhf.ops.backends").setLevel(logging.WARNING)  # `train` and `info` name the backend
+
+
 def protect() -> None:
     """From here on, logs, warnings and tracebacks of this process are escaped, whoever writes them."""
     logging.setLogRecordFactory(_Record)
@@ -30,8 +48,8 @@ def protect() -> None:
 
 
 def say(message: str) -> None:
-    """One line on standard error."""
-    print(one_line(message), file=sys.stderr)
+    """One line on standard error, above all bars."""
+    write_line(one_line(message))
 
 
 def show(text: str, *, verbatim: bool = False) -> None:

@@ -1,13 +1,20 @@
 """flashmhf tokenizer: train a byte-level BPE on a source of text."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flashmhf.cli.early_checks import check_data
 from flashmhf.cli.output import BadData, Json, TextColumn, check_folder, emit, results_only
+from flashmhf.console import progress_bar
 from flashmhf.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BATCH = 16  # documents
 
 
 def tokenizer(
@@ -31,10 +38,19 @@ def tokenizer(
         if path.exists() and any(path.iterdir()):
             raise InputError(f"DIR: expected a new or empty folder, got {folder}")
         corpus = load_corpus(source, text_column=text_column, bad_data=bad_data)
-        trained = train_bpe((text for batch in corpus.train.iter(16) for text in batch["text"]), vocab_size)
+        with progress_bar("reading", note="documents") as progress:
+            trained = train_bpe(_texts(corpus.train, progress), vocab_size)
         with new_folder("DIR", path) as unfinished:
             trained.save_pretrained(unfinished)
         sample = corpus.validation[0]["text"][:100_000]
         bytes_per_token = len(sample.encode()) / max(len(trained(sample)["input_ids"]), 1)
     result = {"folder": folder, "vocab_size": len(trained), "validation_bytes_per_token": bytes_per_token}
     emit(result, f"{folder}: {len(trained):,} tokens, {bytes_per_token:.2f} bytes/token on validation text", json)
+
+
+def _texts(documents: "Dataset", progress: Callable[[int, int], None]) -> Iterator[str]:
+    read = 0
+    for batch in documents.iter(BATCH):
+        yield from batch["text"]
+        read += len(batch["text"])
+        progress(read, len(documents))

@@ -109,7 +109,7 @@ def _text(result: "TrainResult") -> str:
     lines = [f"tokens used: {used}"] if len(result.tokens_used) > 1 else []
     lines += [line for line in (result.data_read, result.bad_data) if line]
     return (
-        f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s; "
+        f"{result.steps:,} steps, {result.tokens:,} tokens, {result.elapsed_s:,.0f} s\n"
         f"validation loss {result.validation_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte\n"
         + "".join(f"{line}\n" for line in lines)
         + f"model: {result.output_dir}"

@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -39,7 +39,7 @@ class _Processes:
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str] | None, stderr: IO[bytes] | None) -> int:
+    def run(self, command: Sequence[str], environment: Mapping[str, str] | None, stderr: IO[bytes]) -> int:
         """The exit code, negative if a signal killed it.
 
         Raises:
@@ -73,8 +73,15 @@ class _Processes:
                 process.terminate()
 
 
+Watch = Callable[[Run], AbstractContextManager[object]]  # around a run's training
+
+
 def train_runs(
-    runs: Sequence[Run], jobs: int, environment: Mapping[str, str] | None, progress: Callable[[str], None]
+    runs: Sequence[Run],
+    jobs: int,
+    environment: Mapping[str, str] | None,
+    progress: Callable[[str], None],
+    watch: Watch = nullcontext,
 ) -> None:
     """Trains the runs that have not finished.
 
@@ -87,6 +94,7 @@ def train_runs(
         environment: variables of the processes, to which each one's share of the CPU's cores, or one of several GPUs,
             is added; None for those of this process, without a share.
         progress: called with one line at the start of each run.
+        watch: the context that each run trains in.
     """
     waiting = [run for run in runs if not run.finished]
     together = min(jobs, max(len(waiting), 1))
@@ -99,7 +107,8 @@ def train_runs(
         try:
             progress(f"run {runs.index(run) + 1} of {len(runs)}: {run.label}")
             own = None if environment is None else {**environment, **_share(environment, slot, together)}
-            _train(run, own, jobs == 1, processes)
+            with watch(run):
+                _train(run, own, processes)
         finally:
             slots.put(slot)
 
@@ -132,10 +141,10 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _train(run: Run, environment: Mapping[str, str] | None, alone: bool, processes: _Processes) -> None:
+def _train(run: Run, environment: Mapping[str, str] | None, processes: _Processes) -> None:
     write_json(run.config_file, run.options)
     with append_to(run.log) as log:
-        code = processes.run(run.command, environment, None if alone else log)
+        code = processes.run(run.command, environment, log)
     if code == 0 and run.finished:
         run.log.unlink()
         return

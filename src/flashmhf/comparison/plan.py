@@ -51,7 +51,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """Standard error of its process, when several run at a time."""
+        """Standard error of its process; removed when the run has finished."""
         return self.folder.with_name(self.folder.name + ".log")
 
     @property

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from flashmhf.comparison.claim import Inputs, claim
 from flashmhf.comparison.evaluate import HeldOut
 from flashmhf.comparison.jobs import count_jobs
-from flashmhf.comparison.launcher import train_runs
+from flashmhf.comparison.launcher import Watch, train_runs
 from flashmhf.comparison.plan import Plan, Run
 from flashmhf.comparison.results import RESULTS_FILE, ComparisonResult, write_comparison
 from flashmhf.comparison.scoring import score_runs
@@ -35,6 +36,7 @@ def compare(
     *,
     jobs: int | None = 1,
     environment: Mapping[str, str] | None = None,
+    watch: Watch = nullcontext,
 ) -> ComparisonResult:
     """Trains every variant with every seed, scores all of them and writes results.json into `output_dir`.
 
@@ -48,6 +50,7 @@ def compare(
         progress: called with one line at the start of each run.
         jobs: runs at a time; None for as many as the machine has room for, see `comparison.jobs`.
         environment: variables of the runs' processes, see `comparison.launcher`.
+        watch: the context that each run trains in.
 
     Raises:
         InputError: the settings do not fit, the folder holds something else, or another process compares in it.
@@ -60,16 +63,16 @@ def compare(
         jobs = count_jobs(plan, environment or {})
     _warn_of_few("seeds", "seed", len(settings.seeds), MIN_SEEDS, settings)
     with only_writer(output_dir):
-        return _compare(plan, progress, jobs, environment)
+        return _compare(plan, progress, jobs, environment, watch)
 
 
 def _compare(
-    plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None
+    plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None, watch: Watch
 ) -> ComparisonResult:
     settings, output_dir = plan.settings, plan.output_dir
     corpus, tokenizer = prepare(plan)
     _warn_of_few("data", "held-out document", len(corpus.validation), MIN_DOCUMENTS, settings)
-    runs = _train(plan, progress, jobs, environment)
+    runs = _train(plan, progress, jobs, environment, watch)
     check_same_data(runs, corpus)
     held_out = HeldOut.of(settings, corpus.validation, tokenizer)
     scores = score_runs(runs, held_out, jobs, progress)
@@ -97,14 +100,15 @@ def _warn_of_few(option: str, what: str, number: int, enough: int, settings: Com
         logger.warning("%s: %s no verdict; %d or more do", option, given, enough)
 
 
-def _train(plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None) -> list[Run]:
+def _train(
+    plan: Plan, progress: Callable[[str], None], jobs: int, environment: Mapping[str, str] | None, watch: Watch
+) -> list[Run]:
     """The sweep over learning rates, then the final runs, which it returns."""
-    train_runs(plan.sweep(), jobs, environment, progress)
+    train_runs(plan.sweep(), jobs, environment, progress, watch)
     runs = plan.final()
-    train_runs(runs, jobs, environment, progress)
+    train_runs(runs, jobs, environment, progress, watch)
     if not any(run.finished for run in runs):
-        where = "their standard error" if jobs == 1 else runs[0].log
-        raise RunError(f"training failed in every run; {where} has the reason; the same command tries again")
+        raise RunError(f"training failed in every run; {runs[0].log} has the reason; the same command tries again")
     return runs
 
 

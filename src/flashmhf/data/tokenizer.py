@@ -59,7 +59,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=_byte_characters(),
-        show_progress=True,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _finish(tokenizer, use_regex=True)

@@ -103,6 +103,9 @@ def shard_parameters(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
         model: unsplit, or after `tensor_parallel` over another dimension of the same mesh.
         mesh: of the ranks that have different data.
         options: for `fully_shard`, such as mp_policy.
+
+    Returns:
+        The same model; its parameters are DTensors.
     """
     options["mesh"] = mesh
     options["shard_placement_fn"] = lambda parameter: _shard_placement(parameter, mesh.size())

@@ -49,15 +49,27 @@ _FULL = StateDictOptions(full_state_dict=True)
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Writes the parameters, and what the optimizer keeps of each, into a folder that all ranks see."""
+    """Writes the parameters, and what the optimizer keeps of each, into a folder that all ranks see.
+
+    A collective operation: every rank calls it and writes its own shards. Tensors only, no pickled objects.
+
+    Args:
+        folder: for torch.distributed.checkpoint's files.
+        model: sharded or not.
+        optimizer: of the model's parameters; None leaves its moments out.
+    """
     dcp.save(_tensors(_state(model, optimizer)), storage_writer=dcp.FileSystemWriter(folder), no_dist=_single())
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Reads what `save_sharded` wrote, from any number of ranks and any sharding, into a model with any other.
 
-    A model that is not sharded gets everything; its `save_pretrained` then writes safetensors. The learning rate and
-    the other options of `optimizer` stay.
+    A model that is not sharded gets everything; its `save_pretrained` then writes safetensors.
+
+    Args:
+        folder: of `save_sharded`.
+        model: of the same configuration; its parameters are overwritten in place.
+        optimizer: gets the moments that were saved; its learning rate and other options stay.
 
     Raises:
         InputError: there is no such checkpoint, or its table of contents cannot be read.

@@ -31,8 +31,8 @@ def _is_available() -> bool:
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """In float32, on the CPU, with a forward that nothing has replaced."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    """In float32, on the CPU, not quantised, with a forward that nothing has replaced."""
+    if type(module) is not nn.Linear or "forward" in vars(module) or type(module.weight) is not nn.Parameter:
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 

@@ -31,7 +31,7 @@ class PKV(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
+    Its parameters are in_proj, out_proj (Linear), k, v (num_heads, num_slots, head_dim).
 
     Source: the baseline "PKV" of arXiv 2512.06989.
     """

@@ -33,6 +33,12 @@ def default_scales(init: str, num_heads: int, num_subnetworks: int, gate_type: s
     A head's rows have a fan-in of head_dim = hidden_size / num_heads, so one Adam step changes a score, or a logit of
     the gate, num_heads times less than in a SwiGLU; and the gate divides the output, and with it the effect of a step,
     by num_subnetworks. The scales of "scaled" compensate both.
+
+    Args:
+        init: "reference", whose scales are 1, or "scaled".
+        num_heads: heads H.
+        num_subnetworks: sub-networks E per head.
+        gate_type: of the layer; None leaves gate and output at 1.
     """
     if init == "reference":
         return Scales(1.0, 1.0, 1.0)

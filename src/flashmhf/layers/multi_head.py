@@ -46,7 +46,15 @@ def local(parameter: Tensor) -> Tensor:
 
 
 class HeadRMSNorm(nn.Module):
-    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it."""
+    """Per-head RMSNorm with a weight (num_heads, head_dim), in float32. In FlashMHF the operator applies it.
+
+    Args:
+        num_heads: heads H.
+        head_dim: head dim D.
+        eps: added to the mean square.
+        device: of the weight.
+        dtype: of the weight.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -87,9 +95,9 @@ class FlashMHF(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
-    Parameters: in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D). K, U
-    and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts with
-    the former (H_kv, E, F, D) are loaded, too.
+    Its parameters are in_proj, out_proj (Linear), k, u, v (H_kv E, F, D), gate_weight (H, D, E), q_norm.weight (H, D).
+    K, U and V have three dimensions, like experts in other models, because PEFT and torchao accept no more. State dicts
+    with the former (H_kv, E, F, D) are loaded, too.
 
     Raises:
         ValueError: an invalid argument; the message names it, what was expected and what was given.
@@ -321,14 +329,28 @@ class FlashMHF(nn.Module):
 
 
 class MHFFN(FlashMHF):
-    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate."""
+    """The naive multi-head FFN: FlashMHF with one sub-network of `intermediate_size` rows per head and no gate.
+
+    Args:
+        hidden_size: width of input and output, a multiple of num_heads.
+        num_heads: heads H.
+        intermediate_size: rows of K, U and V per head.
+        options: further arguments of `FlashMHF`.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, **options) -> None:
         super().__init__(hidden_size, num_heads, 1, intermediate_size, gate_type=None, **options)
 
 
 class DenseMoE(FlashMHF):
-    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections."""
+    """A dense mixture of SwiGLU experts: FlashMHF with one head and no projections.
+
+    Args:
+        hidden_size: width of input and output.
+        num_subnetworks: experts E, all of which are evaluated for every token.
+        subnetwork_size: width F of an expert.
+        options: further arguments of `FlashMHF`.
+    """
 
     def __init__(self, hidden_size: int, num_subnetworks: int, subnetwork_size: int, **options) -> None:
         super().__init__(hidden_size, 1, num_subnetworks, subnetwork_size, projections=False, **options)

@@ -31,7 +31,7 @@ class FlashMHFConfig(LlamaConfig):
     Attributes:
         ffn_type: "flashmhf", "mhffn" (one sub-network, no gate), "dense_moe" (one head, no projections), "pkv"
             (attention over intermediate_size learned slots per head) or "swiglu".
-        intermediate_size: d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
+        intermediate_size (int): d_ff: rows of K, U and V per head, E x F; slots of PKV; width of SwiGLU.
         num_subnetworks: E; intermediate_size is a multiple of it. For "flashmhf" and "dense_moe".
         subnetwork_size: F, in place of intermediate_size E x F, which is what is saved.
         num_ffn_heads: H of "flashmhf", "mhffn" and "pkv"; hidden_size is a multiple of it.
@@ -127,6 +127,9 @@ class FlashMHFConfig(LlamaConfig):
         """The preset `name`, one of `preset_names()`, with some values replaced.
 
         With another ffn_type, the preset's values of fields that it does not use are left out.
+
+        Raises:
+            ValueError: no such preset, or an invalid value.
         """
         if name not in preset_names():
             raise ValueError(f"preset: expected one of {', '.join(preset_names())}, got {name!r}")

@@ -203,6 +203,10 @@ def backends(problem: Problem | None = None) -> dict[str, str | None]:
 
     Args:
         problem: `Problem.of(q, k, u, v, gate)`, or None for this machine in general.
+
+    Returns:
+        In the order in which "auto" tries them. None does not mean that "auto" would take it: it also skips what is
+        not known to be fast.
     """
     return {backend.name: backend.unsupported_reason(problem) for backend in BACKENDS}
 

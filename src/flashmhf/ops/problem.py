@@ -21,7 +21,19 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides whether a backend can run a call."""
+    """What decides whether a backend can run a call.
+
+    Attributes:
+        T: tokens, the product of all leading dimensions of q.
+        H: heads.
+        H_kv: heads with their own K, U and V.
+        E: sub-networks per head.
+        F: width of a sub-network.
+        D: head dim.
+        dtype: of q, k, u and v.
+        device: of all tensors.
+        has_gate: whether there is a gate.
+    """
 
     T: int
     H: int

@@ -29,7 +29,7 @@ from flashmhf.reports.run_settings import Settings, command_settings, in_common,
 from flashmhf.reports.run_settings import differences as setting_differences
 from flashmhf.reports.seed_bands import caption, seed_bands
 from flashmhf.reports.verdicts import about_numbers, about_verdicts, verdict_lines
-from flashmhf.training.run_files import RUN_FILE
+from flashmhf.training.config import RUN_FILE
 from flashmhf.training.run_log import read_log
 
 DEPTHS = {"same": "the same depth", "paper": "the paper's depths, 5 layers with several heads for 6 without"}

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ DARK_SHARE = 0.6  # of the limits, below which colours are dark
 ON_DARK, ON_LIGHT = "#fdfdfd", "#0a0a0a"  # text in cells; not the colours that pages replace
 
 
-def heads_table(reports: list[HeadReport]) -> Table:
-    """One row per head."""
-    names = ("layer", "head", *FIGURES)
+def heads_table(reports: list[HeadReport], figures: Sequence[str] | None = None) -> Table:
+    """One row per head; all figures, or some."""
+    names = ("layer", "head", *(FIGURES if figures is None else figures))
     rows = [[_shown(getattr(report, name)) for name in names] for report in reports]
     return Table([name.replace("_", " ") for name in names], rows)
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 
 from matplotlib.figure import Figure
 
-from flashmhf.reports.lines import Against, Line, draw_lines, known
+from flashmhf.reports.lines import Against, Frame, Line, draw_lines, known
 
 Captioned = tuple[Figure, str]
 AGAINST_NAMES: dict[Against, str] = {"steps": "step", "tokens": "tokens read", "time": "time in training"}
 HEIGHT = 2.4  # in inches
+MAX_IN_LEGEND = 4  # lines of a small figure that has a legend
 SETTLED = 0.1  # of a run, after which losses fall slowly
 MIN_POINTS = 30  # of a curve that is also drawn from there on
 MIN_CHANGE = 0.02  # of the largest value; less is a number, not a curve
@@ -42,14 +43,14 @@ class Chart:
     Attributes:
         name, note: the caption; the x axis is between them.
         levels: named horizontal lines.
-        from_origin: whether the x axis begins at 0.
+        whole: not only the later part of the run.
     """
 
     lines: Sequence[Line]
     name: str
     note: str = ""
     levels: Mapping[str, float] = field(default_factory=dict)
-    from_origin: bool = True
+    whole: bool = True
 
 
 def losses_against(charts: Iterable[Chart], restarts: Sequence[float] = ()) -> dict[str, list[Captioned]]:
@@ -58,14 +59,13 @@ def losses_against(charts: Iterable[Chart], restarts: Sequence[float] = ()) -> d
     for chart in charts:
         points = max((len(trace.values) for line in chart.lines for trace in line.traces), default=0)
         for what in known(chart.lines) if points > 1 else ():
-            figure = draw_lines(
-                chart.lines,
-                what,
-                "nats/token",
+            frame = Frame(
+                label="nats/token",
                 levels=chart.levels,
                 marks=restarts if what == "steps" else (),
-                from_origin=chart.from_origin,
+                whole=chart.whole,
             )
+            figure = draw_lines(chart.lines, what, frame)
             found.setdefault(what, []).append((figure, f"{chart.name} by {AGAINST_NAMES[what]}{chart.note}"))
     return found
 
@@ -81,8 +81,7 @@ def settled(chart: Chart) -> list[Chart]:
         traces = [trace.since(begin) for trace in line.traces]
         if kept := tuple(trace for trace in traces if trace.values):
             lines.append(replace(line, traces=kept))
-    name = f"{chart.name} from step {begin:,.0f} on"
-    return [Chart(lines=lines, name=name, note=chart.note, from_origin=False)]
+    return [Chart(lines=lines, name=chart.name, note=f" from step {begin:,.0f} on{chart.note}", whole=False)]
 
 
 def by_step(quantity: Quantity, lines: Sequence[Line]) -> Captioned | None:
@@ -90,4 +89,6 @@ def by_step(quantity: Quantity, lines: Sequence[Line]) -> Captioned | None:
     values = [value for line in lines for trace in line.traces for value in trace.values]
     if not values or max(values) - min(values) <= MIN_CHANGE * max(map(abs, values)):
         return None
-    return draw_lines(lines, "steps", quantity.label, height=HEIGHT, from_zero=min(values) >= 0), quantity.caption
+    few = len(lines) <= MAX_IN_LEGEND
+    frame = Frame(label=quantity.label, height=HEIGHT, from_zero=min(values) >= 0, legend=few)
+    return draw_lines(lines, "steps", frame), quantity.caption + ("" if few else "; colours as in the losses")

@@ -27,8 +27,8 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
     write_page(
         file,
         "run.html",
-        title=f"{run.config.model} on {run.config.data.source}",
-        summary=[(label(name), shown(value)) for name, value in asdict(run.summary).items()],
+        title=f"{_short(run.config.model)} on {_short(run.config.data.source)}",
+        summary=facts(run.summary),
         losses=_losses(run),
         others=_others(run),
         starts=_starts(run.log),
@@ -37,6 +37,11 @@ def write_run_report(folder: Path, file: Path) -> RunSummary:
         options=in_common({"": [run.settings]}),
     )
     return run.summary
+
+
+def _short(name: str) -> str:
+    """A preset, an id on the Hub, or the last two parts of a path."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def _losses(run: LoggedRun) -> dict[str, list[Captioned]]:
@@ -80,15 +85,20 @@ def _starts(log: RunLog) -> Table:
     return Table(("started", "from step", "processes", "machine", "torch"), rows)
 
 
-def label(name: str) -> str:
+def facts(summary: RunSummary) -> list[tuple[str, str]]:
+    """Names and values as people write them."""
+    return [(_label(name), _shown(value)) for name, value in asdict(summary).items()]
+
+
+def _label(name: str) -> str:
     """ "memory_mib" -> "memory (MiB)"."""
     for unit, written in (("_per_second", "/s"), ("_mib", " (MiB)"), ("_s", " (s)")):
         if name.endswith(unit):
             name = name.removesuffix(unit) + written
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("train loss", "training loss")
 
 
-def shown(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4g}"

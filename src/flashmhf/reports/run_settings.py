@@ -28,6 +28,7 @@ MODEL = (
     "ffn_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_ffn_heads",
     "num_subnetworks", "gate_type", "q_norm", "qk_norm", "vocab_size", "tie_word_embeddings", "init",
 )  # fmt: skip
+MAX_COLUMNS = 5  # groups of runs side by side
 HASH_CHARACTERS = 8  # shown of a hash, enough to see a difference
 
 
@@ -71,13 +72,21 @@ def without_seeds(settings: Settings) -> Settings:
 
 
 def differences(columns: Mapping[str, Sequence[Settings]]) -> Table | None:
-    """A row for each setting that differs, a column for each group of runs; None if none differs."""
+    """A row for each setting that differs, a column for each group of runs; None if none differs.
+
+    With many groups, a row for each of them.
+    """
     rows = []
     for name in _names(columns):
         cells = {group: _values(name, runs) for group, runs in columns.items()}
         if len(set(cells.values())) > 1:
             rows.append((name, *cells.values()))
-    return Table(("setting", *columns), rows, marked=frozenset(range(len(rows)))) if rows else None
+    if not rows:
+        return None
+    head: tuple[str, ...] = ("setting", *columns)
+    if len(columns) > max(MAX_COLUMNS, len(rows)):
+        head, *rows = zip(head, *rows, strict=True)
+    return Table(head, rows, marked=frozenset(range(len(rows))))
 
 
 def in_common(columns: Mapping[str, Sequence[Settings]]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flashmhf.errors import InputError
 from flashmhf.reports.lines import Line
@@ -35,13 +36,13 @@ def write_runs_report(folders: Sequence[Path], file: Path) -> list[RunSummary]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError(f"DIR: expected each run once, got {', '.join(map(str, folders))}")
     runs = [read_logged_run(folder) for folder in folders]
-    found = groups(runs)
+    found, names = groups(runs), _names(runs)
     columns = {group.name: [run.settings for run in group.runs] for group in found}
     write_page(
         file,
         "runs.html",
         title=f"{len(runs)} training runs",
-        summary=_summary_table(runs),
+        summary=summary_table([names[run.folder] for run in runs], [run.summary for run in runs]),
         seeds=any(len(group.runs) > 1 for group in found),
         losses=_losses(found),
         others=_others(found),
@@ -87,11 +88,14 @@ def _names(runs: Sequence[LoggedRun]) -> dict[Path, str]:
     return {run.folder: name for run, name in zip(runs, short, strict=True)}
 
 
-def _styles(found: Sequence[Group]) -> list[tuple[str, str]]:
-    """A colour and a line style for each group: its layer's colour if every group has another layer."""
+def _styles(found: Sequence[Group]) -> list[tuple[str, Any]]:
+    """A colour and a line style for each group: the layer's colour, or different ones if there is but one layer."""
     layers = [group.runs[0].ffn_type or "" for group in found]
-    if len(set(layers)) == len(layers) and all(layer in COLOURS for layer in layers):
-        return [(COLOURS[layer], "-") for layer in layers]
+    if len(set(layers)) > 1 and all(layer in COLOURS for layer in layers):
+        places = [layers[:at].count(layer) for at, layer in enumerate(layers)]
+        return [
+            (COLOURS[layer], LINE_STYLES[place % len(LINE_STYLES)]) for layer, place in zip(layers, places, strict=True)
+        ]
     number = len(PALETTE)
     return [(PALETTE[at % number], LINE_STYLES[at // number % len(LINE_STYLES)]) for at in range(len(found))]
 
@@ -116,10 +120,9 @@ def _others(found: Sequence[Group]) -> list[Captioned]:
     return [figure for figure in drawn if figure is not None]
 
 
-def _summary_table(runs: Sequence[LoggedRun]) -> Table:
-    names = _names(runs)
-    rows = [[names[run.folder], *_numbers(run.summary)] for run in runs]
-    return Table(COLUMNS, rows)
+def summary_table(names: Sequence[str], summaries: Sequence[RunSummary]) -> Table:
+    """One row per run."""
+    return Table(COLUMNS, [[name, *_numbers(summary)] for name, summary in zip(names, summaries, strict=True)])
 
 
 def _numbers(summary: RunSummary) -> list[str]:

@@ -24,6 +24,11 @@ def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return (sums[end] - sums[begin]) / (end - begin)
 
 
-def thinned(number: int, most: int) -> np.ndarray:
-    """Indices of at most `most` of `number` points, evenly spaced, with the first and the last."""
-    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(int)) if number else np.arange(0)
+def outline(values: np.ndarray, most: int) -> np.ndarray:
+    """Indices of at most `most` values with both ends: the lowest and the highest of every stretch, so spikes stay."""
+    number = len(values)
+    if number <= most:
+        return np.arange(number)
+    stretches = np.array_split(np.arange(number), most // 2 - 1)
+    kept = [at[pick(values[at])] for at in stretches for pick in (np.argmin, np.argmax)]
+    return np.unique([0, *kept, number - 1])

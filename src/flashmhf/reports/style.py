@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,9 +42,9 @@ CHARACTER_INCHES, KEY_INCHES, ROW_INCHES = 0.08, 0.6, 0.21  # of a legend
 def colours_of(names: Iterable[str]) -> list[str]:
     """A layer's own colour, a model's by its layer (`flashmhf-tiny`), or otherwise the next unused one, repeating."""
     names = list(names)
-    given = {name: COLOURS[name] for name in names if name in COLOURS}
+    given = {name: COLOURS[name.lower()] for name in names if name.lower() in COLOURS}
     for name in names:
-        own = COLOURS.get(name.partition("-")[0])
+        own = COLOURS.get(re.split("[-, ]", name.lower())[0])
         if name not in given and own is not None and own not in given.values():
             given[name] = own
     free = itertools.cycle([colour for colour in PALETTE if colour not in given.values()])

@@ -15,7 +15,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-SUFFIXES = ((1e9, "B"), (1e6, "M"))
+SUFFIXES = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (2e4, 1e3, "k"))  # from a number on: the unit and its name
 NARROW, WIDE = 0.7, 2.5  # decades of a logarithmic axis
 DIGITS = 6
 TIME_UNITS = ((3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))  # from so many seconds on
@@ -23,7 +23,7 @@ MAX_SIZES = 8  # that each get a tick
 
 
 def plain_number(value: float, decimals: int | None = None, size: tuple[float, str] | None = None) -> str:
-    """Such as 0.0004, 1,500 and 2.5M.
+    """Such as 0.0004, 1,500, 50k and 2.5M.
 
     Args:
         value: the number.
@@ -32,11 +32,12 @@ def plain_number(value: float, decimals: int | None = None, size: tuple[float, s
     """
     unit, suffix = _size(value) if size is None else size
     rounded = float(f"{value / unit:.{DIGITS}g}") + 0.0  # no negative zero
-    return f"{rounded:,.{_decimals(rounded) if decimals is None else decimals}f}{suffix}"
+    shown = f"{rounded:,.{_decimals(rounded) if decimals is None else decimals}f}"
+    return f"{shown}{suffix}" if rounded or not suffix else "0"
 
 
 def _size(value: float) -> tuple[float, str]:
-    return next((pair for pair in SUFFIXES if abs(value) >= pair[0]), (1.0, ""))
+    return next(((unit, suffix) for least, unit, suffix in SUFFIXES if abs(value) >= least), (1.0, ""))
 
 
 def _decimals(value: float) -> int:

@@ -3,10 +3,11 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from flashmhf.comparison.jobs import count_jobs
-from flashmhf.comparison.launcher import train_runs
+from flashmhf.comparison.launcher import Watch, train_runs
 from flashmhf.comparison.plan import Run
 from flashmhf.comparison.run import check_same_data, prepare
 from flashmhf.comparison.verdict import MIN_SEEDS
@@ -30,6 +31,7 @@ def sweep(
     *,
     jobs: int | None = 1,
     environment: Mapping[str, str] | None = None,
+    watch: Watch = nullcontext,
 ) -> TuningResult:
     """Trains the grid of every contender rung by rung and writes sweep.json into `output_dir`.
 
@@ -42,6 +44,7 @@ def sweep(
         progress: called with one line for each rung and at the start of each run.
         jobs: runs at a time; None for as many as the machine has room for, see `comparison.jobs`.
         environment: variables of the runs' processes, see `comparison.launcher`.
+        watch: the context that each run trains in.
 
     Raises:
         InputError: the settings do not fit, the folder holds something else, or another process sweeps in it.
@@ -62,7 +65,7 @@ def sweep(
                 f"rung {rung + 1} of {len(settings.halving.cells)}: {number} cells of each contender, "
                 f"{settings.halving.lengths[rung]:,} steps"
             )
-            train_runs(runs, jobs, environment, progress)
+            train_runs(runs, jobs, environment, progress, watch)
             plan.check_trained(rung)
             check_same_data(runs, corpus)
             _free_disk(runs, last=rung == len(settings.halving.cells) - 1)

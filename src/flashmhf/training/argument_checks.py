@@ -16,7 +16,7 @@ from flashmhf.training.warmup import warms_up
 
 SEEDS = 2**32  # numpy's
 NO_METRICS = "the loss is all that is measured"
-NO_HUB = "upload the finished folder with `hf upload`; while a run goes on, its folder is not complete at every moment"
+ONCE = "the finished model is uploaded; while a run goes on, its folder is not complete at every moment"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,8 @@ FIXED = {
     "use_liger_kernel": Fixed("it does not know this model family; its loss is --fused-loss on"),
     "deepspeed": Fixed("steps without a finite gradient could not be skipped; use --fsdp", (None,)),
     "save_on_each_node": Fixed("one process writes and checks the folder, which the nodes share"),
-    "push_to_hub": Fixed(NO_HUB),
-    "hub_token": Fixed(NO_HUB, (None,)),
-    "hub_private_repo": Fixed(NO_HUB, (None,)),
-    "hub_model_id": Fixed(NO_HUB, (None,)),
-    "hub_strategy": Fixed(NO_HUB, ("every_save",)),
-    "hub_always_push": Fixed(NO_HUB),
-    "hub_revision": Fixed(NO_HUB, (None,)),
+    "hub_strategy": Fixed(ONCE, ("end", "every_save")),  # the second is TrainingArguments' default
+    "hub_always_push": Fixed(ONCE),
 }
 
 
@@ -128,6 +123,10 @@ def _reports_to_trackio(arguments: Any) -> bool:
     return "trackio" in arguments.report_to
 
 
+def _pushes(arguments: Any) -> bool:
+    return bool(arguments.push_to_hub)
+
+
 def _torchrun(arguments: Any) -> bool:
     return arguments.world_size > 1
 
@@ -155,6 +154,10 @@ NEEDS = {
     "trackio_space_id": Need(default=None, met=_reports_to_trackio, text="none without --report-to trackio"),
     "trackio_bucket_id": Need(default=None, met=_reports_to_trackio, text="none without --report-to trackio"),
     "trackio_static_space_id": Need(default=None, met=_reports_to_trackio, text="none without --report-to trackio"),
+    "hub_token": Need(default=None, met=_pushes, text="none without --push-to-hub true"),
+    "hub_private_repo": Need(default=None, met=_pushes, text="none without --push-to-hub true"),
+    "hub_model_id": Need(default=None, met=_pushes, text="none without --push-to-hub true"),
+    "hub_revision": Need(default=None, met=_pushes, text="none without --push-to-hub true"),
     "eval_delay": Need(default=0, met=_evaluates, text="none without --eval-strategy steps or epoch"),
     "load_best_model_at_end": Need(
         default=False,
@@ -230,7 +233,8 @@ def check_together(arguments: Any) -> None:
     for name, need in NEEDS.items():
         value = getattr(arguments, name, need.default)
         if value and value != need.default and not need.met(arguments):
-            raise InputError(f"{_flag(name)}: expected {need.text}, got {value!r}")
+            shown = "a token" if name == "hub_token" else repr(value)
+            raise InputError(f"{_flag(name)}: expected {need.text}, got {shown}")
     if arguments.save_strategy == "best" and not _evaluates(arguments):
         raise InputError("save-strategy: expected another than best without --eval-strategy steps or epoch, got best")
     missing = set(arguments.report_to) - set(get_available_reporting_integrations())

@@ -9,6 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from flashmhf.errors import InputError
+from flashmhf.serialization import as_plain
 from flashmhf.training.argument_checks import check_flags, check_together
 from flashmhf.training.argument_trials import try_arguments
 from flashmhf.training.config import MUON, TrainConfig
@@ -17,6 +18,9 @@ from flashmhf.training.flags import transformers_defaults, unknown_flag
 from flashmhf.training.precision import computes_bfloat16
 from flashmhf.training.run_files import read_fingerprints, was_begun
 from flashmhf.training.warmup import WITHOUT, check_warmup
+
+OF_MACHINE = ("use_cpu", "dataloader_pin_memory")
+OF_PROCESS = ("output_dir", "local_rank", "hub_token", "resume_from_checkpoint")
 
 
 def parse_arguments(
@@ -50,12 +54,35 @@ def parse_arguments(
             raise InputError(unknown_flag(unknown[0], transformers_defaults()))
         _complete(values, _kept(Path(output_dir)) if resume else {}, optimizer)
         check_flags(values)
+        settings = _settings(values, parser)
         if values.ddp_backend is not None and not torch.distributed.is_torchelastic_launched():
             raise InputError(f"ddp-backend: expected none without torchrun, got {values.ddp_backend}")
         arguments = TrainingArguments(**{**vars(values), "warmup_steps": values.warmup_steps or 0})
         cast(Any, arguments).warmup_steps = values.warmup_steps
+        cast(Any, arguments).settings = settings
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
         raise InputError(str(error).splitlines()[0]) from error
+    _check(arguments)
+    return arguments
+
+
+def settings_of(arguments: TrainingArguments) -> dict[str, Any]:
+    """Every flag of `parse_arguments` with its value, for a run's record: `flashmhf train --config` reads them again.
+
+    Left out is what differs from machine to machine, unless it was given, and what belongs to one process.
+    """
+    settings: dict[str, Any] = getattr(arguments, "settings", {})
+    return settings
+
+
+def _settings(values: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    left_out = [name for name in OF_MACHINE if getattr(values, name) == parser.get_default(name)]
+    kept = {name: value for name, value in vars(values).items() if name not in (*left_out, *OF_PROCESS)}
+    return as_plain(kept, default=str)
+
+
+def _check(arguments: TrainingArguments) -> None:
+    """Raises InputError for what does not fit together, or what a library refuses."""
     if torch.distributed.is_torchelastic_launched() and arguments.parallel_mode.value == "not_parallel":
         raise InputError("use-cpu: expected true under torchrun on a machine without a GPU, got false")
     if arguments.fsdp and arguments.use_cpu:
@@ -63,7 +90,6 @@ def parse_arguments(
     check_together(arguments)
     check_warmup(arguments, arguments.max_steps)
     try_arguments(arguments)
-    return arguments
 
 
 def _kept(output_dir: Path) -> dict[str, Any]:

@@ -1,35 +1,13 @@
-"""Callbacks of the Trainer: short progress lines, and a checkpoint when a signal asks the run to stop."""
+"""A checkpoint when a signal asks the run to stop."""
 
 import logging
 import signal
-import sys
 from typing import Any, Self
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
-
-PROGRESS = {
-    "loss": "loss {:.4g}",
-    "eval_loss": "validation loss {:.4g}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "tflops_per_second": "{:.3g} TFLOP/s",
-    "model_flops_utilisation": "MFU {:.1%}",
-    "memory_mib": "{:,.0f} MiB",
-    "data_wait_share": "data wait {:.1%}",
-}
-
-
-class ProgressLines(ProgressCallback):
-    """The Trainer's progress bar with one short line per log entry."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if self.training_bar is None or not state.is_world_process_zero or not logs:
-            return
-        parts = [text.format(logs[name]) for name, text in PROGRESS.items() if name in logs]
-        if parts:
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}", file=sys.stderr)
 
 
 class StopOnSignal(TrainerCallback):

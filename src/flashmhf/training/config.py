@@ -8,6 +8,7 @@ from flashmhf.data.config import DataConfig
 
 RUN_FILE = "run.json"  # in a run's folder, see `run_files`
 DIRECTORY = "directory"  # in that file: where the run was started, which relative paths start from
+SETTINGS = "training_arguments"  # in that file: every flag of transformers.TrainingArguments
 # Options that may differ when a run is resumed.
 MAY_CHANGE = ("max_non_finite_steps", "regional_compilation", "fused_loss", "tensor_parallel")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")

@@ -1,8 +1,10 @@
 """Pretraining on transformers' Trainer: a model, a SOURCE of text and an output folder that can be resumed."""
 
 import contextlib
+import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +12,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -24,14 +28,19 @@ from flashmhf.estimates.cost import model_cost
 from flashmhf.models.checks import check_context_length, check_vocabulary
 from flashmhf.models.fused_loss import use_fused_loss
 from flashmhf.models.loading import check_memory, load_config, load_model, new_model
-from flashmhf.training.callbacks import ProgressLines, StopOnSignal
+from flashmhf.training.arguments import settings_of
+from flashmhf.training.banner import banner
+from flashmhf.training.callbacks import StopOnSignal
 from flashmhf.training.compilation import check_no_other_compilation, compile_layers
 from flashmhf.training.config import TrainConfig
 from flashmhf.training.fingerprints import fingerprints
+from flashmhf.training.hub import check_hub, push
 from flashmhf.training.instability import recorded
 from flashmhf.training.learning_rates import check_base_width
+from flashmhf.training.model_card import write_card
 from flashmhf.training.muon import check_optimizer
 from flashmhf.training.non_finite_steps import check_limit, count_skipped, count_spikes, numbered
+from flashmhf.training.progress import ProgressBar, ProgressLines
 from flashmhf.training.resuming import (
     check_same_inputs,
     explain_full_disk,
@@ -41,8 +50,11 @@ from flashmhf.training.resuming import (
 from flashmhf.training.run_files import TrainResult, write_result, write_run
 from flashmhf.training.run_log import LogLines
 from flashmhf.training.throughput import median_tokens_per_second, peak_memory_mib
+from flashmhf.training.trackers import check_trackers
 from flashmhf.training.trainer import PretrainingTrainer
 from flashmhf.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = False) -> TrainResult:
@@ -69,6 +81,8 @@ def train(config: TrainConfig, arguments: TrainingArguments, *, resume: bool = F
     check_optimizer(config.optimizer, arguments, config.mup_base_width)
     check_base_width(config.mup_base_width, arguments)
     configure_tensor_parallel(arguments, config.tensor_parallel)
+    check_trackers(arguments)
+    check_hub(arguments)
     output_dir = Path(str(arguments.output_dir))
     with (
         only_writer(output_dir) if arguments.process_index == 0 else contextlib.nullcontext(),
@@ -85,27 +99,32 @@ def _train(config: TrainConfig, arguments: TrainingArguments, output_dir: Path, 
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = _new_or_loaded_model(config, tokenizer)
     _prepare_model(model, config, arguments)
+    for line in banner(config, arguments, model):
+        logger.info("%s", line)
     with arguments.main_process_first(desc="data"):
         data = load_blocks(config.data, tokenizer, seed=_data_seed(arguments))
     if arguments.process_index == 0:
         inputs = fingerprints(config, arguments, tokenizer, data)
         if resume:
             check_same_inputs(output_dir, inputs)
-        write_run(output_dir, config, inputs)
-    stop = StopOnSignal()
-    trainer = _trainer(model, config, arguments, data, tokenizer, stop)
-    with stop, loading_in_workers():
+        write_run(output_dir, config, inputs, settings_of(arguments))
+    stop, bar = StopOnSignal(), ProgressBar(arguments)
+    trainer = _trainer(model, config, arguments, data, tokenizer, [stop, bar])
+    with stop, bar, loading_in_workers():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.guard.check_finite()
     validation_loss = None
     if stop.signal is None:
-        with loading_in_workers():
+        with bar, loading_in_workers():
             validation_loss = _final_loss(trainer)
         trainer.save_model()
     trainer.save_state()
     result = _result(trainer, model, data, validation_loss, stop.signal, time.perf_counter() - started)
     if stop.signal is None and arguments.process_index == 0:
+        write_card(config, trainer.args, model.config, result)
         write_result(result)
+        if arguments.push_to_hub:
+            logger.info("uploaded to %s", push(arguments))
     return result
 
 
@@ -128,7 +147,7 @@ def _trainer(
     arguments: TrainingArguments,
     data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
-    stop: StopOnSignal,
+    callbacks: Sequence[TrainerCallback],
 ) -> PretrainingTrainer:
     trainer = PretrainingTrainer(
         model=model,
@@ -136,15 +155,14 @@ def _trainer(
         train_dataset=numbered(data.train),
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        callbacks=[stop, Watchdog(arguments.ddp_timeout), LogLines()],
+        callbacks=[*callbacks, ProgressLines(), Watchdog(arguments.ddp_timeout), LogLines()],
         max_non_finite_steps=config.max_non_finite_steps,
         flops_per_token=model_cost(model.config, data.block_length).training_flops_per_token,
         optimizer=config.optimizer,
         mup_base_width=config.mup_base_width,
     )
     trainer.remove_callback(ProgressCallback)
-    if not arguments.disable_tqdm:
-        trainer.add_callback(ProgressLines)
+    trainer.remove_callback(PrinterCallback)  # with --disable-tqdm
     return trainer
 
 

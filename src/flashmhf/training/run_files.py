@@ -1,5 +1,6 @@
 """The two files that describe a run in its folder: run.json (its configuration) and result.json (what it achieved)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from flashmhf.errors import InputError
 from flashmhf.files import read_json, write_json
 from flashmhf.serialization import from_plain
-from flashmhf.training.config import DIRECTORY, RUN_FILE, TrainConfig
+from flashmhf.training.config import DIRECTORY, RUN_FILE, SETTINGS, TrainConfig
 from flashmhf.training.fingerprints import Fingerprints
 from flashmhf.training.instability import Instability
 
@@ -77,10 +78,19 @@ def optimizer_of(given: str | None, output_dir: Path, *, resume: bool) -> str:
     return TrainConfig.optimizer if given is None else given
 
 
-def write_run(output_dir: Path, config: TrainConfig, prints: Fingerprints) -> None:
-    """Writes run.json, and removes the result of an earlier process, which no longer holds."""
-    record = {"version": VERSION, **config.options(), DIRECTORY: str(Path.cwd()), FINGERPRINTS: asdict(prints)}
-    write_json(output_dir / RUN_FILE, record)
+def write_run(
+    output_dir: Path, config: TrainConfig, prints: Fingerprints, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes run.json, and removes the result of an earlier process, which no longer holds.
+
+    Args:
+        output_dir: the run's folder.
+        config: what is trained; with `settings`, all that `flashmhf train --config` needs for the same run.
+        prints: of its inputs.
+        settings: every flag of transformers.TrainingArguments, see `arguments.settings_of`.
+    """
+    inputs = {DIRECTORY: str(Path.cwd()), SETTINGS: dict(settings or {}), FINGERPRINTS: asdict(prints)}
+    write_json(output_dir / RUN_FILE, {"version": VERSION, **config.options(), **inputs})
     (output_dir / RESULT_FILE).unlink(missing_ok=True)
 
 

@@ -51,6 +51,7 @@ class LogLines(TrainerCallback):
                 {
                     "start": state.global_step,
                     "time": time.time(),
+                    "max_steps": state.max_steps,
                     "processes": args.world_size,
                     "warmup_steps": args.get_warmup_steps(state.max_steps),
                     "machine": platform.machine() if args.device.type == "cpu" else torch.cuda.get_device_name(),

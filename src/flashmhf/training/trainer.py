@@ -100,6 +100,17 @@ class PretrainingTrainer(Trainer):
         if self.args.label_smoothing_factor:
             self.label_smoother, self.compute_loss_func = None, SmoothedLoss(self.args.label_smoothing_factor)
 
+    # Uploads are made of the finished folder alone, by `training.hub`.
+
+    def init_hf_repo(self, *args: Any, **options: Any) -> None:
+        """Nothing: `hub.push` makes the repository."""
+
+    def push_to_hub(self, *args: Any, **options: Any) -> None:  # type: ignore[override]
+        """Nothing: when the Trainer saves the final model, its card is not written yet."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is not uploaded."""
+
     # Before the first step: a new optimizer, then the state of the checkpoint that the run resumes from.
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
