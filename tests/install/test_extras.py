@@ -185,11 +185,18 @@ def test_commands_that_models_is_enough_for(site):
 def test_other_packages_fail_as_usual(site):
     """They probe for libraries in their own way, which must go on to work."""
     code = """
-import flashmhf, importlib.util, sys
+import _thread, flashmhf, importlib.util, queue, sys
 assert importlib.util.find_spec("transformers") is None
-try:
-    import transformers
-except ImportError as error:
+errors = queue.Queue()
+sys.unraisablehook = lambda raised: errors.put(raised.exc_value)
+_thread.start_new_thread(importlib.import_module, ("transformers",))  # only the import system is on its stack
+for names in ({}, {"__name__": None}):
+    try:
+        exec("import transformers", names)
+    except ImportError as error:
+        errors.put(error)
+for _ in range(3):
+    error = errors.get(timeout=60)
     assert type(error) is ModuleNotFoundError and str(error) == "No module named 'transformers'"
 """
     done = run(site(None), "-c", code)
