@@ -112,8 +112,9 @@ def compare(
         settings, folder = _settings(options, flags), Path(output_dir)
         try:
             with RunsProgress() as shown:
-                how = {"jobs": number, "environment": os.environ, "watch": shown.watching}
-                result = run_comparison(settings, folder, say, **how)
+                result = run_comparison(
+                    settings, folder, say, jobs=number, environment=os.environ, watch=shown.watching
+                )
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, how_to_continue(context, SETTINGS_FILE)) from None

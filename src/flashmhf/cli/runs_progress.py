@@ -22,7 +22,8 @@ class _Tail:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._offset = file.stat().st_size if file.is_file() else 0
-        self.step, self.steps, self.note = 0, None, ""
+        self.step, self.note = 0, ""
+        self.steps: int | None = None
 
     def read(self) -> None:
         if not self._file.is_file():

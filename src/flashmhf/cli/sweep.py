@@ -115,8 +115,7 @@ def sweep(
         folder = Path(output_dir)
         try:
             with RunsProgress() as shown:
-                how = {"jobs": number, "environment": os.environ, "watch": shown.watching}
-                result = run_sweep(settings, folder, say, **how)
+                result = run_sweep(settings, folder, say, jobs=number, environment=os.environ, watch=shown.watching)
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, how_to_continue(context, SETTINGS_FILE)) from None

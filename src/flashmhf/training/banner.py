@@ -36,7 +36,7 @@ def banner(config: TrainConfig, arguments: TrainingArguments, model: PreTrainedM
         "tokens": f"{arguments.max_steps * tokens:,} in {_count(arguments.max_steps, 'step')}"
         if arguments.max_steps > 0
         else f"those of the data, {arguments.num_train_epochs:g} times",
-        "learning rate": f"{arguments.learning_rate:g}, {config.optimizer}, {arguments.lr_scheduler_type.value}"
+        "learning rate": f"{arguments.learning_rate:g}, {config.optimizer}, {_schedule(arguments)}"
         f"{_warmup(arguments)}, weight decay {arguments.weight_decay:g}",
         "output": str(arguments.output_dir),
     }
@@ -68,6 +68,10 @@ def _backend(model: PreTrainedModel, arguments: TrainingArguments, tokens: int) 
     problem = Problem(tokens, layer.num_heads, H_kv, E, F, D, dtype, arguments.device, layer.gate_type is not None)
     module = select(problem, layer.backend).__name__
     return "backend " + next(backend.name for backend in BACKENDS if backend.module == module)
+
+
+def _schedule(arguments: Any) -> str:
+    return str(arguments.lr_scheduler_type.value)
 
 
 def _warmup(arguments: TrainingArguments) -> str:
