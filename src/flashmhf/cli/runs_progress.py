@@ -39,7 +39,7 @@ class _Tail:
     def _take(self, row: Any) -> None:
         if not isinstance(row, dict):
             return
-        self.step = row.get("step", row.get("start", self.step))
+        self.step = int(row.get("step", row.get("start", self.step)) or 0)
         self.steps = row.get("max_steps", self.steps)
         if isinstance(row.get("loss"), float):
             self.note = f"loss {row['loss']:.4f}"
