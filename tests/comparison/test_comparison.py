@@ -375,7 +375,8 @@ def test_a_signal_ends_all_runs_with_a_checkpoint(number, corpus_folder, model_f
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
     name = signal.Signals(number).name
-    assert errors.splitlines()[-1] == f"flashmhf: {name}; the same command again continues the comparison"
+    again = f"continue with: python -m flashmhf compare --output-dir {tmp_path / 'out'} --jobs 2"
+    assert errors.splitlines()[-1] == f"flashmhf: {name}; {again}"
     assert "--resume" not in errors
     for folder in folders:
         assert [path.name for path in folder.glob("checkpoint-*")], errors

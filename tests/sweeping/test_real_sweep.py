@@ -30,10 +30,12 @@ def test_two_rates_and_two_warmups(tmp_path, corpus_folder, model_file):
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate(timeout=240)
     assert (stopped.returncode, out) == (130, "")
-    assert err.strip().splitlines()[-1] == "flashmhf: SIGINT; the same command again continues the sweep"
+    again = f"continue with: python -m flashmhf sweep --output-dir {folder} --jobs 2"
+    assert err.strip().splitlines()[-1] == f"flashmhf: SIGINT; {again}"
     before = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/result.json")}
     assert 0 < len(before) < 8
 
+    command = [sys.executable, "-m", "flashmhf", *again.split()[5:], "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
     found = json.loads(done.stdout)
     assert {file: file.stat().st_mtime_ns for file in before} == before
@@ -68,7 +70,7 @@ def test_a_signal_says_how_to_go_on(monkeypatch, capsys, tmp_path, raised, code)
     with pytest.raises(SystemExit) as caught:
         flashmhf.cli.main()
     assert caught.value.code == code
-    assert capsys.readouterr().err.endswith("the same command again continues the sweep\n")
+    assert capsys.readouterr().err.endswith("; nothing has been trained yet\n")
 
 
 def test_a_folder_of_something_else(training, settings, tmp_path):

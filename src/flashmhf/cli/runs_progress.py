@@ -22,9 +22,8 @@ class _Tail:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._offset = file.stat().st_size if file.is_file() else 0
-        self.step: Any = 0
-        self.steps: Any = None
-        self.note = ""
+        self.step, self.note = 0, ""
+        self.steps: int | None = None
 
     def read(self) -> None:
         if not self._file.is_file():
@@ -40,7 +39,7 @@ class _Tail:
     def _take(self, row: Any) -> None:
         if not isinstance(row, dict):
             return
-        self.step = row.get("step", row.get("start", self.step))
+        self.step = int(row.get("step", row.get("start", self.step)) or 0)
         self.steps = row.get("max_steps", self.steps)
         if isinstance(row.get("loss"), float):
             self.note = f"loss {row['loss']:.4f}"

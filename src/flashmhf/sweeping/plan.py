@@ -61,7 +61,7 @@ class SweepPlan:
             runs = [run for cell in self.cells(contender, rung) for run in self.runs_of(contender, rung, cell)]
             if not any(run.finished for run in runs):
                 raise RunError(
-                    f"training failed in every run of {contender.name} in rung {rung + 1}; their standard error or "
+                    f"training failed in every run of {contender.name} in rung {rung + 1}; "
                     f"{runs[0].log} has the reason; the same command tries again"
                 )
 

@@ -4,7 +4,7 @@ import platform
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, SchedulerType, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from flashmhf.layers import FlashMHF
 from flashmhf.ops.backends import BACKENDS, select
@@ -28,7 +28,6 @@ def banner(config: TrainConfig, arguments: TrainingArguments, model: PreTrainedM
     tokens = sequences * config.data.context_length
     embeddings = {id(layer.weight): layer.weight.numel() for layer in _embeddings(model)}
     parameters = model.num_parameters()
-    schedule = SchedulerType(arguments.lr_scheduler_type).value
     lines = {
         "model": f"{config.model}, {parameters:,} parameters, {parameters - sum(embeddings.values()):,} "
         "without embeddings",
@@ -37,7 +36,7 @@ def banner(config: TrainConfig, arguments: TrainingArguments, model: PreTrainedM
         "tokens": f"{arguments.max_steps * tokens:,} in {_count(arguments.max_steps, 'step')}"
         if arguments.max_steps > 0
         else f"those of the data, {arguments.num_train_epochs:g} times",
-        "learning rate": f"{arguments.learning_rate:g}, {config.optimizer}, {schedule}"
+        "learning rate": f"{arguments.learning_rate:g}, {config.optimizer}, {_schedule(arguments)}"
         f"{_warmup(arguments)}, weight decay {arguments.weight_decay:g}",
         "output": str(arguments.output_dir),
     }
@@ -69,6 +68,10 @@ def _backend(model: PreTrainedModel, arguments: TrainingArguments, tokens: int) 
     problem = Problem(tokens, layer.num_heads, H_kv, E, F, D, dtype, arguments.device, layer.gate_type is not None)
     module = select(problem, layer.backend).__name__
     return "backend " + next(backend.name for backend in BACKENDS if backend.module == module)
+
+
+def _schedule(arguments: Any) -> str:
+    return str(arguments.lr_scheduler_type.value)
 
 
 def _warmup(arguments: TrainingArguments) -> str:

@@ -74,7 +74,7 @@ def _result(result: TrainResult) -> dict[str, Any]:
     }
 
 
-def _training(config: TrainConfig, arguments: TrainingArguments, result: TrainResult) -> dict[str, Any]:
+def _training(config: TrainConfig, arguments: Any, result: TrainResult) -> dict[str, Any]:
     half = "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
     return {
         "started from": config.model,

@@ -105,7 +105,7 @@ class PretrainingTrainer(Trainer):
     def init_hf_repo(self, *args: Any, **options: Any) -> None:
         """Nothing: `hub.push` makes the repository."""
 
-    def push_to_hub(self, *args: Any, **options: Any) -> None:  # type: ignore[override]
+    def push_to_hub(self, *args: Any, **options: Any) -> Any:
         """Nothing: when the Trainer saves the final model, its card is not written yet."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
