@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashmhf import FlashMHF
-from flashmhf.layers import SwiGLU
+from flashmhf.layers import MHFFN, DenseMoE, SwiGLU
 from flashmhf.layers.sizes import default_num_heads
 
 WIDTHS = [(64, 200), (256, 704), (768, 2048), (896, 4864), (960, 2560), (2048, 8192), (4096, 11008), (8192, 28672)]
@@ -49,6 +49,12 @@ def test_given_sizes_stay():
 )
 def test_heads_have_at_most_128_elements(hidden_size, heads):
     assert default_num_heads(hidden_size) == heads
+
+
+@pytest.mark.parametrize("kind", [MHFFN, DenseMoE])
+def test_only_flashmhf_has_these_sizes(kind):
+    with pytest.raises(TypeError, match=f"like_swiglu: expected FlashMHF, got {kind.__name__}"):
+        kind.like_swiglu(768, 2048)
 
 
 def test_the_recommended_options_are_defaults():

@@ -26,7 +26,7 @@ from flashmhf.layers.initialisation import (
     init_projections,
 )
 from flashmhf.layers.plain import is_plain
-from flashmhf.layers.sizes import default_num_heads, sizes_like_swiglu
+from flashmhf.layers.sizes import sizes_like_swiglu
 from flashmhf.ops.autograd import is_transformed
 from flashmhf.ops.backends import check_name
 from flashmhf.ops.gated_mhf import gated_mhf
@@ -206,21 +206,15 @@ class FlashMHF(nn.Module):
         Raises:
             ValueError: an invalid argument, or a SwiGLU with no more parameters than in_proj and out_proj alone.
         """
-        check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        given = {"num_heads": num_heads, "num_subnetworks": num_subnetworks, "subnetwork_size": subnetwork_size}
-        check_positive(**{name: size for name, size in given.items() if size is not None})
-        heads = default_num_heads(hidden_size) if num_heads is None else num_heads
-        check_multiple("hidden_size", hidden_size, "num_heads", heads)
-        kv_heads = options.get("num_kv_heads")
-        if kv_heads is not None:
-            check_positive(num_kv_heads=kv_heads)
+        if cls in (MHFFN, DenseMoE):
+            raise TypeError(f"like_swiglu: expected FlashMHF, got {cls.__name__}")
         sizes = sizes_like_swiglu(
             hidden_size,
             intermediate_size,
-            num_heads=heads,
+            num_heads=num_heads,
             num_subnetworks=num_subnetworks,
             subnetwork_size=subnetwork_size,
-            kv_share=1.0 if kv_heads is None else kv_heads / heads,
+            num_kv_heads=options.get("num_kv_heads"),
             projections=options.get("projections", True),
         )
         return cls(hidden_size, **asdict(sizes), q_norm=q_norm, init=init, **options)

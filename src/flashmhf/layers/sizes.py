@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from flashmhf.layers.initialisation import check_multiple, check_positive
+
 MAX_HEAD_DIM = (
     128  # the best in arXiv 2512.06989 and here (docs/parametrisation.md), and what the kernels are tuned for
 )
@@ -33,7 +35,7 @@ def sizes_like_swiglu(
     num_heads: int | None = None,
     num_subnetworks: int | None = None,
     subnetwork_size: int | None = None,
-    kv_share: float = 1.0,
+    num_kv_heads: int | None = None,
     projections: bool = True,
 ) -> Sizes:
     """The sizes whose parameters come closest to the 3 x hidden_size x intermediate_size of a SwiGLU.
@@ -41,13 +43,24 @@ def sizes_like_swiglu(
     Args:
         hidden_size, intermediate_size: of the SwiGLU.
         num_heads, num_subnetworks, subnetwork_size: what is given stays.
-        kv_share: num_kv_heads / num_heads.
+        num_kv_heads: heads with their own parameters. Default: all.
         projections: whether the layer has in_proj and out_proj.
 
     Raises:
-        ValueError: in_proj and out_proj alone have as many parameters as the SwiGLU.
+        ValueError: an invalid size, or in_proj and out_proj alone have as many parameters as the SwiGLU.
     """
+    given = {
+        "num_heads": num_heads,
+        "num_subnetworks": num_subnetworks,
+        "subnetwork_size": subnetwork_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_kv_heads": num_kv_heads,
+    }
+    check_positive(**{name: size for name, size in given.items() if size is not None})
     num_heads = default_num_heads(hidden_size) if num_heads is None else num_heads
+    check_multiple("hidden_size", hidden_size, "num_heads", num_heads)
+    kv_share = 1.0 if num_kv_heads is None else num_kv_heads / num_heads
     head_dim = hidden_size // num_heads
     rows = (intermediate_size - (2 / 3 * hidden_size if projections else 0)) / kv_share  # E F, but for the gate
     if rows < 1:
