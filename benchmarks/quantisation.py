@@ -66,7 +66,7 @@ def mebibytes(module: nn.Module) -> float:
     """Of parameters and buffers, with the scales that belong to them."""
     tensors = {id(x): x for x in [*module.parameters(), *module.buffers()]}
     owners = [*tensors.values(), *module.modules()]
-    states = {id(owner.quant_state): owner.quant_state for owner in owners if getattr(owner, "quant_state", None)}
+    states = {id(state): state for owner in owners if (state := getattr(owner, "quant_state", None))}
     scales = [*(state.absmax for state in states.values()), *(getattr(x, "SCB", None) for x in tensors.values())]
     return sum(_bytes(x) for x in [*tensors.values(), *scales] if x is not None) / 2**20
 

@@ -93,7 +93,7 @@ def _extra(needed_by: str, library: str) -> str:
 def _importer(frame: FrameType | None) -> str | None:
     """For an import in this package: the folder or command that was first imported or called. Otherwise None."""
     modules = list(_modules_on_stack(frame))
-    if not modules[0].startswith("flashmhf.") or modules[0] == __name__:
+    if not modules or not modules[0].startswith("flashmhf.") or modules[0] == __name__:
         return None
     entries = ("flashmhf.__main__", "flashmhf.cli")
     first = [name for name in modules if name.startswith("flashmhf.") and name not in entries][-1:]
@@ -106,7 +106,7 @@ def _importer(frame: FrameType | None) -> str | None:
 def _modules_on_stack(frame: FrameType | None) -> Iterator[str]:
     """Names of the modules whose code is running, the innermost first, without the import system's."""
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
+        name = str(frame.f_globals.get("__name__"))
         if not name.startswith(("importlib", "_frozen_importlib")):
             yield name
         frame = frame.f_back

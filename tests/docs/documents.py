@@ -31,7 +31,7 @@ SHELLS = ("bash", "console", "sh")
 TITLED = re.compile(r'^```(?!python)\w+ title="([^"]+)"\n(.*?)^```', re.M | re.S)
 INDENTED = re.compile(r"(?:^(?: {4}).*\n)+", re.M)
 PROMPT = re.compile(r"^(?:\$ )?(?:.*\s-m |\S+/bin/)?flashmhf (?=[a-z-])")
-NUMBER = "N"  # in a document, any number
+PLACEHOLDERS = {"N": "8", "MODEL": "flashmhf-tiny", "DIR": "my_texts"}  # as values of options
 TRAINS = ("train", "compare", "sweep")  # these take the flags of TrainingArguments, too
 LONG = ("compare", "sweep", "bench")
 TOY = "--max-steps 2 --context-length 32 --per-device-train-batch-size 2 --validation-tokens 64"
@@ -40,7 +40,7 @@ SIZES = {  # appended to a command that is run; of an option given twice the las
     "eval": "--context-length 32 --stride 16 --document-bytes 64",
     "generate": "--max-new-tokens 2",
     "compare": f"{TOY} --seeds 0,1,2 --document-bytes 64 --jobs 1",
-    "sweep": f"{TOY} --max-steps 8 --learning-rates 1e-3,2e-3 --warmups 0.1 --seeds 0 --jobs 1",
+    "sweep": f"{TOY} --variants flashmhf --max-steps 8 --learning-rates 1e-3,2e-3 --warmups 0.1 --seeds 0 --jobs 1",
     "bench": "--tokens 16 --repeats 1",
     "bench model": "--batch-size 1 --context-length 16 --new-tokens 2 --repeats 1",
 }
@@ -62,7 +62,15 @@ def commands(text: str) -> list[Command]:
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     found = [(line, match) for line in lines if (match := PROMPT.match(line))]
     split = [shlex.split(line[match.end() :].split(" | ")[0], comments=True) for line, match in found]
-    return [Command(tuple("8" if word == NUMBER else word for word in words)) for words in split]
+    return [Command(tuple(filled(words))) for words in split]
+
+
+def filled(words: list[str]) -> list[str]:
+    """With a value in place of each placeholder that follows an option."""
+    return [
+        PLACEHOLDERS.get(word, word) if before.startswith("--") else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
 
 
 def unknown_flags(command: Command) -> list[str]:
@@ -102,8 +110,8 @@ def run(command: Command) -> None:
 
 
 def can_run(command: Command, *, long: bool) -> bool:
-    """Not what needs data that is not here, and what takes minutes only if `long`."""
-    if "--tasks" in command.words:
+    """Not what needs the network or data that is not here, and what takes minutes only if `long`."""
+    if {"--tasks", "--push-to-hub"} & set(command.words):
         return False
     if command.name == "convert":
         return Path(command.words[1]).exists()
@@ -112,7 +120,7 @@ def can_run(command: Command, *, long: bool) -> bool:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Evaluates the blocks of a document; `long`: also runs what takes minutes, one command of each kind."""
+    """Evaluates the blocks of a document; `long`: also runs what takes minutes, unless one of its kind was begun."""
 
     long: bool
     begun: set[str] = field(default_factory=set)

@@ -76,7 +76,7 @@ def _top_level(distribution: metadata.Distribution) -> Iterator[str]:
 
 def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python, with the standard library and what `site` has."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
     return subprocess.run(
         [sys.executable, "-S", *arguments],
         env={**variables, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"},

@@ -92,6 +92,8 @@ def test_the_operator_in_onnx_is_within_the_error_budget(gate, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 def test_a_layer_in_onnx_is_within_the_error_budget(options, dtype, tmp_path):
+    if dtype == torch.float16 and options.get("init") == "scaled" and torch.__version__ < (2, 13):
+        pytest.skip("before 2.13 PyTorch's exporter fails where a float16 tensor is multiplied by a number")
     layer = make_layer(**options, backend="reference").to(dtype)
     example = torch.randn(2, 5, 36, dtype=dtype)
     session = to_onnx(torch.export.export(layer, (example,), dynamic_shapes=(BATCH_AND_LENGTH,)), tmp_path)

@@ -13,7 +13,8 @@ from flashmhf.benchmarking.results import read_result
 from flashmhf.cli.output import check_folder
 from flashmhf.errors import InputError
 from flashmhf.reports.benchmark_figures import QUANTITIES, grid, panels
-from flashmhf.reports.benchmark_page import comparison_summary, comparison_table, webpage, write_results
+from flashmhf.reports.benchmark_page import webpage, write_results
+from flashmhf.reports.benchmark_tables import comparison_summary, comparison_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect", "image", "link"}

@@ -10,7 +10,7 @@ import typer
 
 from flashmhf import extras
 from flashmhf.benchmarking.workloads import LayerShape, ModelWorkload
-from flashmhf.cli.output import Device, Json, check_folder, emit, pick_device, results_only
+from flashmhf.cli.output import Device, Json, check_folder, emit, pick_device, results_only, table_text
 from flashmhf.cli.terminal import say
 from flashmhf.errors import InputError
 
@@ -127,13 +127,15 @@ def bench(
 
 
 def _text(result: "BenchmarkResult") -> str:
-    from flashmhf.reports.table import Table
+    from flashmhf.reports.benchmark_tables import comparison_summary, comparison_table, rows_table
+    from flashmhf.reports.table import cell
 
-    text = [Table.of(result.rows).markdown()]
+    rows, same = rows_table(result.rows)
+    text = [table_text(rows)]
+    if same:
+        text += ["", "all: " + ", ".join(f"{name} {cell(value)}" for name, value in same.items())]
     if result.comparison is not None:
-        from flashmhf.reports.benchmark_page import comparison_summary, comparison_table
-
-        text += ["", comparison_table(result.comparison).markdown(), "", *comparison_summary(result.comparison)]
+        text += ["", table_text(comparison_table(result.comparison)), "", *comparison_summary(result.comparison)]
     return "\n".join(text)
 
 

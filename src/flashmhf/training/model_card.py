@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, SchedulerType, TrainingArguments
 
 from flashmhf import __version__
 from flashmhf.files import atomic_write
@@ -86,7 +86,7 @@ def _training(config: TrainConfig, arguments: Any, result: TrainResult) -> dict[
         "tokens per step": f"{result.tokens // max(result.steps, 1):,}",
         "optimizer": config.optimizer,
         "learning rate": f"{arguments.learning_rate:g}",
-        "schedule": arguments.lr_scheduler_type.value,
+        "schedule": SchedulerType(arguments.lr_scheduler_type).value,
         "steps of warm-up": f"{arguments.warmup_steps:g}",
         "weight decay": f"{arguments.weight_decay:g}",
         "precision": half,
