@@ -22,7 +22,7 @@ def trained(monkeypatch):
     """The labels of the runs that were trained, in this process, which takes a fraction of the time of several."""
     labels = []
 
-    def train_runs(runs, jobs, environment, progress):
+    def train_runs(runs, jobs, environment, progress, watch):
         for run in runs:
             if not run.finished:
                 write_json(run.config_file, run.options)

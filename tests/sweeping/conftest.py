@@ -21,7 +21,7 @@ def training(monkeypatch) -> SimpleNamespace:
     """In place of processes, a loss that can be changed, or None of a run that fails; notes what was trained."""
     fake = SimpleNamespace(loss=made_up_loss, trained=[])
 
-    def train_runs(runs, jobs, environment, progress) -> None:
+    def train_runs(runs, jobs, environment, progress, watch) -> None:
         for run in runs:
             if not run.finished:
                 fake.trained.append(run.folder.name)
