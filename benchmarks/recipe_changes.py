@@ -233,12 +233,7 @@ SWIGLU_TUNING: dict[str, Values] = {
     "o_proj and down_proj times 0.5": {"residual_gain": 0.5},
     "attention by fan-in": {"attention": "fan_in"},
     "attention by fan-in, o_proj and down_proj times 0.354": {"attention": "fan_in", "residual_gain": 0.354},
-    "embeddings of std 0.02 -> 0.05": {"embedding_std": 0.05},
     "embeddings of std 0.02 -> 0.1": {"embedding_std": 0.1},
-    "untied": {"tied": False},
-    "untied, embeddings of std 0.3": UNTIED,
-    "AdamW's rate of the embeddings 0.004 -> 0.002": {"embedding_learning_rate": 2e-3},
-    "AdamW's rate of the embeddings 0.004 -> 0.008": {"embedding_learning_rate": 8e-3},
 }
 CHANGES += [Change(text=text, swiglu=(SWIGLU, values)) for text, values in SWIGLU_TUNING.items()]
 
