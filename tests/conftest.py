@@ -1,6 +1,7 @@
 """Settings for every test: no network, no GPU needed, uninitialised memory full of NaN."""
 
 import json
+import logging
 import os
 import signal
 
@@ -39,6 +40,16 @@ def fresh_calls():
     from flashmhf.ops import call_cache
 
     call_cache.clear()
+
+
+@pytest.fixture(autouse=True)
+def logger_levels():
+    """Restored: the commands set them for their process."""
+    loggers = [logging.getLogger(name) for name in ("flashmhf", "flashmhf.ops.backends")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 # As in pyproject.toml: each extra's own libraries, and the extra that it includes.
 LIBRARIES = {
-    "models": ("transformers", "tokenizers", "safetensors", "numpy", "regex", "typer", "rich"),
+    "models": ("transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "regex", "typer", "rich"),
     "train": ("datasets", "accelerate", "pyarrow", "fsspec", "psutil", "pyyaml", "tensorboard"),
     "report": ("matplotlib", "pillow", "jinja2", "markupsafe"),
     "tasks": ("lm-eval",),
@@ -32,7 +32,7 @@ NEEDED = {
 }
 COMMANDS = {"flashmhf.cli.evaluate": "flashmhf eval"}  # where the module's name is another
 
-IMPORTED_AS = {"lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORTED_AS = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}
 EXTRA_OF = {library: extra for extra, libraries in LIBRARIES.items() for library in libraries}
 LIBRARY_OF = {IMPORTED_AS.get(library, library): library for library in EXTRA_OF}
 
