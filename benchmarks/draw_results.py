@@ -12,16 +12,14 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "benchmarks/results/cpu_layer_growth.csv"
 FILE = ROOT / "docs/measured.png"
 PASS = "forward+backward"
+NUMBERS = ("median_ms", "lower_quartile_ms", "upper_quartile_ms", "peak_mib")
 
 
 def read_rows(file: Path) -> list[Row]:
     """The rows of a results.csv of one pass, with the numbers that are drawn."""
     with file.open(newline="") as opened:
         lines = [line for line in csv.DictReader(opened) if line["measured_pass"] == PASS]
-    return [
-        {**line, "tokens": int(line["tokens"]), **{name: float(line[name]) for name in ("median_ms", "peak_mib")}}
-        for line in lines
-    ]
+    return [{**line, "tokens": int(line["tokens"]), **{name: float(line[name]) for name in NUMBERS}} for line in lines]
 
 
 def main() -> None:
