@@ -17,6 +17,7 @@ def test_notebook_is_stored_without_outputs():
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path, corpus_folder):
     notebook = nbformat.read(FILE, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))

@@ -26,11 +26,20 @@ TRAINING, VALIDATING = "training", "validating"
 
 
 class ProgressLines(TrainerCallback):
-    """Logs "step 120/300: loss 2.3451, 1,762 tokens/s, 829 MiB" for each entry of the Trainer's log."""
+    """Logs "step 120/300: loss 2.3451, 1,762 tokens/s, 829 MiB" for each entry of the Trainer's log.
+
+    The final weights are validated again, if the last step was: the same line is not logged twice.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, str] | None = None
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and (text := _text(logs)):
-            logger.info("step %d/%d: %s", state.global_step, state.max_steps, text)
+        text = _text(logs or {})
+        if not state.is_world_process_zero or not text or (state.global_step, text) == self._last:
+            return
+        self._last = state.global_step, text
+        logger.info("step %d/%d: %s", state.global_step, state.max_steps, text)
 
 
 class ProgressBar(TrainerCallback):
