@@ -184,7 +184,8 @@ def test_from_the_command_line(only_own_tasks, folder, tasks_path, tmp_path, mon
         "\0\1",
     ],
 )
-def test_a_broken_definition(only_own_tasks, model, tasks_path, tmp_path, content):
+def test_a_broken_definition(only_own_tasks, model, tasks_path, tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without data_files, datasets reads every JSON file below the current folder
     (tmp_path / "tasks/broken.yaml").write_text(content.replace("{data}", f"{tmp_path}/tasks/toy.jsonl"))
     with pytest.raises(InputError, match=r"tasks: .*broken"):
         evaluate_tasks(model, byte_tokenizer(), ["broken"], tasks_path=tasks_path)
