@@ -11,6 +11,11 @@ class RunError(RuntimeError):
     """A run could not continue. The message is one line: "argument: expected X, got Y; what is kept"."""
 
 
+def one_line_message(error: BaseException) -> str:
+    """What a library's error says, in one line; its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Interrupted(BaseException):
     """A signal asked the process to stop, as Ctrl-C does with KeyboardInterrupt; `then` says how to go on."""
 

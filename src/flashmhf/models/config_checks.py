@@ -3,7 +3,6 @@
 What transformers itself writes into config.json is known here, too.
 """
 
-import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from flashmhf.models.remote_code import ATTENTION, check_attention
+from flashmhf.names import did_you_mean
 
 WHOLE = {  # name: smallest and largest value; the largest are far beyond any model, but end before memory does
     "vocab_size": (1, 2**26),
@@ -95,8 +95,7 @@ def known_names() -> set[str]:
 def check_names(names: Iterable[str], fields: Iterable[str]) -> None:
     """Raises ValueError for a name that nothing uses, with the field that was probably meant."""
     for name in sorted(set(names) - known_names()):
-        similar = difflib.get_close_matches(name, sorted(fields), n=1)
-        meant = f"; did you mean {similar[0]}?" if similar else ""
+        meant = did_you_mean(name, sorted(fields))
         raise ValueError(f"{name}: expected a field of FlashMHFConfig, got an unknown one{meant}")
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import nn
 from transformers import Trainer, get_scheduler
 
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, one_line_message
 from flashmhf.training.warmup import warmup_steps
 
 STEP_IN_BACKWARD = ("lomo", "adalomo")  # as do those that end in "layerwise"
@@ -129,5 +129,4 @@ def _refused_as(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise what they like
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what}: {reason}") from error
+        raise InputError(f"{what}: {one_line_message(error)}") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from flashmhf.errors import InputError, RunError
+from flashmhf.errors import InputError, RunError, one_line_message
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,9 @@ def check_hub(arguments: Any) -> None:
     try:
         user = HfApi(token=arguments.hub_token).whoami()["name"]
     except Exception as error:  # the client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
             f"push-to-hub: expected a Hub that can be reached and a login (`hf auth login`, or --hub-token), got: "
-            f"{reason}"
+            f"{one_line_message(error)[:200]}"
         ) from error
     logger.info("the finished model goes to %s on the Hub, as %s", repository(arguments), user)
 
@@ -60,9 +59,8 @@ def push(arguments: Any) -> str:
             commit_message="Trained with FlashMHF",
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RunError(
-            f"push-to-hub: the upload failed ({reason}); the model is complete in {folder}: "
+            f"push-to-hub: the upload failed ({one_line_message(error)[:200]}); the model is complete in {folder}: "
             f"`hf upload {repository(arguments)} {folder}` uploads it"
         ) from error
     return str(created)

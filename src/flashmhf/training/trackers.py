@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from flashmhf.errors import InputError
+from flashmhf.errors import InputError, one_line_message
 
 SECONDS = 10  # to wait for a server
 
@@ -24,8 +24,8 @@ def check_trackers(arguments: Any) -> None:
         try:
             check()
         except Exception as error:  # trackers raise what they like
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"report-to: {name} cannot be used: {reason.rstrip('.')}; {otherwise}") from error
+            said = one_line_message(error)[:200].rstrip(".")
+            raise InputError(f"report-to: {name} cannot be used: {said}; {otherwise}") from error
 
 
 def _check_wandb() -> None:
