@@ -11,7 +11,7 @@ from transformers import AttentionInterface, Trainer, get_scheduler
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 from flashmhf.training.compilation import compile_layers
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
-from flashmhf.training.muon import MUON, OPTIMIZERS, Muon, gate_scales, matrices
+from flashmhf.training.muon import MUON, OPTIMIZERS, Muon, gate_factors, matrices
 from flashmhf.training.warmup import default_warmup
 
 ATTENTION = "causal_sdpa"
@@ -161,7 +161,7 @@ def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     ]
     options: Any = {"betas": recipe.betas, "fused": True, "capturable": device.type == "cuda"}
     if recipe.optimizer == MUON:
-        return Muon(groups, matrices(model), gate_scales(model), **options)
+        return Muon(groups, matrices(model), gate_factors(model), **options)
     optimizer = torch.optim.AdamW(groups, **options)
     if recipe.mup_base_width is not None:
         scale_learning_rates(optimizer, learning_rate_factors(model, recipe.mup_base_width))

@@ -19,6 +19,8 @@ from flashmhf.layers.multi_head import HeadRMSNorm
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
 
 OUTPUT_NORM_SCALE = 0.6
+ATTENTION_HEAD = 64
+SWIGLU_ROWS = 748  # at a width of 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,10 @@ class RecipeRun:
         muon_learning_rate: of Muon.
         embedding_learning_rate, gate_learning_rate: AdamW's for these; None: learning_rate.
         row_rate: multiplies the learning rate of K and U (gate_proj and up_proj).
+        value_rate: multiplies the learning rate of V (down_proj).
         projection_rate: multiplies the learning rate of W_in and W_out.
+        in_rate: multiplies that of W_in once more.
+        attention_rate: multiplies the learning rate of attention's matrices.
         weight_decay: of everything but norms.
         warmup: share of the steps, linear.
         schedule: after the warm-up: "cosine" to a tenth, or "linear" to zero.
@@ -58,6 +63,7 @@ class RecipeRun:
             "cut" (SwiGLU's matrices in 4 x 4 blocks).
         output_norm: a norm per head of S before W_out, with a learned scale that starts at 0.6.
         layers: of the model.
+        width: of the model, in attention heads of 64; SwiGLU's rows are in proportion to it.
         branch_scale: what attention's and the feed-forward layer's outputs are multiplied by in the forward pass.
         guided: share of the steps during which a SwiGLU beside each feed-forward layer fades from all to none of its
             output (self-guided training: Wei et al., arXiv 2406.16450).
@@ -73,7 +79,10 @@ class RecipeRun:
     embedding_learning_rate: float | None = None
     gate_learning_rate: float | None = None
     row_rate: float = 1.0
+    value_rate: float = 1.0
     projection_rate: float = 1.0
+    in_rate: float = 1.0
+    attention_rate: float = 1.0
     weight_decay: float = 0.1
     warmup: float = 0.1
     schedule: str = "cosine"
@@ -99,6 +108,7 @@ class RecipeRun:
     blocks: str = "matrix"
     output_norm: bool = False
     layers: int = 4
+    width: int = 256
     branch_scale: float = 1.0
     guided: float = 0.0
 
@@ -109,7 +119,8 @@ FIELDS = tuple(field.name for field in fields(RecipeRun))
 def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
     """The model with its initial weights; `sizes` replace values of its configuration."""
     values: dict[str, Any] = {"init": "reference", "tie_word_embeddings": run.tied, "qk_norm": run.qk_norm}
-    values["num_hidden_layers"] = run.layers
+    values |= {"num_hidden_layers": run.layers, "hidden_size": run.width}
+    values |= {"num_attention_heads": run.width // ATTENTION_HEAD, "num_key_value_heads": run.width // ATTENTION_HEAD}
     if run.variant == "flashmhf":
         scale = float(run.heads)
         values |= {"num_ffn_heads": run.heads, "gate_type": run.gate and "sigmoid", "q_norm": run.q_norm}
@@ -118,6 +129,8 @@ def build(run: RecipeRun, **sizes: int) -> FlashMHFForCausalLM:
             values |= {"num_subnetworks": run.subnetworks}
             values |= {"output_scale": float(run.subnetworks) if run.output_scale is None else run.output_scale}
             values |= {"gate_scale": scale if run.gate_scale is None else run.gate_scale}
+    else:
+        values |= {"intermediate_size": SWIGLU_ROWS * run.width // 256}
     torch.manual_seed(run.seed)
     model = FlashMHFForCausalLM(FlashMHFConfig.from_preset(f"{run.variant}-tiny", **(values | sizes)))
     initialise(model, run)

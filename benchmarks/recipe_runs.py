@@ -81,7 +81,13 @@ def blocks_of(name: str, matrix: Tensor, run: RecipeRun) -> Tensor:
 def _factor(name: str, run: RecipeRun) -> float:
     if name.endswith(("mlp.k", "mlp.u", "mlp.gate_proj.weight", "mlp.up_proj.weight")):
         return run.row_rate
-    return run.projection_rate if "in_proj" in name or "out_proj" in name else 1.0
+    if name.endswith(("mlp.v", "mlp.down_proj.weight")):
+        return run.value_rate
+    if "self_attn" in name:
+        return run.attention_rate
+    if "in_proj" in name:
+        return run.projection_rate * run.in_rate
+    return run.projection_rate if "out_proj" in name else 1.0
 
 
 def rate_factor(run: RecipeRun, step: int) -> float:

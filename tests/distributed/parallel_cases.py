@@ -23,7 +23,7 @@ from flashmhf.distributed.sharded import load_sharded, save_sharded
 from flashmhf.layers import PKV, FlashMHF, SwiGLU
 from flashmhf.layers.former_shapes import former_shapes
 from flashmhf.models import FlashMHFConfig, FlashMHFForCausalLM
-from flashmhf.training.muon import Muon, gate_scales, matrices
+from flashmhf.training.muon import Muon, gate_factors, matrices
 
 BATCH, LENGTH = 4, 12
 MODELS: dict[str, dict[str, Any]] = {
@@ -127,7 +127,7 @@ def adam(model: nn.Module) -> Optimizer:
 def muon(model: nn.Module) -> Optimizer:
     model = model.module if isinstance(model, DistributedDataParallel) else model
     groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-    return Float32Muon(groups, matrices(model), gate_scales(model), lr=1e-2)
+    return Float32Muon(groups, matrices(model), gate_factors(model), lr=1e-2)
 
 
 class Float32Muon(Muon):

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 
 from flashmhf.data.config import DataConfig
 from flashmhf.errors import InputError
-from flashmhf.layers import PKV, FlashMHF
+from flashmhf.layers import MHFFN, PKV, DenseMoE, FlashMHF, SwiGLU
 from flashmhf.models.loading import load_model
 from flashmhf.training.arguments import parse_arguments
 from flashmhf.training.config import TrainConfig
-from flashmhf.training.muon import Muon, check_optimizer, gate_scales, matrices, orthogonalised
+from flashmhf.training.muon import Muon, check_optimizer, gate_factors, matrices, orthogonalised
 from flashmhf.training.run import train
 from flashmhf.training.run_files import read_run
 from tiny import tiny_model
@@ -113,7 +113,7 @@ def test_a_scale_and_its_inverse_in_the_weights_train_alike(gate_type):
     losses = []
     for model in (plain, scaled):
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-        muon = Muon(groups, matrices(model), gate_scales(model), lr=0.01, eps=1e-12)
+        muon = Muon(groups, matrices(model), gate_factors(model), lr=0.01, eps=1e-12)
         for _ in range(4):
             loss = model(input_ids=tokens, labels=tokens).loss
             muon.zero_grad()
@@ -132,7 +132,7 @@ def test_a_learning_rate_in_a_tensor_changes_no_bit(fused):
         torch.manual_seed(0)
         model = tiny_model(q_norm=True, init="scaled")
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-        muon = Muon(groups, matrices(model), gate_scales(model), lr=lr, fused=fused)
+        muon = Muon(groups, matrices(model), gate_factors(model), lr=lr, fused=fused)
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
@@ -168,6 +168,27 @@ def test_gate_and_norm_are_not_orthogonalised():
     assert layer.q_norm is not None
     assert layer.q_norm.weight not in matrices(model)
     assert model.lm_head.weight not in matrices(model)
+
+
+def test_scores_of_the_layers_input_have_half_the_rate():
+    """Of a layer without W_in; in the others W_in changes the scores, too (docs/parametrisation.md)."""
+    expected = {
+        SwiGLU(32, 48): {"gate_proj.weight": 0.5, "up_proj.weight": 0.5, "down_proj.weight": 1.0},
+        DenseMoE(32, 3, 16, score_scale=2.0): {"k": 0.25, "u": 0.25, "v": 3.0},
+        MHFFN(32, 2, 48, score_scale=2.0): {"k": 0.5, "u": 0.5, "v": 1.0},
+        FlashMHF(32, 2, 3, 16, output_scale=6.0): {"k": 1.0, "u": 1.0, "v": 0.5, "in_proj.weight": 1.0},
+    }
+    for layer, factors in expected.items():
+        found = matrices(OneLayer(layer))
+        assert {name: found[layer.get_parameter(name)] for name in factors} == factors
+
+
+def test_a_factor_multiplies_the_step_and_leaves_the_decay():
+    whole, half = (nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    optimizer = Muon([{"params": [whole, half]}], {whole: 1.0, half: 0.5}, lr=0.1, weight_decay=0.1)
+    whole.grad = half.grad = torch.randn(6, 4)
+    optimizer.step()
+    torch.testing.assert_close(half.detach() - 0.99, (whole.detach() - 0.99) / 2)
 
 
 def settings(tmp_path: Path, **options) -> TrainConfig:

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from flashmhf.errors import InputError
-from flashmhf.layers import PKV, FlashMHF
+from flashmhf.layers import PKV, FlashMHF, SwiGLU
 from flashmhf.layers.initialisation import SCALED_HIDDEN_RMS, SCALED_PKV_WEIGHT_RMS
 from flashmhf.training.config import ADAMW, MUON, OPTIMIZERS
 from flashmhf.training.learning_rates import scale_learning_rates
@@ -30,6 +30,7 @@ ITERATIONS = 5
 EPSILON = 1e-7
 UPDATE_RMS = 0.2  # of AdamW's updates, by the source of the scale
 MOMENTUM = 0.95
+SCORE_RATE = 0.5  # measured: docs/parametrisation.md
 
 
 def check_optimizer(name: str, arguments: TrainingArguments, mup_base_width: int | None) -> None:
@@ -56,42 +57,46 @@ def check_optimizer(name: str, arguments: TrainingArguments, mup_base_width: int
 
 
 def matrices(model: nn.Module) -> dict[Tensor, float]:
-    """The parameters that Muon updates, with the fixed scale that follows each in its layer.
+    """The parameters that Muon updates, with the factor on the learning rate of each.
 
     They are the weights of Linear modules but the head's, and K, U, V, whose last two dimensions are a matrix. Not the
     gate's weights: E columns for each head are no matrix worth orthogonalising. What a layer computes with is the
-    product of scale and parameter, so that product gets the update, whatever the scale: K and U of init="scaled",
-    whose scale gives AdamW's steps the right size, move as if there were none. PKV's logits have the scale
-    1 / sqrt(head_dim); its softmax weights are as far from SiLU(M) N as stated here, so that its output changes as far.
+    product of a parameter and the fixed scale that follows it, so that product gets the update, whatever the scale: K
+    and U of init="scaled", whose scale gives AdamW's steps the right size, move as if there were none. PKV's logits
+    have the scale 1 / sqrt(head_dim); its softmax weights are as far from SiLU(M) N as stated here, so that its output
+    changes as far. Scores of the layer's input itself, without W_in between, have SCORE_RATE.
     """
     output, embeddings = (getattr(model, f"get_{end}put_embeddings")() for end in ("out", "in"))
-    found: dict[Tensor, float] = {}
+    factors: dict[Tensor, float] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not output:
-            found[module.weight] = 1.0
+            factors.setdefault(module.weight, 1.0)  # parents come first
+        elif isinstance(module, SwiGLU):
+            factors |= {module.gate_proj.weight: SCORE_RATE, module.up_proj.weight: SCORE_RATE}
         elif isinstance(module, FlashMHF):
-            rows = module.output_scale / (1 if module.gate_type is None else module.num_subnetworks)
-            found |= {module.k: module.score_scale, module.u: module.score_scale, module.v: rows}
+            scores = (1.0 if module.in_proj is not None else SCORE_RATE) / module.score_scale
+            rows = (1 if module.gate_type is None else module.num_subnetworks) / module.output_scale
+            factors |= {module.k: scores, module.u: scores, module.v: rows}
         elif isinstance(module, PKV):
-            weights = SCALED_PKV_WEIGHT_RMS / module.num_slots
-            found |= {module.k: module.head_dim**-0.5, module.v: weights / SCALED_HIDDEN_RMS}
-    found.pop(embeddings.weight, None)
-    return {parameter: scale for parameter, scale in found.items() if parameter.requires_grad}
+            weights = module.num_slots / SCALED_PKV_WEIGHT_RMS
+            factors |= {module.k: module.head_dim**0.5, module.v: weights * SCALED_HIDDEN_RMS}
+    factors.pop(embeddings.weight, None)
+    return {parameter: factor for parameter, factor in factors.items() if parameter.requires_grad}
 
 
-def gate_scales(model: nn.Module) -> dict[Tensor, float]:
-    """The gates' weights with the scale that follows them: their AdamW steps, too, are those without one."""
+def gate_factors(model: nn.Module) -> dict[Tensor, float]:
+    """Of the gates' weights, whose AdamW steps, too, are those without the scale that follows."""
     gates = (module for module in model.modules() if isinstance(module, FlashMHF) and module.gate_weight is not None)
-    return {gate.gate_weight: gate.gate_scale for gate in gates if gate.gate_weight is not None}
+    return {gate.gate_weight: 1 / gate.gate_scale for gate in gates if gate.gate_weight is not None}
 
 
 class Muon(torch.optim.AdamW):
     """AdamW whose groups with `muon=True` are updated by Muon, with the same learning rate and weight decay.
 
     Args:
-        groups: of parameters, as for any optimizer; split by rule and scale.
-        matrices: (..., m, n), whose last two dimensions are a matrix each, and the scale that follows them.
-        others: other parameters that a scale follows.
+        groups: of parameters, as for any optimizer; split by rule and factor.
+        matrices: (..., m, n), whose last two dimensions are a matrix each, with the factor on their learning rate.
+        others: of AdamW's parameters, those with a factor.
         options: of torch.optim.AdamW; `lr` may be a tensor.
     """
 
@@ -110,9 +115,7 @@ class Muon(torch.optim.AdamW):
                     split.append({**group, "params": chosen, "muon": muon})
         super().__init__(split, **options)
         self._step_supports_amp_scaling = False  # fused AdamW unscales gradients and skips steps itself; Muon does not
-        scale_learning_rates(
-            self, {parameter: 1 / scale for parameter, scale in {**(others or {}), **matrices}.items()}
-        )
+        scale_learning_rates(self, {**(others or {}), **matrices})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

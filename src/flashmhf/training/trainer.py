@@ -42,7 +42,7 @@ from flashmhf.training.instability import STATE, InstabilityDetector, watch
 from flashmhf.training.label_smoothing import SmoothedLoss
 from flashmhf.training.learning_rates import learning_rate_factors, scale_learning_rates
 from flashmhf.training.manifest import check
-from flashmhf.training.muon import Muon, gate_scales, matrices
+from flashmhf.training.muon import Muon, gate_factors, matrices
 from flashmhf.training.non_finite_steps import BLOCK, NonFiniteGuard
 from flashmhf.training.run_files import record_warmup, was_begun
 from flashmhf.training.throughput import ThroughputMeter, speed
@@ -140,7 +140,7 @@ class PretrainingTrainer(Trainer):
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
         if new and self._muon:
-            optimizer = self.optimizer = Muon(optimizer.param_groups, matrices(self.model), gate_scales(self.model))
+            optimizer = self.optimizer = Muon(optimizer.param_groups, matrices(self.model), gate_factors(self.model))
         if new and isinstance(optimizer, torch.optim.Optimizer):
             accept_former_shapes(optimizer, self.model)
         if new and self._mup_base_width is not None:
