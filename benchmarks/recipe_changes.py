@@ -192,11 +192,6 @@ CHANGES = [
     Change(text=RATE_TEXT.format(0.0056), swiglu=(SWIGLU, rates(5.6e-3)), flashmhf=(LARGE, rates(5.6e-3))),
     Change(text=RATE_TEXT.format(0.008), swiglu=(LONG[1], rates(8e-3)), flashmhf=(LONG[0], rates(8e-3))),
     Change(
-        text="2 heads: rate of K and U (gate_proj and up_proj) halved",
-        swiglu=(SWIGLU, {"row_rate": 0.5}),
-        flashmhf=(TWO_HEADS, {"row_rate": 0.5}),
-    ),
-    Change(
         text="2 heads: weight decay 0.1 -> 0",
         swiglu=(SWIGLU, {"weight_decay": 0.0}),
         flashmhf=(TWO_HEADS, {"weight_decay": 0.0}),
@@ -213,7 +208,7 @@ CHANGES = [
         for text, scale in (("1 / sqrt(2)", 0.707), ("1 / 2 (CompleteP)", 0.5))
     ),
 ]
-# One seed each, so that SwiGLU is tuned, too; what gained was run with five (the halved rate above).
+# One seed each, so that SwiGLU is tuned, too; what gained was run with five (`recipe_rates.py`).
 SWIGLU_TUNING: dict[str, Values] = {
     "weight decay 0.1 -> 0.03": {"weight_decay": 0.03},
     "weight decay 0.1 -> 0.3": {"weight_decay": 0.3},
@@ -225,7 +220,6 @@ SWIGLU_TUNING: dict[str, Values] = {
     "AdamW's rate 0.004 -> 0.008": {"learning_rate": 8e-3},
     "Muon's rate 0.004 -> 0.002": {"muon_learning_rate": 2e-3},
     "Muon's rate 0.004 -> 0.008": {"muon_learning_rate": 8e-3},
-    "rate of gate_proj and up_proj doubled": {"row_rate": 2.0},
     "down_proj's gain 0.3 -> 0.2": {"output_gain": 0.2},
     "down_proj's gain 0.3 -> 0.5": {"output_gain": 0.5},
     "scores of RMS 0.64 -> 1": {"score_rms": 1.0},
@@ -280,10 +274,10 @@ def effect(cells: Mapping[RecipeRun, Losses], pair: tuple[RecipeRun, Values] | N
     return f"{' -> '.join(means)}: {with_interval(paired_differences(before, after))}"
 
 
-def changes_table(rows: list[Row]) -> Table:
+def changes_table(rows: list[Row], changes: Iterable[Change] = CHANGES) -> Table:
     cells = settings(rows)
     lines = []
-    for change in CHANGES:
+    for change in changes:
         run = (change.flashmhf or change.swiglu or (RECIPE, {}))[0]
         values = [effect(cells, pair) for pair in (change.swiglu, change.flashmhf)]
         if any(values):
@@ -292,15 +286,20 @@ def changes_table(rows: list[Row]) -> Table:
 
 
 def recipe_table(rows: list[Row]) -> Table:
-    """The recipe of both contenders at every rate that both ran, with four heads of 64 and with two of 128."""
+    """The recipe of both contenders wherever both ran at least two seeds.
+
+    With four heads of 64 or two of 128, gate_proj and up_proj at the rate of all matrices or at half of it.
+    """
     cells = settings(rows)
+    every_rate = sorted({run.learning_rate for run in cells})
     lines = []
-    for heads, rate in itertools.product((4, 2), sorted({run.learning_rate for run in cells})):
-        contenders = replace(SWIGLU, **rates(rate)), replace(RECIPE, heads=heads, **rates(rate))
-        swiglu, flashmhf = (cells.get(run, {}) for run in contenders)
+    for heads, row_rate, warmup, rate in itertools.product((4, 2), (1.0, 0.5), (0.1, 0.02), every_rate):
+        swiglu = cells.get(replace(SWIGLU, row_rate=row_rate, warmup=warmup, **rates(rate)), {})
+        flashmhf = cells.get(replace(RECIPE, heads=heads, warmup=warmup, **rates(rate)), {})
         differences = paired_differences(swiglu, flashmhf)
-        if differences:
-            resolution = f"{statistics.stdev(differences):.3f}" if len(differences) > 1 else "one seed"
+        if len(differences) > 1:
+            text = f"Muon {rate:g}, {heads} heads, {warmup:.0%} warm-up; SwiGLU's rates times {row_rate:g}"
             texts = [mean_text(losses) for losses in (swiglu, flashmhf)]
-            lines.append([f"Muon {rate:g}, {heads} heads", *texts, with_interval(differences), resolution])
+            resolution = f"{statistics.stdev(differences):.3f}"
+            lines.append([text, *texts, with_interval(differences), resolution])
     return Table(["recipe", "SwiGLU", "FlashMHF", "FlashMHF - SwiGLU", "resolution"], lines)

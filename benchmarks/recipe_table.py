@@ -2,11 +2,12 @@
 
     python benchmarks/recipe_table.py [benchmarks/results/recipe_runs.jsonl]
 
-In this order: the runs of each contender; the recipe; what changes are worth (`recipe_changes.py`); the difference
-of the two contenders, wherever both ran a seed with the same steps, batch, optimizer, learning rates and schedule, each
-at its best setting there (the lowest mean of those with the most seeds: more settings are an advantage); all settings
-with their seeds. In brackets: the number of seeds. "+-" behind a loss is its standard deviation over seeds, behind a
-difference half of the 95 % interval; the resolution is the standard deviation of the difference over seeds.
+In this order: the runs of each contender; the recipe; what changes are worth (`recipe_changes.py`); what rates of
+single matrices are worth (`recipe_rates.py`); the difference of the two contenders, wherever both ran a seed with the
+same steps, batch, optimizer, learning rates and schedule, each at its best setting there (the lowest mean of those
+with the most seeds: more settings are an advantage); all settings with their seeds. In brackets: the number of seeds.
+"+-" behind a loss is its standard deviation over seeds, behind a difference half of the 95 % interval; the resolution
+is the standard deviation of the difference over seeds.
 """
 
 import statistics
@@ -19,6 +20,7 @@ from flashmhf.benchmarking.measuring import Row
 from flashmhf.reports.table import Table
 from recipe_changes import Losses, changes_table, mean_text, paired_differences, recipe_table, settings
 from recipe_model import RecipeRun
+from recipe_rates import RATES
 from recipe_runs import RECORDED, read
 
 REGIME = ("steps", "batch", "optimizer", "learning_rate", "muon_learning_rate", "warmup", "schedule", "qk_norm")
@@ -114,6 +116,7 @@ def main() -> None:
         effort_table(rows),
         recipe_table(rows),
         changes_table(rows),
+        changes_table(rows, RATES),
         differences_table(rows),
         settings_table(rows),
     ):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import recipe_changes
+import recipe_rates
 import recipe_runs
 import recipe_table
 from flashmhf.layers import initialisation
@@ -174,12 +175,13 @@ def test_the_interval_is_students():
     assert recipe_changes.with_interval([1.0, 2.0, 3.0]) == "+2.000 +- 2.484 (3)"  # 4.303 / sqrt(3)
 
 
-def test_every_change_is_in_the_recorded_rows_and_in_the_documentation():
+@pytest.mark.parametrize("changes", [recipe_changes.CHANGES, recipe_rates.RATES])
+def test_every_change_is_in_the_recorded_rows_and_in_the_documentation(changes):
     rows = recipe_runs.read(recipe_runs.RECORDED)
-    table = recipe_changes.changes_table(rows)
-    pairs = [pair for change in recipe_changes.CHANGES for pair in (change.swiglu, change.flashmhf) if pair]
+    table = recipe_changes.changes_table(rows, changes)
+    pairs = [pair for change in changes for pair in (change.swiglu, change.flashmhf) if pair]
     assert len([cell for line in table.rows for cell in line[2:] if cell]) == len(pairs)
-    for change in recipe_changes.CHANGES:
+    for change in changes:
         both = [pair[0] for pair in (change.swiglu, change.flashmhf) if pair]
         assert len({(run.steps, run.batch, run.optimizer, run.learning_rate, run.qk_norm) for run in both}) == 1
     text = (recipe_runs.RECORDED.parents[2] / "docs/parametrisation.md").read_text()
