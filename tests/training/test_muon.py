@@ -170,13 +170,13 @@ def test_gate_and_norm_are_not_orthogonalised():
     assert model.lm_head.weight not in matrices(model)
 
 
-def test_scores_of_the_layers_input_have_half_the_rate():
-    """Of a layer without W_in; in the others W_in changes the scores, too (docs/parametrisation.md)."""
+def test_scores_have_half_the_rate():
     expected = {
         SwiGLU(32, 48): {"gate_proj.weight": 0.5, "up_proj.weight": 0.5, "down_proj.weight": 1.0},
         DenseMoE(32, 3, 16, score_scale=2.0): {"k": 0.25, "u": 0.25, "v": 3.0},
-        MHFFN(32, 2, 48, score_scale=2.0): {"k": 0.5, "u": 0.5, "v": 1.0},
-        FlashMHF(32, 2, 3, 16, output_scale=6.0): {"k": 1.0, "u": 1.0, "v": 0.5, "in_proj.weight": 1.0},
+        MHFFN(32, 2, 48, score_scale=2.0): {"k": 0.25, "u": 0.25, "v": 1.0},
+        PKV(32, 2, 24): {"k": 0.5 * 4.0},
+        FlashMHF(32, 2, 3, 16, output_scale=6.0): {"k": 0.5, "u": 0.5, "v": 0.5, "in_proj.weight": 1.0},
     }
     for layer, factors in expected.items():
         found = matrices(OneLayer(layer))

@@ -64,7 +64,7 @@ def matrices(model: nn.Module) -> dict[Tensor, float]:
     product of a parameter and the fixed scale that follows it, so that product gets the update, whatever the scale: K
     and U of init="scaled", whose scale gives AdamW's steps the right size, move as if there were none. PKV's logits
     have the scale 1 / sqrt(head_dim); its softmax weights are as far from SiLU(M) N as stated here, so that its output
-    changes as far. Scores of the layer's input itself, without W_in between, have SCORE_RATE.
+    changes as far. What scores are made with, K, U and a SwiGLU's gate_proj and up_proj, has SCORE_RATE.
     """
     output, embeddings = (getattr(model, f"get_{end}put_embeddings")() for end in ("out", "in"))
     factors: dict[Tensor, float] = {}
@@ -74,12 +74,12 @@ def matrices(model: nn.Module) -> dict[Tensor, float]:
         elif isinstance(module, SwiGLU):
             factors |= {module.gate_proj.weight: SCORE_RATE, module.up_proj.weight: SCORE_RATE}
         elif isinstance(module, FlashMHF):
-            scores = (1.0 if module.in_proj is not None else SCORE_RATE) / module.score_scale
+            scores = SCORE_RATE / module.score_scale
             rows = (1 if module.gate_type is None else module.num_subnetworks) / module.output_scale
             factors |= {module.k: scores, module.u: scores, module.v: rows}
         elif isinstance(module, PKV):
             weights = module.num_slots / SCALED_PKV_WEIGHT_RMS
-            factors |= {module.k: module.head_dim**0.5, module.v: weights * SCALED_HIDDEN_RMS}
+            factors |= {module.k: SCORE_RATE * module.head_dim**0.5, module.v: weights * SCALED_HIDDEN_RMS}
     factors.pop(embeddings.weight, None)
     return {parameter: factor for parameter, factor in factors.items() if parameter.requires_grad}
 
