@@ -286,20 +286,21 @@ def changes_table(rows: list[Row], changes: Iterable[Change] = CHANGES) -> Table
 
 
 def recipe_table(rows: list[Row]) -> Table:
-    """The recipe of both contenders wherever both ran at least two seeds.
+    """The recipe of both contenders, with four heads of 64 or two of 128, wherever both ran at least two seeds.
 
-    With four heads of 64 or two of 128, gate_proj and up_proj at the rate of all matrices or at half of it.
+    K and U (gate_proj and up_proj) have the rate of all matrices, in both or in FlashMHF alone, or half of it.
     """
     cells = settings(rows)
     every_rate = sorted({run.learning_rate for run in cells})
     lines = []
-    for heads, row_rate, warmup, rate in itertools.product((4, 2), (1.0, 0.5), (0.1, 0.02), every_rate):
-        swiglu = cells.get(replace(SWIGLU, row_rate=row_rate, warmup=warmup, **rates(rate)), {})
-        flashmhf = cells.get(replace(RECIPE, heads=heads, warmup=warmup, **rates(rate)), {})
+    for heads, of_scores, warmup, rate in itertools.product(
+        (4, 2), ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5)), (0.1, 0.02), every_rate
+    ):
+        pair = replace(SWIGLU, row_rate=of_scores[0]), replace(RECIPE, heads=heads, row_rate=of_scores[1])
+        swiglu, flashmhf = (cells.get(replace(run, warmup=warmup, **rates(rate)), {}) for run in pair)
         differences = paired_differences(swiglu, flashmhf)
         if len(differences) > 1:
-            text = f"Muon {rate:g}, {heads} heads, {warmup:.0%} warm-up; SwiGLU's rates times {row_rate:g}"
+            text = "Muon {:g}, {} heads, {:.0%} warm-up, scores x {:g} and {:g}".format(rate, heads, warmup, *of_scores)
             texts = [mean_text(losses) for losses in (swiglu, flashmhf)]
-            resolution = f"{statistics.stdev(differences):.3f}"
-            lines.append([text, *texts, with_interval(differences), resolution])
+            lines.append([text, *texts, with_interval(differences), f"{statistics.stdev(differences):.3f}"])
     return Table(["recipe", "SwiGLU", "FlashMHF", "FlashMHF - SwiGLU", "resolution"], lines)

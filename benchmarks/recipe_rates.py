@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from recipe_changes import SWIGLU, TWO_HEADS, Change, Values, rates
 
-HALF = replace(SWIGLU, row_rate=0.5)  # what `train` does since these runs
+HALF = replace(SWIGLU, row_rate=0.5)  # what `train` does
 NARROW = replace(SWIGLU, width=128)
 
 
@@ -50,6 +50,13 @@ RATES = [
     Change(text="rate of W_out times 0.5", flashmhf=(TWO_HEADS, {"projection_rate": 0.5, "in_rate": 2.0})),
     Change(text="rate of W_in, K and U times 0.5", flashmhf=(TWO_HEADS, {"in_rate": 0.5, "row_rate": 0.5})),
     *(both(f"all rates 0.004 -> {rate}", rates(rate)) for rate in (0.0028, 0.0056)),
+    *(
+        Change(
+            text=f"all rates 0.004 -> {rate}, K and U half of that",
+            flashmhf=(TWO_HEADS, {"row_rate": 0.5, **rates(rate)}),
+        )
+        for rate in (0.0056, 0.008)
+    ),
     both("warm-up 10 % -> 2 %", {"warmup": 0.02}),
     Change(text=EMBEDDINGS.format(0.002), swiglu=(HALF, {"embedding_learning_rate": 0.002})),
     both(EMBEDDINGS.format(0.008), {"embedding_learning_rate": 0.008}),

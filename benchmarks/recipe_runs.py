@@ -15,8 +15,9 @@ repeated run can differ from the recorded one:
 - Muon's iterations run in bfloat16 where the CPU has instructions for it (recorded: bfloat16), elsewhere in float32.
 
 Unlike `flashmhf train --optimizer muon`, Muon does not see the fixed scales of FlashMHF's matrices here: score_scale
-multiplies the steps of K and U, as in the recorded runs; 1 is what `train` does whatever the scale. As recorded, the
-weights of `qk_norm` decay; those of all other norms do not.
+multiplies the steps of K and U, as in the recorded runs; 1 is what `train` does whatever the scale. Nor are scores
+given half the rate here: row_rate=0.5 is what `train` does. As recorded, the weights of `qk_norm` decay; those of all
+other norms do not.
 """
 
 import argparse
