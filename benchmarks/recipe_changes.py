@@ -1,6 +1,5 @@
 """What one change of the recipe is worth: pairs of settings in recipe_runs.py's rows that differ in it, by seed."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -41,6 +40,7 @@ SMALLER: Values = {"output_gain": 0.3, "out_gain": 0.3}
 FASTER: Values = {"learning_rate": 1.4e-3}
 SLOWER: Values = {"learning_rate": 3.5e-4}
 ROWS: Values = {"rows": "orthogonal"}
+SLOW_PROJECTIONS: Values = {"in_rate": 0.5, "out_rate": 0.5}
 RATE_TEXT = "learning rate 0.004 -> {}"
 
 SWIGLU = RecipeRun(variant="swiglu", output_gain=0.3, **SHORT)  # the recipe
@@ -175,8 +175,8 @@ CHANGES = [
         text="... and of the gate",
         flashmhf=(replace(LONG_UNTIED[0], embedding_learning_rate=1e-3), {"gate_learning_rate": 1e-3}),
     ),
-    Change(text="rate of W_in and W_out halved", flashmhf=(LARGE, {"projection_rate": 0.5})),
-    Change(text="rate of W_in and W_out halved", flashmhf=(TENTH, {"projection_rate": 0.5})),
+    Change(text="rate of W_in and W_out halved", flashmhf=(LARGE, SLOW_PROJECTIONS)),
+    Change(text="rate of W_in and W_out halved", flashmhf=(TENTH, SLOW_PROJECTIONS)),
     Change(text="rate of K and U doubled", flashmhf=(LARGE, {"row_rate": 2.0})),
     Change(text="attention by fan-in, residual branches times 0.354", flashmhf=(LONG[0], FAN_IN)),
     Change(
@@ -283,24 +283,3 @@ def changes_table(rows: list[Row], changes: Iterable[Change] = CHANGES) -> Table
         if any(values):
             lines.append([change.text, f"{run.steps} x {run.batch}", *values])
     return Table(["change", "steps x batch", "SwiGLU", "FlashMHF"], lines)
-
-
-def recipe_table(rows: list[Row]) -> Table:
-    """The recipe of both contenders, with four heads of 64 or two of 128, wherever both ran at least two seeds.
-
-    K and U (gate_proj and up_proj) have the rate of all matrices, in both or in FlashMHF alone, or half of it.
-    """
-    cells = settings(rows)
-    every_rate = sorted({run.learning_rate for run in cells})
-    lines = []
-    for heads, of_scores, warmup, rate in itertools.product(
-        (4, 2), ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5)), (0.1, 0.02), every_rate
-    ):
-        pair = replace(SWIGLU, row_rate=of_scores[0]), replace(RECIPE, heads=heads, row_rate=of_scores[1])
-        swiglu, flashmhf = (cells.get(replace(run, warmup=warmup, **rates(rate)), {}) for run in pair)
-        differences = paired_differences(swiglu, flashmhf)
-        if len(differences) > 1:
-            text = "Muon {:g}, {} heads, {:.0%} warm-up, scores x {:g} and {:g}".format(rate, heads, warmup, *of_scores)
-            texts = [mean_text(losses) for losses in (swiglu, flashmhf)]
-            lines.append([text, *texts, with_interval(differences), f"{statistics.stdev(differences):.3f}"])
-    return Table(["recipe", "SwiGLU", "FlashMHF", "FlashMHF - SwiGLU", "resolution"], lines)

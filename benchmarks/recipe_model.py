@@ -37,8 +37,7 @@ class RecipeRun:
         embedding_learning_rate, gate_learning_rate: AdamW's for these; None: learning_rate.
         row_rate: multiplies the learning rate of K and U (gate_proj and up_proj).
         value_rate: multiplies the learning rate of V (down_proj).
-        projection_rate: multiplies the learning rate of W_in and W_out.
-        in_rate: multiplies that of W_in once more.
+        in_rate, out_rate: multiply the learning rates of W_in and of W_out.
         attention_rate: multiplies the learning rate of attention's matrices.
         weight_decay: of everything but norms.
         warmup: share of the steps, linear.
@@ -80,8 +79,8 @@ class RecipeRun:
     gate_learning_rate: float | None = None
     row_rate: float = 1.0
     value_rate: float = 1.0
-    projection_rate: float = 1.0
     in_rate: float = 1.0
+    out_rate: float = 1.0
     attention_rate: float = 1.0
     weight_decay: float = 0.1
     warmup: float = 0.1

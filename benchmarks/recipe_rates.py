@@ -43,11 +43,14 @@ RATES = [
     *(both(f"rate of V (down_proj) times {factor}", {"value_rate": factor}) for factor in (0.5, 2.0)),
     *(both(f"rate of attention's matrices times {factor}", {"attention_rate": factor}) for factor in (0.5, 2.0)),
     *(
-        Change(text=f"rate of W_in and W_out times {factor}", flashmhf=(TWO_HEADS, {"projection_rate": factor}))
+        Change(
+            text=f"rate of W_in and W_out times {factor}",
+            flashmhf=(TWO_HEADS, {"in_rate": factor, "out_rate": factor}),
+        )
         for factor in (0.5, 2.0)
     ),
     *(Change(text=f"rate of W_in times {factor}", flashmhf=(TWO_HEADS, {"in_rate": factor})) for factor in (0.5, 2.0)),
-    Change(text="rate of W_out times 0.5", flashmhf=(TWO_HEADS, {"projection_rate": 0.5, "in_rate": 2.0})),
+    Change(text="rate of W_out times 0.5", flashmhf=(TWO_HEADS, {"out_rate": 0.5})),
     Change(text="rate of W_in, K and U times 0.5", flashmhf=(TWO_HEADS, {"in_rate": 0.5, "row_rate": 0.5})),
     *(both(f"all rates 0.004 -> {rate}", rates(rate)) for rate in (0.0028, 0.0056)),
     *(

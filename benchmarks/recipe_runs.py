@@ -79,16 +79,17 @@ def blocks_of(name: str, matrix: Tensor, run: RecipeRun) -> Tensor:
     return matrix
 
 
+RATE_FIELDS = {
+    "row_rate": ("mlp.k", "mlp.u", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "value_rate": ("mlp.v", "mlp.down_proj.weight"),
+    "in_rate": ("mlp.in_proj.weight",),
+    "out_rate": ("mlp.out_proj.weight",),
+    "attention_rate": tuple(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+}
+
+
 def _factor(name: str, run: RecipeRun) -> float:
-    if name.endswith(("mlp.k", "mlp.u", "mlp.gate_proj.weight", "mlp.up_proj.weight")):
-        return run.row_rate
-    if name.endswith(("mlp.v", "mlp.down_proj.weight")):
-        return run.value_rate
-    if "self_attn" in name:
-        return run.attention_rate
-    if "in_proj" in name:
-        return run.projection_rate * run.in_rate
-    return run.projection_rate if "out_proj" in name else 1.0
+    return next((getattr(run, field) for field, ends in RATE_FIELDS.items() if name.endswith(ends)), 1.0)
 
 
 def rate_factor(run: RecipeRun, step: int) -> float:

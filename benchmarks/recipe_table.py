@@ -10,15 +10,26 @@ with the most seeds: more settings are an advantage); all settings with their se
 is the standard deviation of the difference over seeds.
 """
 
+import itertools
 import statistics
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flashmhf.benchmarking.measuring import Row
 from flashmhf.reports.table import Table
-from recipe_changes import Losses, changes_table, mean_text, paired_differences, recipe_table, settings
+from recipe_changes import (
+    RECIPE,
+    SWIGLU,
+    Losses,
+    changes_table,
+    mean_text,
+    paired_differences,
+    rates,
+    settings,
+    with_interval,
+)
 from recipe_model import RecipeRun
 from recipe_rates import RATES
 from recipe_runs import RECORDED, read
@@ -64,6 +75,27 @@ def effort_table(rows: list[Row]) -> Table:
         steps[row["variant"]] += row["steps"] * row["batch"]
     lines = [[variant, counts[variant], steps[variant]] for variant in sorted(counts)]
     return Table(["contender", "runs", "sequences of 256 bytes"], lines)
+
+
+def recipe_table(rows: list[Row]) -> Table:
+    """The recipe of both contenders, with four heads of 64 or two of 128, wherever both ran at least two seeds.
+
+    K and U (gate_proj and up_proj) have the rate of all matrices, in both or in FlashMHF alone, or half of it.
+    """
+    cells = settings(rows)
+    every_rate = sorted({run.learning_rate for run in cells})
+    lines = []
+    for heads, of_scores, warmup, rate in itertools.product(
+        (4, 2), ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5)), (0.1, 0.02), every_rate
+    ):
+        pair = replace(SWIGLU, row_rate=of_scores[0]), replace(RECIPE, heads=heads, row_rate=of_scores[1])
+        swiglu, flashmhf = (cells.get(replace(run, warmup=warmup, **rates(rate)), {}) for run in pair)
+        differences = paired_differences(swiglu, flashmhf)
+        if len(differences) > 1:
+            text = "Muon {:g}, {} heads, {:.0%} warm-up, scores x {:g} and {:g}".format(rate, heads, warmup, *of_scores)
+            texts = [mean_text(losses) for losses in (swiglu, flashmhf)]
+            lines.append([text, *texts, with_interval(differences), f"{statistics.stdev(differences):.3f}"])
+    return Table(["recipe", "SwiGLU", "FlashMHF", "FlashMHF - SwiGLU", "resolution"], lines)
 
 
 def settings_table(rows: list[Row]) -> Table:

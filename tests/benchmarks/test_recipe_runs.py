@@ -185,5 +185,5 @@ def test_every_change_is_in_the_recorded_rows_and_in_the_documentation(changes):
         both = [pair[0] for pair in (change.swiglu, change.flashmhf) if pair]
         assert len({(run.steps, run.batch, run.optimizer, run.learning_rate, run.qk_norm) for run in both}) == 1
     text = (recipe_runs.RECORDED.parents[2] / "docs/parametrisation.md").read_text()
-    for shown in (recipe_table.effort_table(rows), recipe_changes.recipe_table(rows), table):
+    for shown in (recipe_table.effort_table(rows), recipe_table.recipe_table(rows), table):
         assert shown.markdown() in text
