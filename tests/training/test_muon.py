@@ -1,6 +1,7 @@
 """Muon: against torch's, per block of K, U and V, and as the optimizer of a run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,18 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     assert resumed.validation_loss == whole.validation_loss
     first, second = (load_model(str(tmp_path / name)).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_state_with_other_rates_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flashmhf.training.muon.SCORE_RATE", 1.0)  # what it was
+        train(settings(tmp_path, optimizer="muon"), parse_arguments(FLAGS, str(tmp_path / "run")))
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    with pytest.raises(
+        InputError, match=r"^resume: .* of a version of flashmhf with other rates, which can resume it$"
+    ):
+        train(settings(tmp_path, optimizer="muon"), parse_arguments(FLAGS, str(tmp_path / "run")), resume=True)
 
 
 def test_a_run_without_the_option_was_one_with_adamw(tmp_path):

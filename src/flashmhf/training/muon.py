@@ -134,6 +134,18 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises InputError if the state has other groups: the rates of some matrices were others."""
+        saved, here = (
+            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if saved != here:
+            raise InputError(
+                f"resume: expected an optimizer's state with groups of {here} parameters, got {saved}: it is of a "
+                "version of flashmhf with other rates, which can resume it"
+            )
+        super().load_state_dict(state_dict)
+
     def _update(self, group: dict[str, Any]) -> None:
         rate = group["lr"]
         if isinstance(rate, Tensor):  # read by no host, so that a CUDA graph can replay the step
