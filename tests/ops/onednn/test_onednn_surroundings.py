@@ -77,6 +77,27 @@ print(json.dumps([equal(results(inputs), expected), backends.backends()["onednn"
     assert run(script) == [[True, None]]
 
 
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_the_first_use_within_vmap(randomness):
+    script = f"""
+layer, samples = FlashMHF(32, 2, 3, 16), torch.randn(4, 5, 32)
+library._unsupported_reason.cache_clear()
+got = torch.vmap(layer, randomness={randomness!r})(samples)
+print(json.dumps([close([got], [layer(samples)]), backends.backends()["onednn"]]))
+"""
+    assert run(script) == [[True, None]]
+
+
+def test_the_first_use_within_a_fake_mode():
+    script = """
+from torch._subclasses import FakeTensorMode
+library._unsupported_reason.cache_clear()
+with FakeTensorMode():
+    print(json.dumps([library.unsupported_reason(dtype) for dtype in DTYPES]))
+"""
+    assert set(*run(script)) == {None}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_fork_after_use():
     """The child has none of GNU OpenMP's threads, and PyTorch's own parallel operators would wait for them forever."""

@@ -5,9 +5,15 @@ missing name. `unsupported_reason` also multiplies two small matrices before any
 for the instructions for bfloat16, without which the function ends the process.
 """
 
+import array
 import ctypes
 import functools
+import math
+import operator
 import os
+import random
+import struct
+import sys
 from pathlib import Path
 
 import torch
@@ -56,19 +62,34 @@ def _unsupported_reason(dtype: torch.dtype) -> str | None:
             return f"{limits[0]} forbids instructions that may be needed for bfloat16"
     if not all(map(address, (BRGEMM[dtype], RELEASE, PARALLEL, THREAD_NUMBER))):
         return f"PyTorch {torch.__version__} does not export oneDNN's micro-kernels or its OpenMP runtime here"
-    generator = torch.Generator("cpu").manual_seed(0)
-    a, b = (torch.randint(-4, 5, shape, generator=generator, device="cpu").to(dtype) for shape in ((20, 34), (34, 48)))
-    product = torch.full((20, 48), torch.nan, dtype=torch.float32, device="cpu")
-    packed = pack_pairs(b) if dtype == torch.bfloat16 else b
-    multiply = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 6), ctypes.c_bool, *([ctypes.c_void_p] * 3), ctypes.c_bool)
+    return None if _multiplies(dtype) else "oneDNN's micro-kernels give wrong results on this CPU"
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether a product of small integers, which is exact in any order, is right.
+
+    Without tensors: the first use may be within vmap, a fake mode or any other that changes what tensors do.
+    """
+    rows, inner, columns = 20, 34, 48
+    draw = random.Random(0).choices
+    a, b = (draw(range(-4, 5), k=inner * size) for size in (rows, columns))
     pairs = dtype == torch.bfloat16
-    pointers = (a.data_ptr(), packed.data_ptr(), product.data_ptr())
-    multiply(address(BRGEMM[dtype]))(20, 48, 34, 34, 48, 48, False, *pointers, pairs)
+    if pairs:  # 16-bit products read two rows of their second matrix at once (oneDNN: VNNI)
+        packed = [b[(2 * p + half) * columns + c] for p in range(inner // 2) for c in range(columns) for half in (0, 1)]
+        left, right = (array.array("H", (_bits(x) >> 16 for x in values)) for values in (a, packed))
+    else:
+        left, right = array.array("f", a), array.array("f", b)
+    product = array.array("f", [math.nan] * (rows * columns))
+    multiply = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 6), ctypes.c_bool, *([ctypes.c_void_p] * 3), ctypes.c_bool)
+    pointers = (values.buffer_info()[0] for values in (left, right, product))
+    multiply(address(BRGEMM[dtype]))(rows, columns, inner, inner, columns, columns, False, *pointers, pairs)
     ctypes.CFUNCTYPE(None, ctypes.c_bool)(address(RELEASE))(pairs)
-    exact = a.float() @ b.float()  # of small integers, so in any order
-    return None if torch.equal(product, exact) else "oneDNN's micro-kernels give wrong results on this CPU"
+    exact = (
+        sum(map(operator.mul, a[r : r + inner], b[c::columns])) for r in range(0, len(a), inner) for c in range(columns)
+    )
+    return all(map(operator.eq, product, exact))
 
 
-def pack_pairs(b: torch.Tensor) -> torch.Tensor:
-    """(K, N) -> (K / 2, N, 2), the layout in which 16-bit products read their second matrix (oneDNN: VNNI)."""
-    return b.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+def _bits(x: float) -> int:
+    """Of a float32."""
+    return int.from_bytes(struct.pack("=f", x), sys.byteorder)
