@@ -4,7 +4,8 @@ The mean losses of each size are drawn again, 2000 times, from the normal distri
 contenders together since they share seeds, and the law is fitted to each draw. The quantiles of what follows from it
 (exponents, curves, differences) are then widened by Student's t over the normal quantile, with Welch's and
 Satterthwaite's degrees of freedom, since the standard errors are estimates from few seeds. How often such an interval
-holds the truth: tests/benchmarks/test_scaling_fit.py. It is about seeds alone and takes the law for exact.
+holds the truth: tests/benchmarks/test_scaling_fit.py. It is about seeds alone and takes the law for exact. Whether the
+law holds can be seen from fits that leave out one size: a verdict is one that all of them share.
 
 Small models may vary more from seed to seed than large ones, so each size has a covariance of its own if all sizes have
 OWN_SEEDS seeds; from fewer it would be too rough. Then deviations relative to the mean of their size are pooled over
@@ -12,7 +13,7 @@ the sizes. Differences are relative, since a ratio of losses does not depend on 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,12 @@ ALPHAS = np.geomspace(0.02, 1.5, 60)  # the best of them is refined
 GOLDEN, GOLDEN_STEPS = (math.sqrt(5) - 1) / 2, 28  # each step shrinks the 15 % between grid points: to 2e-7
 DRAWS = 2000
 CURVE_POINTS = 40
+MIN_SIZES = 2
+AGREES = {  # by `_holds`
+    (False, True): "with the paper's claim and not with no difference",
+    (True, False): "with no difference and not with the paper's claim",
+    (False, False): "neither with no difference nor with the paper's claim",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,7 @@ class Fit:
         curve_parameters: where `curves` are, from the smallest size to the target.
         curves: the loss by contender.
         difference_curve: relative.
+        without: `difference_at_target` without each size, by its name; none if there are two sizes.
         seeds_needed_at_target: if the difference varies there as at the largest size (as over all, if pooled).
         verdict: on the paper's claim; None with fewer than MIN_SEEDS seeds at any size.
     """
@@ -93,6 +101,7 @@ class Fit:
     curves: dict[str, tuple[Estimate, ...]]
     difference_curve: tuple[Estimate, ...]
     difference_at_target: Estimate
+    without: dict[str, Estimate]
     seeds_needed_at_target: int
     verdict: str | None
 
@@ -107,32 +116,63 @@ def fit(sizes: Sequence[Size], *, seed: int = 0) -> Fit:
     Raises:
         InputError: the losses do not fall.
     """
-    parameters = np.array([size.parameters for size in sizes])
-    counts = np.array([size.seeds for size in sizes])
+    smallest, largest = (size.losses.mean(0) for size in (sizes[0], sizes[-1]))
+    if (largest >= smallest).any():
+        raise InputError("losses: expected them to fall with the parameters, got losses that do not")
     has_floor = len(sizes) >= MIN_SIZES_OF_FLOOR
-    means = _Means.of(sizes)
-    losses = means.drawn(np.random.default_rng(seed))
-    x = np.log(parameters / parameters[0])
-    laws = [fit_curves(x, losses[..., number], counts, has_floor) for number in range(2)]
-    at = np.geomspace(parameters[0], TARGET, CURVE_POINTS)
-    curves = [floor + scale * np.exp(np.outer(np.log(at / parameters[0]), -alpha)) for alpha, floor, scale in laws]
-    difference = [means.estimate(values) for values in curves[1] / curves[0] - 1]
-    rows = tuple(map(_size_row, sizes))
+    at = np.geomspace(sizes[0].parameters, TARGET, CURVE_POINTS)
+    whole = _Laws.of(sizes, at, has_floor, seed)
+    means, difference = whole.means, whole.differences()
+    without = {}
+    if len(sizes) > MIN_SIZES:
+        for size in sizes:
+            others = [other for other in sizes if other is not size]
+            (without[size.name],) = _Laws.of(others, at[-1:], has_floor, seed).differences()
+    counts, rows = np.array([size.seeds for size in sizes]), tuple(map(_size_row, sizes))
     degrees = counts.sum() - len(counts)
     pooled = math.sqrt(sum((row.seeds - 1) * row.deviation**2 for row in rows) / degrees)
     return Fit(
         has_floor=has_floor,
         own_deviations=means.own,
         sizes=rows,
-        exponents={name: means.estimate(law[0]) for name, law in zip(CONTENDERS, laws, strict=True)},
-        exponent_difference=means.estimate(laws[1][0] - laws[0][0]),
+        exponents={name: means.estimate(alpha) for name, alpha in zip(CONTENDERS, whole.exponents.T, strict=True)},
+        exponent_difference=means.estimate(whole.exponents[:, 1] - whole.exponents[:, 0]),
         curve_parameters=tuple(map(float, at)),
-        curves={name: tuple(map(means.estimate, curve)) for name, curve in zip(CONTENDERS, curves, strict=True)},
-        difference_curve=tuple(difference),
+        curves={name: tuple(map(means.estimate, curve)) for name, curve in zip(CONTENDERS, whole.curves, strict=True)},
+        difference_curve=difference,
         difference_at_target=difference[-1],
+        without=without,
         seeds_needed_at_target=seeds_needed(rows[-1].deviation if means.own else pooled),
-        verdict=verdict(difference[-1]) if counts.min() >= MIN_SEEDS else None,
+        verdict=verdict(difference[-1], without) if counts.min() >= MIN_SEEDS else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Laws:
+    """The laws of both contenders, for the means and for all that `_Means.drawn` made of them (B).
+
+    Attributes:
+        exponents: (B, 2).
+        curves: by contender, (points, B).
+    """
+
+    means: "_Means"
+    exponents: np.ndarray
+    curves: list[np.ndarray]
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size], at: np.ndarray, has_floor: bool, seed: int) -> "_Laws":
+        parameters, counts = (np.array([getattr(size, name) for size in sizes]) for name in ("parameters", "seeds"))
+        means = _Means.of(sizes)
+        losses = means.drawn(np.random.default_rng(seed))
+        x = np.log(parameters / parameters[0])
+        laws = [fit_curves(x, losses[..., number], counts, has_floor) for number in range(2)]
+        curves = [floor + scale * np.exp(np.outer(np.log(at / parameters[0]), -alpha)) for alpha, floor, scale in laws]
+        return cls(means=means, exponents=np.stack([alpha for alpha, _, _ in laws], 1), curves=curves)
+
+    def differences(self) -> tuple[Estimate, ...]:
+        """Relative, at each point of the curves."""
+        return tuple(map(self.means.estimate, self.curves[1] / self.curves[0] - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +249,6 @@ def fit_curves(
         return _solve(x, losses, counts, alphas, has_floor)[2]
 
     best = squares(ALPHAS[None]).argmin(1)
-    if best[0] == 0:
-        raise InputError("losses: expected them to fall with the parameters, got losses that do not")
     low, high = (ALPHAS[(best + step).clip(0, len(ALPHAS) - 1)][:, None] for step in (-1, 1))
     for _ in range(GOLDEN_STEPS):
         left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
@@ -247,17 +285,27 @@ def seeds_needed(deviation: float, effect: float = CLAIM) -> int:
     return seeds
 
 
-def verdict(difference: Estimate) -> str:
-    """What an interval says about the paper's claim, in plain words."""
-    no_difference = difference.low <= 0 <= difference.high
-    claimed = difference.low <= CLAIM <= difference.high
-    if no_difference and claimed:
+def verdict(difference: Estimate, without: Mapping[str, Estimate] | None = None) -> str:
+    """What an interval says about the paper's claim, in plain words.
+
+    Args:
+        difference: relative, of all sizes.
+        without: the same without one of them, by its name; where it says something else there is no verdict.
+    """
+    found = _holds(difference)
+    others = [name for name, estimate in (without or {}).items() if _holds(estimate) != found]
+    if found == (True, True):
         return "It cannot be told from these runs: the interval holds both no difference and the paper's claim."
-    if claimed:
-        return "These runs agree with the paper's claim and not with no difference."
-    if no_difference:
-        return "These runs agree with no difference and not with the paper's claim."
-    return "These runs agree neither with no difference nor with the paper's claim."
+    if others:
+        named = " or ".join(others)
+        return f"It cannot be told from these runs: all sizes agree {AGREES[found]}, but not without {named}."
+    return f"These runs agree {AGREES[found]}."
+
+
+def _holds(difference: Estimate) -> tuple[bool, bool]:
+    """Whether the interval holds no difference, and the paper's claim."""
+    no_difference, claimed = (difference.low <= value <= difference.high for value in (0.0, CLAIM))
+    return no_difference, claimed
 
 
 def _size_row(size: Size) -> SizeRow:

@@ -40,6 +40,7 @@ def markdown(found: Fit) -> str:
             f"- difference of the exponents: {found.exponent_difference}",
             f"- relative difference at 370M: {_percent(found.difference_at_target)} (the paper: {100 * CLAIM:+.2f} %, "
             "one seed, 21 layers against 24, at 174 tokens per parameter instead of those of these runs)",
+            *(f"- without {size}: {_percent(difference)}" for size, difference in found.without.items()),
             "",
             _no_verdict(found) if found.verdict is None else found.verdict,
             f"If the deviation over seeds stays what it is {where}, {found.seeds_needed_at_target} seeds of both at "

@@ -151,6 +151,32 @@ def test_the_verdict_follows_from_the_interval(low, high, words):
     assert words in verdict(Estimate(value=(low + high) / 2, low=low, high=high))
 
 
+def test_what_depends_on_one_size_is_no_verdict():
+    """1m off the law: all three sizes seem to agree with the claim, the larger two with no difference."""
+    runs = runs_of(1e-4, seeds=5, floor=0.0, alpha=0.1, sizes=("1m", "3m", "10m"))
+    off = [
+        replace(run, loss=run.loss * 1.003) if (run.size, run.ffn_type) == ("1m", "flashmhf") else run for run in runs
+    ]
+    found = fitted(off)
+    assert set(found.without) == {"1m", "3m", "10m"}
+    assert found.without["1m"].low < 0 < found.without["1m"].high
+    assert found.difference_at_target.high < 0
+    assert found.verdict.startswith("It cannot be told from these runs: all sizes agree ")
+    assert "but not without 1m" in found.verdict
+    assert f"- without 1m: {100 * found.without['1m'].value:+.2f}" in markdown(found)
+
+
+def test_an_exact_law_has_a_verdict_without_each_size_too():
+    found = fitted(runs_of(1e-4, seeds=5, floor=0.0, ratio=1 + CLAIM, sizes=("1m", "3m", "10m")))
+    assert found.verdict == "These runs agree with the paper's claim and not with no difference."
+    assert not fitted(runs_of(1e-4, sizes=("1m", "3m"))).without
+
+
+def test_losses_that_do_not_fall_are_refused():
+    with pytest.raises(InputError, match=r"^losses: expected them to fall with the parameters"):
+        fitted(runs_of(1e-4, alpha=-0.1))
+
+
 def test_three_sizes_have_a_pure_power_law():
     found = fitted(runs_of(1e-5, floor=0.0, sizes=("1m", "3m", "10m")))
     assert not found.has_floor

@@ -12,9 +12,8 @@ import math
 import operator
 import os
 import random
-import struct
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,9 +73,12 @@ def _multiplies(dtype: torch.dtype) -> bool:
     draw = random.Random(0).choices
     a, b = (draw(range(-4, 5), k=inner * size) for size in (rows, columns))
     pairs = dtype == torch.bfloat16
+    left: array.array[Any]
+    right: array.array[Any]
     if pairs:  # 16-bit products read two rows of their second matrix at once (oneDNN: VNNI)
         packed = [b[(2 * p + half) * columns + c] for p in range(inner // 2) for c in range(columns) for half in (0, 1)]
-        left, right = (array.array("H", (_bits(x) >> 16 for x in values)) for values in (a, packed))
+        words = (memoryview(array.array("f", values)).cast("B").cast("I") for values in (a, packed))
+        left, right = (array.array("H", (word >> 16 for word in each)) for each in words)
     else:
         left, right = array.array("f", a), array.array("f", b)
     product = array.array("f", [math.nan] * (rows * columns))
@@ -88,8 +90,3 @@ def _multiplies(dtype: torch.dtype) -> bool:
         sum(map(operator.mul, a[r : r + inner], b[c::columns])) for r in range(0, len(a), inner) for c in range(columns)
     )
     return all(map(operator.eq, product, exact))
-
-
-def _bits(x: float) -> int:
-    """Of a float32."""
-    return int.from_bytes(struct.pack("=f", x), sys.byteorder)
