@@ -15,5 +15,5 @@ compare() {
 
 compare --variants swiglu,flashmhf,mhffn,dense_moe,pkv --learning-rate 2.8e-3,4e-3,5.6e-3,8e-3 --seeds 0,1,2,3,4 \
   --output-dir "$out/layers" "$@"
-compare --variants flashmhf --gate-type none --q-norm off --head-dim 32,64 --subnetworks 12 --learning-rate 8e-3 --seeds 0,1,2 \
+compare --variants flashmhf --gate-type none --q-norm off --head-dim 32,64 --subnetworks 12 --learning-rate 8e-3 --seeds 0,1,2,3,4 \
   --output-dir "$out/ablations" "$@"
