@@ -21,7 +21,7 @@ import numpy as np
 from flashmhf.comparison.verdict import MIN_SEEDS
 from flashmhf.errors import InputError
 from flashmhf.evaluation.bootstrap import NORMAL, student_t
-from scaling_runs import CONTENDERS, Size
+from scaling_runs import CONTENDERS, MIN_SIZES, Size
 
 TARGET = 370e6
 CLAIM = 3.014 / 3.030 - 1  # of the paper at 370M: one seed, 21 layers against 24
@@ -32,7 +32,6 @@ ALPHAS = np.geomspace(0.02, 1.5, 60)  # the best of them is refined
 GOLDEN, GOLDEN_STEPS = (math.sqrt(5) - 1) / 2, 28  # each step shrinks the 15 % between grid points: to 2e-7
 DRAWS = 2000
 CURVE_POINTS = 40
-MIN_SIZES = 2
 AGREES = {  # by `_holds`
     (False, True): "with the paper's claim and not with no difference",
     (True, False): "with no difference and not with the paper's claim",

@@ -14,6 +14,7 @@ from flashmhf.models.loading import load_config
 from gpu_rows import read_lines
 
 CONTENDERS = ("swiglu", "flashmhf")  # differences are of the second to the first
+MIN_SIZES = 2
 MAX_SPREAD = 0.05  # of tokens per parameter
 
 
@@ -67,7 +68,7 @@ def paired(runs: Iterable[Run]) -> list[Size]:
     _check_names(kept)
     for run in kept:
         by_size.setdefault(run.size, {}).setdefault(run.seed, {})[run.ffn_type] = run
-    if len(by_size) < 2:
+    if len(by_size) < MIN_SIZES:
         raise InputError(f"sizes: expected at least two, got {', '.join(by_size) or 'none'}")
     for size, seeds in by_size.items():
         complete = sum(len(pair) == len(CONTENDERS) for pair in seeds.values())
