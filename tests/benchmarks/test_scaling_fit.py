@@ -148,7 +148,7 @@ def test_noisy_runs_say_that_it_cannot_be_told():
     ],
 )
 def test_the_verdict_follows_from_the_interval(low, high, words):
-    assert words in verdict(Estimate(value=(low + high) / 2, low=low, high=high))
+    assert words in verdict(Estimate(value=(low + high) / 2, low=low, high=high), {})
 
 
 def test_what_depends_on_one_size_is_no_verdict():
@@ -172,9 +172,11 @@ def test_an_exact_law_has_a_verdict_without_each_size_too():
     assert not fitted(runs_of(1e-4, sizes=("1m", "3m"))).without
 
 
-def test_losses_that_do_not_fall_are_refused():
+@pytest.mark.parametrize("sizes", [tuple(SIZES), ("1m", "3m", "10m"), ("1m", "3m")])
+@pytest.mark.parametrize("alpha", [-0.1, 0.0, 0.001])
+def test_losses_that_do_not_fall_or_hardly_are_refused(alpha, sizes):
     with pytest.raises(InputError, match=r"^losses: expected them to fall with the parameters"):
-        fitted(runs_of(1e-4, alpha=-0.1))
+        fitted(runs_of(1e-5, alpha=alpha, floor=0.0, sizes=sizes))
 
 
 def test_three_sizes_have_a_pure_power_law():
